@@ -1,0 +1,150 @@
+"""A run's folder and its files: written whole or not at all, read back only when they are whole.
+
+best.pt   complete in itself: weights, arguments, labels, split; `test.py` needs nothing else
+last.pt   what the next epoch needs: weights, optimiser, schedule, scaler, history, patience, and a cut epoch's record
+run.json  how the run was made and what came out of it
+"""
+
+import datetime
+import json
+import pickle
+import platform
+import shlex
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from cache import digest, replace_file
+from errors import InputError
+
+FORMAT = 1
+
+
+def load_file(path):
+    """A file written by torch.save, checksums compared, nothing unpickled but tensors and plain containers."""
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"{path}: there is no such checkpoint")
+    try:
+        if zipfile.is_zipfile(path):  # torch does not compare the checksums that it writes
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()
+            if damaged:
+                raise InputError(f"{path} is damaged: the checksum of {damaged} differs")
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise InputError(f"{path} is refused: it holds code or is no checkpoint ({str(error).splitlines()[0][:120]})") from error
+    except (RuntimeError, ValueError, EOFError, OSError, KeyError, IndexError, AttributeError, TypeError, NotImplementedError,
+            UnicodeDecodeError, MemoryError, OverflowError, zipfile.BadZipFile, zipfile.zlib.error) as error:
+        raise InputError(f"{path} cannot be read as a checkpoint ({type(error).__name__}: {str(error).splitlines()[0][:120] if str(error) else ''})") from error
+
+
+def load_checkpoint(path, kind="best"):
+    """best.pt or last.pt as a dict; InputError when it is another file, another format or damaged."""
+    state = load_file(path)
+    if not isinstance(state, dict) or state.get("kind") != kind:
+        raise InputError(f"{path} is not a {kind}.pt of this repository")
+    if state["format"] != FORMAT:
+        raise InputError(f"{path} has format {state['format']}, this code reads {FORMAT}")
+    return state
+
+
+def save_checkpoint(path, kind, **state):
+    replace_file(path, lambda stream: torch.save({"kind": kind, "format": FORMAT, **state}, stream))
+
+
+def state_digest(*modules):
+    """Digest of all parameters and buffers."""
+    return digest(*(value.detach().cpu().numpy() for module in modules for value in module.state_dict().values()))
+
+
+def cpu_state(module):
+    """A copy of a module's state_dict on the CPU."""
+    return {key: value.detach().cpu().clone() for key, value in module.state_dict().items()}
+
+
+# ---------------------------------------------------------------- the run folder
+
+def new_run_folder(runs, name, default):
+    """Make and return runs/<name>; without a name the first free runs/<default>-<number>. Never an existing one."""
+    runs = Path(runs)
+    if name:
+        if Path(name).name != name:
+            raise InputError(f"--name {name}: expected a plain name, without folders")
+        folder = runs / name
+        if folder.exists():
+            raise InputError(f"{folder} exists and is never overwritten: choose another --name, or go on with --resume {folder}")
+        folder.mkdir(parents=True)
+        return folder
+    number = 1
+    while True:
+        folder = runs / f"{default}-{number:03d}"
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            number += 1
+
+
+def plain(value):
+    """Numbers and containers as JSON takes them: NaN becomes null, numpy scalars become Python's."""
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | np.ndarray):
+        return [plain(item) for item in value]
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, float) and not np.isfinite(value):
+        return None
+    return str(value) if isinstance(value, Path) else value
+
+
+def save_json(path, value):
+    replace_file(path, lambda stream: json.dump(plain(value), stream, indent=1, allow_nan=False), "w")
+
+
+def load_json(path):
+    try:
+        return json.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read: {error}") from error
+
+
+def versions():
+    import torchvision
+    return {"python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__,
+            "numpy": np.__version__}
+
+
+def describe_machine(device):
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}, {platform.machine()}"
+
+
+def commit():
+    """The commit of the code that runs, with + when files differ from it; "unknown" outside a git checkout."""
+    try:
+        git = ["git", "-C", str(Path(__file__).parent)]
+        head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True).stdout.strip()
+        return head + ("+" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def command_line():
+    return shlex.join(["python", *sys.argv])
+
+
+def now():
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def write_sheet(path, frame):
+    """A DataFrame as .xlsx, whole or not at all."""
+    replace_file(path, lambda stream: frame.to_excel(stream, index=False, engine="openpyxl"))

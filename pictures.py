@@ -1,0 +1,186 @@
+"""What the networks are fed: pictures decoded once and kept, kept features, knee volumes; as batches by index.
+
+Every data set here answers a list of keys [(index, repeat)] with one batch, so a DataLoader makes one call per batch.
+"""
+
+import functools
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
+
+import numpy as np
+import torch
+
+from augment import draw
+from cache import Kept, digest, file_stamps
+from dataset import PLANES
+from engine import default_workers, gather, local_rank, progress
+from errors import InputError
+from preprocess import load_picture
+
+
+def load_row(file, kind, size):
+    """One picture, or the reason why there is none: (uint8 (size, size, 3), repaired, reason)."""
+    try:
+        return *load_picture(file, kind, size), ""
+    except InputError as error:
+        return np.zeros((size, size, 3), np.uint8), False, str(error)
+
+
+class Pictures:
+    """The pictures of some rows, preprocessed once and kept: `.rows` (n, P) points into `.array()` (m, S, S, 3) uint8.
+
+    `.failed` {file: reason} and `.repaired` [file] say what could not be read, and what was repaired in memory.
+    """
+
+    def __init__(self, files, kind, size, cache, workers=None):
+        self.files = [file for row in files for file in row]
+        self.rows = np.arange(len(self.files)).reshape(len(files), -1)
+        self.kind, self.size, self.workers = kind, size, workers
+        self.key = digest(file_stamps(self.files), kind, size, "pictures-1")
+        self.kept = Kept(cache, "pictures", self.key, (len(self.files), size, size, 3), np.uint8, self.make)
+        facts = self.kept.extra()
+        self.failed, self.repaired = facts["failed"], facts["repaired"]
+
+    def make(self, extra):
+        extra.update(failed={}, repaired=[])
+        load = functools.partial(load_row, kind=self.kind, size=self.size)
+        workers = default_workers() if self.workers is None else self.workers
+        with ProcessPoolExecutor(workers) if workers > 1 and len(self.files) > 64 else nullcontext() as pool:
+            done = pool.map(load, self.files, chunksize=16) if pool else map(load, self.files)
+            bar = progress(done, f"pictures {self.kind} {self.size}", total=len(self.files))
+            for file, (picture, repaired, reason) in zip(self.files, bar, strict=True):
+                if reason:
+                    extra["failed"][file] = reason
+                if repaired:
+                    extra["repaired"].append(file)
+                yield picture[None]
+
+    def array(self):
+        return self.kept.load(mmap=True)
+
+
+class PictureSet(torch.utils.data.Dataset):
+    """Batches of pictures: [(index, repeat)] -> {"images": uint8 (B, P, S, S, 3), "uniforms", "targets"}."""
+
+    def __init__(self, array, rows, targets, seed=0, view=None):
+        self.array, self.rows, self.targets, self.seed, self.view = array, rows, torch.as_tensor(targets), seed, view
+
+    def __getitem__(self, keys):
+        index = [i for i, _ in keys]
+        batch = {"images": torch.from_numpy(self.array[self.rows[index]]), "targets": self.targets[index]}
+        if self.view is not None and keys:
+            batch["uniforms"] = draw(self.seed, self.view, keys, self.rows.shape[1])
+        return batch
+
+
+class FeatureSet(torch.utils.data.Dataset):
+    """Batches of kept features: [(index, repeat)] -> {"features": float32 (B, D), "targets"}."""
+
+    def __init__(self, features, targets):
+        self.features, self.targets = features, torch.as_tensor(targets, device=features.device)
+
+    def __getitem__(self, keys):
+        index = torch.tensor([i for i, _ in keys], dtype=torch.long, device=self.features.device)
+        return {"features": self.features[index], "targets": self.targets[index]}
+
+
+def open_part(table, kind, size, cache, workers, missing):
+    """The pictures of a part -> (table without unreadable rows, Pictures, rows left out); Pictures is None for volumes.
+
+    `kind` is preprocess.KINDS or None for knee volumes. An unreadable file stops (missing="stop") or leaves its row out.
+    """
+    files, pictures = list(table["files"]), None
+    if kind is None:
+        failed = {file: reason for row in files for file in row if (reason := volume_fault(file))}
+    else:
+        if local_rank() == 0:  # one process of a machine decodes, the others find the result
+            Pictures(files, kind, size, cache, workers)
+        gather(None)
+        pictures = Pictures(files, kind, size, cache, workers)
+        failed = pictures.failed
+    bad = np.array([any(file in failed for file in row) for row in files], dtype=bool)
+    if bad.any() and missing == "stop":
+        raise InputError(f"{len(failed)} file(s) cannot be read, the first: " + "; ".join(list(failed.values())[:3])
+                         + ". Replace them, or leave these rows out with --missing drop")
+    if pictures:
+        pictures.rows = pictures.rows[~bad]
+    return table[~bad], pictures, int(bad.sum())
+
+
+# ---------------------------------------------------------------- knee volumes
+
+def volume_fault(file):
+    """Why a volume cannot be used; an empty string when it can."""
+    try:
+        read_volume(file)
+    except InputError as error:
+        return str(error)
+    return ""
+
+
+def read_volume(file):
+    """One plane of an exam, mapped from disk: uint8 (slices, 256, 256). Never unpickles anything."""
+    try:
+        volume = np.load(file, mmap_mode="c", allow_pickle=False)
+    except (ValueError, OSError, EOFError, SyntaxError, TypeError, KeyError, MemoryError, OverflowError) as error:
+        raise InputError(f"{file}: not a plain .npy array ({str(error)[:80]})") from error
+    if not isinstance(volume, np.ndarray) or volume.dtype != np.uint8 or volume.ndim != 3 or volume.shape[1:] != (256, 256) or not len(volume):
+        got = f"{volume.dtype} {volume.shape}" if isinstance(volume, np.ndarray) else type(volume).__name__
+        raise InputError(f"{file}: {got}; expected uint8 (slices, 256, 256)")
+    return volume
+
+
+class VolumeSet(torch.utils.data.Dataset):
+    """Batches of exams: [(index, repeat)] -> {"volumes": three uint8 (sum of slices, S, S), "lengths", ...}.
+
+    `size` is the centre crop of the 256 x 256 slices (published: 224).
+    """
+
+    def __init__(self, files, targets, size, seed=0, view=None):
+        self.files, self.targets, self.size, self.seed, self.view = list(files), torch.as_tensor(targets), size, seed, view
+
+    def __getitem__(self, keys):
+        index = [i for i, _ in keys]
+        lo = (256 - self.size) // 2
+        crop = slice(lo, lo + self.size)
+        planes = [[read_volume(self.files[i][plane])[:, crop, crop] for i in index] for plane in range(len(PLANES))]
+        empty = np.zeros((0, self.size, self.size), np.uint8)
+        batch = {"volumes": [torch.from_numpy(np.concatenate([empty, *volumes])) for volumes in planes],
+                 "lengths": [[len(volume) for volume in volumes] for volumes in planes], "targets": self.targets[index]}
+        if self.view is not None and keys:
+            batch["uniforms"] = draw(self.seed, self.view, keys, 0)
+        return batch
+
+
+def pictures_of(source, row):
+    """The pictures of one row, uint8 (S, S, 3) each: both eyes, one photograph, or the middle slice of each plane."""
+    pictures, table = source
+    if pictures is not None:
+        return list(pictures.array()[pictures.rows[row]])
+    volumes = [read_volume(file) for file in table["files"].iloc[row]]
+    return [np.repeat(volume[len(volume) // 2][:, :, None], 3, 2) for volume in volumes]
+
+
+def first_of_each(targets, num_labels, task):
+    """The first row that carries each label (a label that nobody carries has none), without repeats."""
+    carried = targets == 1 if task == "multilabel" else targets[:, None] == np.arange(num_labels)
+    return list(dict.fromkeys(int(column.argmax()) for column in carried.T if column.any()))
+
+
+def examples(source, targets, probs, labels, task):
+    """A row for every label, as figures.samples takes them; `source` = (Pictures or None, table)."""
+    rows = []
+    for row in first_of_each(targets, len(labels), task):
+        truth = [name for name, t in zip(labels, targets[row], strict=True) if t] if task == "multilabel" else [labels[targets[row]]]
+        shown = np.flatnonzero(probs[row] > 0.5) if task == "multilabel" else [probs[row].argmax()]
+        rows.append({"title": str(source[1]["ID"].iloc[row]), "pictures": pictures_of(source, row), "truth": truth,
+                     "prediction": [(labels[i], float(probs[row, i])) for i in shown]})
+    return rows
+
+
+def single_batch(source, row, size):
+    """One row of a part as a batch, for grad_cam: {"images"} or {"volumes", "lengths"}, and its "targets"."""
+    pictures, table = source
+    data = (VolumeSet(table["files"], np.zeros(len(table)), size) if pictures is None else
+            PictureSet(pictures.array(), pictures.rows, np.zeros(len(pictures.rows))))
+    return data[[(row, 0)]]

@@ -1,0 +1,171 @@
+"""Evaluate a checkpoint; it brings everything but the pictures with it.
+
+    python test.py --ckpt best.pt
+
+prints scikit-learn's classification report and every score with its 95 % bootstrap interval over patients, and writes
+probs.xlsx, ground_truth.xlsx, classification_report.txt, confusion.png, roc.png, samples.png, heatmaps.png,
+test_scores.json (and submission.csv for ODIR) into the run's folder, into a folder of its own for another split.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+import checkpoint
+import dataset
+import engine
+import figures
+import metrics
+import models
+import pictures
+from errors import InputError, guard
+from features import TrunkFeatures, evaluate
+
+
+def get_args_parser():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--ckpt", required=True, help="a best.pt")
+    parser.add_argument("--split", choices=["val", "test", "all"], default="val", help="part of the run's own split; all: every row of the data set")
+    parser.add_argument("--data", help="another folder of the same layout (default: the one that was trained on)")
+    parser.add_argument("--missing", choices=["stop", "drop"], default="stop", help="what to do about missing or unreadable pictures")
+    parser.add_argument("--out", help="folder for the files (default: the run's folder)")
+    parser.add_argument("--threshold", type=float, default=0.5, help="a label is predicted above it (published)")
+    parser.add_argument("--resamples", type=int, default=1000, help="bootstrap resamples of the patients")
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="where it runs")
+    parser.add_argument("--precision", choices=["auto", *engine.PRECISIONS], help="default: as the run was asked to")
+    parser.add_argument("--workers", type=int, help="processes that decode pictures (default: the cores allowed)")
+    parser.add_argument("--cache", help="folder of kept pictures and features (default: the run's)")
+    return parser
+
+
+def choose_rows(table, saved, split, given_data, missing):
+    """The rows of the asked part, in the order the run had them; `all` is every row of the table."""
+    if split == "all":
+        return table
+    wanted = saved["split"][split]
+    if not wanted:
+        raise InputError(f"this run has no {split} part: train with --test-fraction to keep one, or use --split val or all")
+    by_id = table.set_index(table["ID"].astype(str))
+    there = [i for i in wanted if i in by_id.index]
+    if len(there) < len(wanted) and (missing == "stop" or not there):
+        raise InputError(f"{len(wanted) - len(there)} of the {len(wanted)} rows of the run's {split} part are not in this data set. "
+                         + ("Use --split all for other patients, or --missing drop" if given_data else "The data have changed since training"))
+    return by_id.loc[there].reset_index(drop=True)
+
+
+def draw_heatmaps(model, source, targets, labels, task, args, size):
+    """A row of class-activation maps for the first patient of every label."""
+    rows = pictures.first_of_each(targets, len(labels), task)
+    shown, maps, titles = [], [], []
+    for row in rows:
+        panels, cams = models.explain(model, pictures.single_batch(source, row, size))
+        for panel, cam in zip(panels, cams, strict=True):
+            shown.append(panel)
+            maps.append(cam)
+            titles.append([str(source[1]["ID"].iloc[row]), *labels])
+    return figures.heatmaps(shown, maps, titles)
+
+
+def report_scores(families, targets, probs, labels, prior, args):
+    """Every family's scores, 95 % intervals, trivial answers and undefined scores, as test_scores.json holds them."""
+    result = {"scores": {}, "intervals": {}, "trivial": {}, "undefined": []}
+    for family in families:
+        result["scores"][family] = metrics.scores(family, targets, probs, labels, args.threshold)
+        result["intervals"][family] = metrics.bootstrap_intervals(family, targets, probs, args.resamples, labels=labels, threshold=args.threshold)
+        result["undefined"] += [s for s in metrics.undefined_scores(targets, probs, labels, family, args.threshold) if s not in result["undefined"]]
+        if family in ("per label", "challenge"):
+            for name, scores in metrics.trivial_scores(targets, prior, family, args.threshold).items():
+                result["trivial"].setdefault(name, {})[family] = scores
+    if targets.ndim == 2:
+        per_label = metrics.per_label_scores(targets, probs, args.threshold)
+        result["labels"] = {score: dict(zip(labels, per_label[score], strict=True)) for score in ("f1", "auc")}
+    return result
+
+
+def print_scores(result):
+    for family, scores in result["scores"].items():
+        print(f"\n{family} scores:" if family != "challenge" else "\nchallenge scores (all cells flattened):")
+        for name, value in scores.items():
+            low, high = result["intervals"][family][name]
+            print(f"  {name:16} {value:.4f}   95 % interval {low:.4f} to {high:.4f}")
+        for name, trivial in result["trivial"].items():
+            if family in trivial:
+                print(f"  ({name} would score: " + ", ".join(f"{k} {v:.4f}" for k, v in trivial[family].items()) + ")")
+    for sentence in result["undefined"]:
+        print(f"undefined: {sentence}")
+
+
+def main(argv=None):
+    args = get_args_parser().parse_args(argv)
+
+    # The run, from its checkpoint alone
+    saved = checkpoint.load_checkpoint(args.ckpt)
+    run = argparse.Namespace(**saved["args"])
+    labels, task = saved["labels"], saved["task"]
+    run.cache, run.workers = args.cache or run.cache, args.workers
+    device = engine.pick_device(args.device)
+    precision = engine.pick_precision(args.precision or run.precision, device)
+    size = run.crop or run.size
+    model = models.build_model(run.model, len(labels), "none", size)
+    models.load_strict(model, saved["model"], args.ckpt)
+    model = model.to(device)
+
+    # Its data
+    root = args.data or saved["data"]["root"]
+    table, _, notes = dataset.read(run.dataset, root, labels if run.dataset in ("retina", "mrnet") else None)
+    for note in notes:
+        print(f"note: {note}")
+    rows, left_out = dataset.drop_missing({"": choose_rows(table, saved, args.split, args.data, args.missing)}, args.missing)
+    kind = None if run.dataset == "mrnet" else run.preprocess
+    rows, part, unreadable = pictures.open_part(rows[""], kind, size, run.cache, run.workers, args.missing)
+    if rows.empty:
+        raise InputError("no row is left to evaluate")
+    targets = dataset.targets_of(rows, labels)
+    rendered = dataset.is_rendered(root)
+    print(f"{run.dataset}{' (RENDERED)' if rendered else ''}, {args.split}: {len(rows)} rows"
+          + (f", {left_out + unreadable} left out" if left_out + unreadable else "") + f"; {run.model} on {device} in {precision}")
+
+    # Probabilities
+    features = TrunkFeatures(model, precision, run.compile, device, run.cache)
+    loss, targets, probs = evaluate(run, model, features, part, rows, targets, engine.Criterion(task), precision, device)
+
+    # Scores
+    families = ["per label", "challenge"] if run.dataset == "odir" else [saved["family"]]
+    result = {"split": args.split, "n": len(rows), "rendered": rendered, "loss": loss, "checkpoint": str(args.ckpt),
+              **report_scores(families, targets, probs, labels, np.array(saved["prior"]), args)}
+    from sklearn.metrics import classification_report
+    names = dict(zip(dataset.ODIR_LABELS, dataset.ODIR_NAMES, strict=True)) if run.dataset == "odir" else {}
+    predictions = probs > args.threshold if task == "multilabel" else probs.argmax(1)
+    text = classification_report(targets.astype(int), predictions.astype(int), labels=range(len(labels)), zero_division=0, digits=4,
+                                 target_names=[f"{label} {names.get(label, '')}".strip() for label in labels])
+    print(text)
+    print_scores(result)
+
+    # Files
+    home = Path(run.runs) / run.name
+    home = home if home.is_dir() else Path(args.ckpt).with_name(f"test-{run.name}")
+    out = Path(args.out) if args.out else home if args.split == "val" and not args.data else home / f"test-{args.split}"
+    out.mkdir(parents=True, exist_ok=True)
+    ids = rows["ID"].reset_index(drop=True)
+    truth = targets if task == "multilabel" else np.eye(len(labels), dtype=int)[targets]
+    prob_sheet = pd.concat([ids, pd.DataFrame(probs.astype(np.float64), columns=labels)], axis=1)
+    checkpoint.write_sheet(out / "probs.xlsx", prob_sheet)
+    checkpoint.write_sheet(out / "ground_truth.xlsx", pd.concat([ids, pd.DataFrame(truth.astype(int), columns=labels)], axis=1))
+    if run.dataset == "odir":
+        prob_sheet.to_csv(out / "submission.csv", index=False)
+    (out / "classification_report.txt").write_text(text)
+    source = (part, rows)
+    figures.confusion(targets, probs, labels, task).savefig(out / "confusion.png", dpi=120)
+    figures.roc(targets, probs, labels, task).savefig(out / "roc.png", dpi=120)
+    figures.samples(pictures.examples(source, targets, probs, labels, task)).savefig(out / "samples.png", dpi=120)
+    draw_heatmaps(model, source, targets, labels, task, run, size).savefig(out / "heatmaps.png", dpi=110)
+    checkpoint.save_json(out / "test_scores.json", result)
+    print(f"\n{out}/: probs.xlsx, ground_truth.xlsx, classification_report.txt, confusion.png, roc.png, samples.png, heatmaps.png, test_scores.json"
+          + (", submission.csv" if run.dataset == "odir" else ""))
+
+
+if __name__ == "__main__":
+    sys.exit(guard(main))

@@ -1,0 +1,163 @@
+"""The challenge's script on files: scores, row order, and every input it must refuse with status 2."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+import challenge_eval
+import metrics
+from errors import InputError
+
+COLUMNS = ["ID", *"NDGCAHMO"]
+
+
+def frames(n=40, seed=0):
+    rng = np.random.default_rng(seed)
+    truth = pd.DataFrame((rng.random((n, 8)) < .2).astype(int), columns=COLUMNS[1:])
+    answer = pd.DataFrame(rng.random((n, 8)), columns=COLUMNS[1:])
+    ids = rng.permutation(np.arange(5000))[:n]
+    truth.insert(0, "ID", ids)
+    answer.insert(0, "ID", ids)
+    return truth, answer
+
+
+def write(table, path):
+    table.to_excel(path, index=False) if path.suffix == ".xlsx" else table.to_csv(path, index=False)
+    return path
+
+
+def run(*arguments):
+    script = Path(challenge_eval.__file__)
+    return subprocess.run([sys.executable, script, *map(str, arguments)], capture_output=True, text=True)
+
+
+def row(text, name):
+    return next(line for line in text.splitlines() if line.startswith(name)).split()[-4:]
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".xlsx"])
+def test_scores_of_two_files_in_another_order(tmp_path, suffix):
+    truth, answer = frames()
+    expected = metrics.challenge_scores(truth[COLUMNS[1:]], answer[COLUMNS[1:]])
+    shuffled = answer.sample(frac=1, random_state=1)[COLUMNS[::-1]]
+    done = run(write(truth, tmp_path / f"truth{suffix}"), write(shuffled, tmp_path / "answer.csv"))
+    assert done.returncode == 0, done.stderr
+    assert "challenge score, all cells flattened: 40 patients x 8 labels" in done.stdout
+    assert row(done.stdout, "these predictions") == [f"{value:.4f}" for value in expected.values()]
+    zeros = truth[COLUMNS[1:]].eq(0).to_numpy().mean()
+    assert row(done.stdout, "all zeros") == ["0.0000", f"{zeros:.4f}", "0.5000", f"{(zeros + .5) / 3:.4f}"]
+    assert row(done.stdout, "class priors")[0] == "0.0000"
+
+
+def test_official_annotations_are_a_ground_truth(tmp_path):
+    truth, answer = frames()
+    for column in challenge_eval.OFFICIAL:
+        truth.insert(1, column, "x")
+    paths = write(truth, tmp_path / "annotations.xlsx"), write(answer, tmp_path / "answer.xlsx")
+    y_true, y_prob = challenge_eval.read_pair(*paths)
+    assert (y_true == truth[COLUMNS[1:]]).all(axis=None) and np.allclose(y_prob, answer[COLUMNS[1:]])
+    with pytest.raises(InputError, match="Patient Age"):  # but they are no prediction
+        challenge_eval.read_labels(tmp_path / "annotations.xlsx", binary=False)
+
+
+def test_the_name_others_rely_on():
+    assert challenge_eval.challenge_scores is metrics.challenge_scores
+
+
+def test_undefined_scores_are_named_not_numbered(tmp_path):
+    truth, answer = frames(5)
+    truth[COLUMNS[1:]] = 0
+    answer[COLUMNS[1:]] /= 2
+    done = run(write(truth, tmp_path / "truth.csv"), write(answer, tmp_path / "answer.csv"))
+    assert done.returncode == 0
+    assert row(done.stdout, "these predictions") == ["undefined", "1.0000", "undefined", "undefined"]
+    assert "undefined: auc of all labels: only one class among 40 cells" in done.stdout
+
+
+def change(table, cell, value):
+    table = table.astype(object)
+    table.loc[cell] = value
+    return table
+
+
+BAD = {  # what is done to (ground truth, predictions), and what the message must say
+    "missing column": (lambda t, p: (t, p.drop(columns="M")), r"answer.*missing columns \['M'\]"),
+    "other column": (lambda t, p: (t, p.assign(X=1)), r"answer.*other columns \['X'\]"),
+    "other column in the truth": (lambda t, p: (t.assign(Age=1), p), r"truth.*other columns \['Age'\]"),
+    "duplicated ID": (lambda t, p: (t, pd.concat([p, p[3:4]])), r"not repeat; wrong in 2 rows \(row 5: .*row 42"),
+    "ID is no number": (lambda t, p: (change(t, (2, "ID"), "x7"), p), r"truth.*ID must be a whole number.*row 4: x7"),
+    "ID is missing": (lambda t, p: (change(t, (2, "ID"), None), p), r"truth.*ID must be a whole number.*row 4"),
+    "ID is broken": (lambda t, p: (change(t, (2, "ID"), 1.5), p), r"ID must be a whole number.*row 4: 1.5"),
+    "missing rows": (lambda t, p: (t, p[2:]), r"answer\S* lacks 2 of the 40 IDs"),
+    "more rows": (lambda t, p: (t[1:], p), r"truth\S* lacks 1 of the 40 IDs"),
+    "other IDs": (lambda t, p: (t, p.assign(ID=p["ID"] + 10_000)), r"answer\S* lacks 40 of the 40 IDs"),
+    "no rows": (lambda t, p: (t, p[:0]), "answer.* has no rows"),
+    "label 2": (lambda t, p: (change(t, (0, "G"), 2), p), r"truth.*G must be 0 or 1; wrong in 1 rows \(row 2: 2"),
+    "label missing": (lambda t, p: (change(t, (0, "G"), None), p), r"truth.*column G must be 0 or 1.*row 2: nan"),
+    "label is text": (lambda t, p: (change(t, (0, "G"), "yes"), p), r"truth.*column G must be 0 or 1.*row 2: yes"),
+    "above 1": (lambda t, p: (t, change(p, (5, "O"), 1.01)), r"answer.*O must be a number from 0 to 1.*row 7: 1.01"),
+    "below 0": (lambda t, p: (t, change(p, (5, "O"), -.01)), r"answer.*column O .*row 7: -0.01"),
+    "infinite": (lambda t, p: (t, change(p, (5, "O"), np.inf)), r"answer.*column O .*row 7: inf"),
+    "probability missing": (lambda t, p: (t, change(p, (5, "O"), None)), r"answer.*column O .*row 7: nan"),
+    "probability is text": (lambda t, p: (t, change(p, (5, "O"), "0,5")), r"answer.*column O .*row 7: 0,5"),
+}
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".xlsx"])
+@pytest.mark.parametrize("name", BAD)
+def test_bad_tables_are_refused_by_file_and_row(tmp_path, capsys, name, suffix):
+    spoil, message = BAD[name]
+    truth, answer = spoil(*frames())
+    paths = [write(table, tmp_path / f"{file}{suffix}") for file, table in (("truth", truth), ("answer", answer))]
+    assert challenge_eval.guard(challenge_eval.main, list(map(str, paths))) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert pd.Series([printed.err]).str.contains(message, regex=True)[0], printed.err
+
+
+FILES = {
+    "absent.csv": (None, "absent.csv does not exist"),
+    "empty.csv": (b"", "empty.csv is empty"),
+    "blank.csv": (b"\n\n", "blank.csv"),
+    "header.csv": (b"ID,N,D,G,C,A,H,M,O\n", "header.csv has no rows"),
+    "semicolon.csv": (b"ID;N;D\n1;2;3\n", "missing columns"),
+    "ragged.csv": (b"ID,N,D,G,C,A,H,M,O\n1,2\n1,2,3,4,5,6,7,8,9,10,11\n", "cannot read .*ragged.csv"),
+    "binary.csv": (b"\xff\xfe\x00\x81" * 9, "binary.csv"),
+    "text.xlsx": (b"no workbook", "cannot read .*text.xlsx"),
+    "cut.xlsx": (b"PK\x03\x04" + bytes(200), "cannot read .*cut.xlsx"),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_bad_files_are_refused(tmp_path, capsys, name):
+    content, message = FILES[name]
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    truth = write(frames()[0], tmp_path / "truth.csv")
+    assert challenge_eval.guard(challenge_eval.main, [str(truth), str(tmp_path / name)]) == 2
+    assert pd.Series([capsys.readouterr().err]).str.contains(message, regex=True)[0]
+
+
+def test_the_process_ends_with_status_2_and_one_line(tmp_path):
+    truth, answer = frames()
+    done = run(write(truth, tmp_path / "truth.csv"), write(answer.assign(N=7), tmp_path / "answer.csv"))
+    assert done.returncode == 2 and done.stdout == "" and "Traceback" not in done.stderr
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert run(tmp_path).returncode == 2  # a second file is needed
+    assert run(tmp_path, tmp_path).returncode == 2  # folders are no files
+
+
+def test_blank_lines_do_not_move_the_row_numbers(tmp_path):
+    path = tmp_path / "answer.csv"
+    path.write_text("ID,N,D,G,C,A,H,M,O\n\n1,0,0,0,0,0,0,0,0\n\n2,0,0,0,0,0,0,0,9\n")
+    with pytest.raises(InputError, match=r"column O .*\(row 5: 9"):
+        challenge_eval.read_labels(path, binary=False)
+
+
+def test_help():
+    done = run("--help")
+    assert done.returncode == 0 and "ground_truth" in done.stdout and "predictions" in done.stdout

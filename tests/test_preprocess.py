@@ -1,0 +1,415 @@
+"""Reading, repairing, cropping and the command line. Real photographs are used where REAL_DATA says where they are."""
+
+import io
+import os
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import preprocess  # noqa: E402
+from errors import InputError  # noqa: E402
+from preprocess import CircleCrop, FOVExtraction, load_picture, prepare, read_picture  # noqa: E402
+
+REAL = Path(os.environ.get("REAL_DATA", "absent"))
+real = pytest.mark.skipif(not REAL.is_dir(), reason="REAL_DATA is not set")
+
+
+def eye(width=300, height=260, seed=0):
+    """A bright, textured disc on black, uint8 (height, width, 3)."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[:height, :width]
+    coarse = Image.fromarray(rng.integers(60, 220, (12, 12, 3), dtype=np.uint8)).resize((width, height))
+    inside = (x + 0.5 - width / 2) ** 2 + (y + 0.5 - height / 2) ** 2 < (0.45 * min(width, height)) ** 2
+    return np.asarray(coarse) * inside[..., None].astype(np.uint8)
+
+
+def encoded(image, kind="JPEG", **options):
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def run(*args):
+    command = [sys.executable, str(ROOT / "preprocess.py"), *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+# --- field of view, circle, square
+
+
+def test_fov_keeps_rows_and_columns_that_hold_a_bright_pixel():
+    picture = np.zeros((30, 40, 3), np.uint8)
+    picture[5, 10], picture[20, 33], picture[8, 12] = 8, 200, 7  # 7 is not brighter than 7
+    out = FOVExtraction()(picture)
+    assert out.shape == (2, 2, 3)
+    assert out[0, 0, 0] == 8 and out[1, 1, 0] == 200 and out[0, 1, 0] == 0
+    assert FOVExtraction(threshold=6)(picture).shape == (3, 3, 3)
+
+
+@pytest.mark.parametrize("step", [FOVExtraction(), CircleCrop()])
+def test_arrays_and_pil_images_give_the_same_in_their_own_kind(step):
+    from_array, from_image = step(eye()), step(Image.fromarray(eye()))
+    assert isinstance(from_array, np.ndarray) and from_array.dtype == np.uint8
+    assert isinstance(from_image, Image.Image) and from_image.mode == "RGB"
+    np.testing.assert_array_equal(from_array, np.asarray(from_image))
+
+
+def test_wholly_black_is_refused_and_named(tmp_path):
+    with pytest.raises(InputError, match="wholly black"):
+        FOVExtraction()(np.full((20, 20, 3), 7, np.uint8))
+    Image.new("RGB", (64, 64)).save(tmp_path / "night.png")
+    with pytest.raises(InputError, match="night.png.*wholly black"):
+        load_picture(tmp_path / "night.png", "fov", 32)
+    assert not load_picture(tmp_path / "night.png", "none", 32)[0].any()
+
+
+def test_circle_crop_against_a_loop():
+    picture = np.full((20, 31, 3), 255, np.uint8)
+    out = CircleCrop()(picture)
+    for y in range(20):
+        for x in range(31):
+            assert (out[y, x, 0] == 255) == ((x + 0.5 - 15.5) ** 2 + (y + 0.5 - 10) ** 2 <= 100)
+    assert picture.min() == 255  # the argument is left as it was
+
+
+def test_prepare_against_its_steps_and_without_a_border():
+    picture = eye(400, 300)
+    cropped = FOVExtraction()(CircleCrop()(FOVExtraction()(picture)))
+    expected = np.asarray(Image.fromarray(cropped).resize((64, 64), Image.Resampling.BILINEAR))
+    np.testing.assert_array_equal(prepare(Image.fromarray(picture), "fov", 64), expected)
+    full = np.full((100, 100, 3), 90, np.uint8)  # no black border: passes through, its corners blackened
+    out = prepare(Image.fromarray(full), "fov", 50)
+    assert out.shape == (50, 50, 3) and out[25, 25, 0] == 90 and out[0, 0, 0] == 0
+    np.testing.assert_array_equal(prepare(Image.fromarray(full), "none", 50), full[:50, :50])
+
+
+def test_centre_crop_and_unknown_kind():
+    picture = np.zeros((40, 100, 3), np.uint8)
+    picture[:, 30:70] = 200  # exactly the central square
+    assert prepare(Image.fromarray(picture), "centre", 20)[:, 1:-1].min() == 200
+    assert prepare(Image.fromarray(picture), "none", 20)[:, 0].max() == 0
+    with pytest.raises(InputError, match="fov, none, centre"):
+        prepare(Image.fromarray(picture), "squash", 20)
+
+
+# --- what is read
+
+
+@pytest.mark.parametrize("side", [0, 30, 60, 100, 200, 400])
+def test_reduced_decoding_leaves_one_and_a_half_sides(tmp_path, side):
+    picture = Image.fromarray(eye(720, 640))
+    picture.save(tmp_path / "a.jpg", quality=95)
+    picture.save(tmp_path / "a.png")
+    image, repaired = read_picture(tmp_path / "a.jpg", side)
+    reductions = [k for k in (8, 4, 2) if side and 640 / k >= 1.5 * side]
+    assert image.size == (720 // max([*reductions, 1]), 640 // max([*reductions, 1])) and not repaired
+    assert read_picture(tmp_path / "a.png", side)[0].size == (720, 640)
+    if side:
+        whole = prepare(Image.open(tmp_path / "a.jpg"), "fov", side)
+        assert np.abs(prepare(image, "fov", side).astype(int) - whole).mean() < 4
+
+
+def test_modes_are_converted(tmp_path):
+    rgb = Image.fromarray(eye())
+    grey = np.asarray(rgb.convert("L"))
+    alpha = Image.new("L", rgb.size, 255)
+    alpha.paste(0, (0, 0, 150, 260))
+    opaque = np.where(np.asarray(alpha)[..., None] == 255, np.asarray(rgb), 0)
+    layered = rgb.copy()
+    layered.putalpha(alpha)
+    palette = rgb.quantize(16)
+    cases = {
+        "grey.png": (rgb.convert("L"), np.repeat(grey[..., None], 3, 2)),
+        "grey.jpg": (rgb.convert("L"), None),
+        "deep.png": (Image.fromarray(grey.astype(np.uint16) * 257), np.repeat(grey[..., None], 3, 2)),
+        "deep.tif": (Image.fromarray(grey.astype(np.uint16) * 257), np.repeat(grey[..., None], 3, 2)),
+        "wide.tif": (Image.fromarray(grey.astype(np.int32) * 257), np.repeat(grey[..., None], 3, 2)),
+        "palette.png": (palette, np.asarray(palette.convert("RGB"))),
+        "alpha.png": (layered, opaque),
+        "grey_alpha.png": (Image.merge("LA", [rgb.convert("L"), alpha]), None),
+        "bits.png": (rgb.convert("1"), np.asarray(rgb.convert("1").convert("RGB"))),
+        "cmyk.jpg": (rgb.convert("CMYK"), None),
+        "cmyk.tif": (rgb.convert("CMYK"), np.asarray(rgb.convert("CMYK").convert("RGB"))),
+    }
+    for name, (image, expected) in cases.items():
+        image.save(tmp_path / name)
+        out, repaired = read_picture(tmp_path / name)
+        assert out.mode == "RGB" and out.size == rgb.size and not repaired, name
+        if expected is not None:
+            np.testing.assert_array_equal(np.asarray(out), expected, err_msg=name)
+    from_cmyk = np.asarray(read_picture(tmp_path / "cmyk.jpg")[0]).astype(int)
+    assert np.abs(from_cmyk - np.asarray(rgb)).mean() < 6  # not inverted
+    rgb.quantize(16).save(tmp_path / "clear.png", transparency=rgb.quantize(16).getpixel((150, 130)))
+    assert np.asarray(read_picture(tmp_path / "clear.png")[0])[130, 150].max() == 0  # transparent shows the black below
+
+
+def damaged():
+    """name -> (bytes, what the message says)"""
+    picture = Image.fromarray(eye())
+    whole = {kind: encoded(picture, kind) for kind in ("JPEG", "PNG", "BMP")}
+    whole["TIFF"] = encoded(picture, "TIFF", compression="tiff_lzw")
+    cases = {
+        "text.jpg": (b"no picture at all\n" * 50, "not a picture"),
+        "empty.png": (b"", "empty"),
+        "dot.png": (encoded(Image.new("RGB", (1, 1)), "PNG"), "1 x 1 pixels"),
+        "line.png": (encoded(Image.new("RGB", (60000, 1)), "PNG"), "60000 x 1 pixels"),
+        "line.jpg": (encoded(Image.new("RGB", (60000, 1))), "60000 x 1 pixels"),
+        "bomb.png": (bomb(10000, 9000), "decompression bomb"),
+        "big_bomb.png": (bomb(60000, 60000), "decompression bomb"),
+        "float.tif": (encoded(Image.new("F", (20, 20), 0.5), "TIFF"), "floating-point"),
+        "deep.tif": (encoded(Image.new("I", (20, 20), 70000), "TIFF"), "0-65535"),
+    }
+    for kind, data in whole.items():
+        for tenth in range(1, 10):
+            cases[f"cut{tenth}.{kind.lower()}"] = (data[: len(data) * tenth // 10], "")
+    flipped = bytearray(whole["PNG"])
+    flipped[len(flipped) // 2] ^= 16  # one bit of the compressed pixels
+    cases["flipped.png"] = (bytes(flipped), "damaged")
+    return cases
+
+
+def bomb(width, height):
+    """A small PNG that declares a huge picture."""
+    def chunk(name, body):
+        return len(body).to_bytes(4) + name + body + zlib.crc32(name + body).to_bytes(4)
+
+    header = width.to_bytes(4) + height.to_bytes(4) + b"\x08\x02\x00\x00\x00"
+    pixels = zlib.compress(bytes(1000))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
+
+
+def test_damaged_files_are_refused_by_name(tmp_path):
+    for name, (data, message) in damaged().items():
+        (tmp_path / name).write_bytes(data)
+        for side in (0, 100):
+            with pytest.raises(InputError) as caught:
+                read_picture(tmp_path / name, side)
+            assert name in str(caught.value) and message in str(caught.value), (name, str(caught.value))
+    with pytest.raises(InputError, match="absent.jpg"):
+        read_picture(tmp_path / "absent.jpg")
+
+
+def test_memory_errors_are_not_taken_for_damage(tmp_path, monkeypatch):
+    Image.fromarray(eye()).save(tmp_path / "a.jpg")
+
+    def fail(*args):
+        raise MemoryError
+
+    monkeypatch.setattr(preprocess, "decode", fail)
+    with pytest.raises(MemoryError):
+        read_picture(tmp_path / "a.jpg")
+
+
+# --- the missing end marker
+
+WAYS = {
+    "plain": {},
+    "progressive": {"progressive": True},
+    "optimised": {"optimize": True, "quality": 95},
+    "no_subsampling": {"subsampling": 0},
+    "restart_rows": {"restart_marker_rows": 1},
+    "restart_blocks": {"restart_marker_blocks": 3},
+}
+
+
+def check_repair(picture, options, path):
+    """Only the end marker missing: repaired to the very pixels. Any more missing, or zeros in its place: refused."""
+    data = encoded(picture, **options)
+    assert data.endswith(preprocess.EOI)
+    expected = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+    for lost in (1, 2):
+        path.write_bytes(data[:-lost])
+        image, repaired = read_picture(path)
+        assert repaired
+        np.testing.assert_array_equal(np.asarray(image), expected)
+        whole, _ = load_picture(path, "none", 48)
+        path.write_bytes(data)
+        np.testing.assert_array_equal(whole, load_picture(path, "none", 48)[0])
+    cuts = [len(data) * tenth // 10 for tenth in range(1, 10)] + [len(data) - lost for lost in (4, 10, 40, 200)]
+    restarts = [i for i in range(len(data) - 1) if data[i] == 0xFF and 0xD0 <= data[i + 1] <= 0xD7]
+    scans = [i for i in range(len(data) - 1) if data[i : i + 2] in (b"\xff\xda", b"\xff\xc4")][2:]
+    marked = restarts[-3:] + scans
+    outcomes = [0, 0]
+    for cut in cuts + marked + [i + 2 for i in marked]:
+        for filling in (b"", bytes(len(data) - cut), bytes(4000)):
+            path.write_bytes(data[:cut] + filling)
+            outcomes[refused_or_equal(path, expected)] += 1
+    assert outcomes[0] >= 0.95 * sum(outcomes)  # a cut that takes nothing visible with it may be repaired
+
+
+def refused_or_equal(path, expected):
+    """0 where the file is refused, 1 where it gives the whole picture; fails where it gives another one."""
+    try:
+        image, _ = read_picture(path)
+    except InputError:
+        return 0
+    # a progressive picture's last refinement may be lost without a trace: one grey level
+    assert np.abs(np.asarray(image).astype(int) - expected).max() <= 1, path
+    return 1
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_repair_is_told_from_truncation(tmp_path, way):
+    check_repair(Image.fromarray(eye()), WAYS[way], tmp_path / "a.jpg")
+    check_repair(Image.fromarray(eye()).convert("L"), WAYS[way], tmp_path / "b.jpg")
+
+
+def test_a_thumbnail_does_not_stand_in_for_the_end(tmp_path):
+    data, thumbnail = encoded(Image.fromarray(eye())), encoded(Image.fromarray(eye(40, 40)))
+    segment = b"Exif\0\0" + thumbnail
+    data = data[:2] + b"\xff\xe1" + (len(segment) + 2).to_bytes(2) + segment + data[2:]
+    path = tmp_path / "a.jpg"
+    path.write_bytes(data)
+    expected = np.asarray(read_picture(path)[0])
+    path.write_bytes(data[:-2])
+    image, repaired = read_picture(path)
+    assert repaired
+    np.testing.assert_array_equal(np.asarray(image), expected)
+    for tenth in range(1, 10):
+        path.write_bytes(data[: len(data) * tenth // 10])
+        with pytest.raises(InputError):
+            read_picture(path)
+
+
+@real
+@pytest.mark.parametrize("way", WAYS)
+def test_repair_of_real_photographs(tmp_path, way):
+    for folder in ("odir/images", "idrid/train_images"):
+        for source in sorted((REAL / folder).glob("*.jpg"))[5::1500]:
+            check_repair(Image.open(source).convert("RGB"), WAYS[way], tmp_path / source.name)
+
+
+@real
+def test_real_files_as_they_are(tmp_path):
+    sources = sorted((REAL / "odir/images").glob("*.jpg"))[::400]
+    sources += sorted((REAL / "idrid/train_images").glob("*.jpg"))[::80]
+    path = tmp_path / "a.jpg"
+    for source in sources:
+        data = source.read_bytes()
+        expected = np.asarray(Image.open(source).convert("RGB"))
+        assert not read_picture(source)[1]
+        path.write_bytes(data[:-2])
+        image, repaired = read_picture(path)
+        assert repaired
+        np.testing.assert_array_equal(np.asarray(image), expected)
+        for tenth in range(1, 10):
+            path.write_bytes(data[: len(data) * tenth // 10])
+            with pytest.raises(InputError, match="a.jpg"):
+                read_picture(path)
+
+
+@real
+def test_reduced_scale_is_close_to_the_full_size_way():
+    differences = []
+    for source in sorted((REAL / "fullsize").glob("*.jpg")):
+        plain = prepare(Image.open(source).convert("RGB"), "fov", 224)
+        differences.append(np.abs(load_picture(source, "fov", 224)[0].astype(int) - plain).mean())
+    assert len(differences) >= 7 and np.mean(differences) < 1.5
+
+
+# --- the command line
+
+
+@pytest.fixture
+def source(tmp_path):
+    folder = tmp_path / "src"
+    (folder / "deep" / "er").mkdir(parents=True)
+    names = ("a.jpg", "b.JPEG", "deep/c.png", "deep/er/d.TIF", "deep/e.tiff", "f.bmp")
+    for i, name in enumerate(names):
+        Image.fromarray(eye(seed=i)).save(folder / name)
+    (folder / "notes.txt").write_text("no picture")
+    return folder
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_every_picture_is_written_and_a_second_call_skips(tmp_path, source, workers):
+    target = tmp_path / "dst"
+    first = run(source, target, "--size", 64, "--workers", workers)
+    assert first.returncode == 0, first.stderr
+    assert "6 written" in first.stdout and "0 skipped" in first.stdout
+    written = sorted(str(path.relative_to(target)) for path in target.rglob("*") if path.is_file())
+    expected = [str(p.relative_to(source)) for p in source.rglob("*") if p.is_file() and p.name != "notes.txt"]
+    assert written == sorted([*expected, "preprocess.json"])
+    formats = {"a.jpg": "JPEG", "b.JPEG": "JPEG", "deep/c.png": "PNG", "deep/er/d.TIF": "TIFF", "f.bmp": "BMP"}
+    for name, kind in formats.items():
+        with Image.open(target / name) as image:
+            assert image.format == kind and image.size == (64, 64) and image.mode == "RGB"
+    expected_pixels = load_picture(source / "deep/c.png", "fov", 64)[0]
+    np.testing.assert_array_equal(np.asarray(Image.open(target / "deep/c.png")), expected_pixels)
+    stamps = {name: (target / name).stat().st_mtime_ns for name in expected}
+    (target / ".preprocess-1-a.jpg").write_bytes(b"left behind by a killed call")
+    os.utime(source / "f.bmp", ns=(stamps["f.bmp"] + 10**9,) * 2)  # changed since
+    second = run(source, target, "--size", 64, "--workers", workers)
+    assert second.returncode == 0 and "1 written" in second.stdout and "5 skipped" in second.stdout
+    assert [name for name in expected if (target / name).stat().st_mtime_ns != stamps[name]] == ["f.bmp"]
+    assert not list(target.rglob(".preprocess-*"))
+
+
+def test_other_settings_are_not_mistaken_for_finished(tmp_path, source):
+    target = tmp_path / "dst"
+    assert run(source, target, "--size", 64).returncode == 0
+    assert "6 written" in run(source, target, "--size", 48).stdout
+    assert "6 written" in run(source, target, "--size", 48, "--kind", "none").stdout
+    expected = load_picture(source / "f.bmp", "none", 48)[0]
+    np.testing.assert_array_equal(np.asarray(Image.open(target / "f.bmp")), expected)
+    assert "6 skipped" in run(source, target, "--size", 48, "--kind", "none").stdout
+
+
+def test_a_damaged_target_is_written_again(tmp_path, source):
+    target = tmp_path / "dst"
+    run(source, target, "--size", 64)
+    (target / "a.jpg").write_text("damaged")
+    assert "1 written" in run(source, target, "--size", 64).stdout
+    assert Image.open(target / "a.jpg").size == (64, 64)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_failures_are_named_and_nothing_half_written_stays(tmp_path, source, workers):
+    (source / "bad.jpg").write_text("text")
+    Image.new("RGB", (50, 50)).save(source / "deep" / "night.png")
+    target = tmp_path / "dst"
+    result = run(source, target, "--size", 64, "--workers", workers)
+    assert result.returncode == 1 and "6 written" in result.stdout and "2 failed" in result.stdout
+    assert "bad.jpg: not a picture" in result.stderr and "night.png: wholly black" in result.stderr
+    assert result.stderr.rstrip().endswith("2 of 8 pictures failed") and "Traceback" not in result.stderr
+    assert not (target / "bad.jpg").exists() and not (target / "deep" / "night.png").exists()
+    assert not list(target.rglob(".preprocess-*"))
+    again = run(source, target, "--size", 64, "--workers", workers)
+    assert again.returncode == 1 and "6 skipped" in again.stdout  # a failure is never taken for finished
+
+
+def test_unusable_arguments_end_with_status_2(tmp_path, source):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("")
+    cases = {
+        "is not a folder": (tmp_path / "absent", tmp_path / "dst"),
+        "holds no picture": (tmp_path / "empty", tmp_path / "dst"),
+        "the same": (source, source),
+        "one inside": (source, source / "dst"),
+        "inside the other": (source, tmp_path),
+        "expected at least 16": (source, tmp_path / "dst", "--size", 8),
+        "at least 1": (source, tmp_path / "dst", "--workers", 0),
+        "Choose another name": (source, tmp_path / "file"),
+        "invalid choice": (source, tmp_path / "dst", "--kind", "circle"),
+    }
+    for message, arguments in cases.items():
+        result = run(*arguments)
+        assert result.returncode == 2 and message in result.stderr, (message, result.stderr)
+        assert "Traceback" not in result.stderr
+    assert not (tmp_path / "dst").exists()
+
+
+def test_defaults_and_light_imports():
+    args = preprocess.get_args_parser().parse_args(["a", "b"])
+    assert (args.size, args.kind) == (224, "fov") and 1 <= args.workers <= 16
+    code = "import sys, preprocess; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+    assert "--kind" in run("--help").stdout

@@ -1,0 +1,466 @@
+"""Train one network of the five studies.
+
+    python train.py --lr 0.05 --scheduler linear --model v0
+
+is experiment 3 of the eye-pair study: a linear head on a frozen ResNet-50, on data/odir (or, where that is missing, on
+rendered stand-ins, which is said loudly). Writes runs/<name>/ (best.pt, last.pt, run.json, split.csv,
+train_results.xlsx, TensorBoard events) and a copy of best.pt here; ends with the best epoch's validation scores.
+"""
+
+import argparse
+import functools
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+
+import augment
+import checkpoint
+import dataset
+import engine
+import metrics
+import models
+import pictures
+import samplers
+from errors import InputError, guard
+from features import TrunkFeatures, evaluate, fit_batchnorm, loader_workers, training_data
+
+# scheduler -> (epochs, gamma): what --schedule-epochs and --gamma mean to it when they are not given (all published)
+SCHEDULES = {"none": (None, None), "linear": (50, 0.1), "cyclic": (10, None), "step": (1, 0.7), "plateau": (3, 0.3)}
+# The other studies' published settings: what --dataset changes in the defaults below.
+PUBLISHED = {
+    "odir": {},
+    "aptos": dict(model="efficientnet-b1", optimizer="adam", lr=0.01, scheduler="step", batch=30, epochs=50, patience=50,
+                  preprocess="none", fine_tune=True, sampler="weighted"),
+    "dr": dict(model="resnet18", lr=0.001, weight_decay=5e-4, scheduler="none", batch=64, epochs=25, patience=25, fine_tune=True,
+               freeze_epochs=5, preprocess="centre", size=256, crop=224, augment="lab", drop_last=True),
+    # Only network, optimiser and loss are published; the rest is ours.
+    "retina": dict(model="alexnet", optimizer="adam", lr=0.001, scheduler="none", epochs=50, fine_tune=True, weights="none"),
+    "mrnet": dict(model="mrnet", optimizer="adam", lr=1e-5, weight_decay=0.01, scheduler="plateau", batch=1, epochs=50, patience=50,
+                  fine_tune=True, augment="knee", weighted_loss=True, preprocess="none"),
+}
+# A resumed run keeps these: they decide shapes, the rows, or what the optimiser and the schedule hold.
+FIXED = ("dataset", "model", "labels", "size", "crop", "preprocess", "fine_tune", "bn", "weights", "optimizer", "scheduler",
+         "split_seed", "val_fraction", "test_fraction", "pseudo_labels", "min_confidence", "shuffle_labels", "name", "runs")
+
+
+def get_args_parser(dataset_name="odir"):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Formatter)
+    yes_no = argparse.BooleanOptionalAction
+
+    group = parser.add_argument_group("data")
+    group.add_argument("--dataset", choices=dataset.DATASETS, default="odir", help="data set; sets the published defaults below")
+    group.add_argument("--data", help="its folder; without it data/<dataset>, or rendered stand-ins where that is missing")
+    group.add_argument("--missing", choices=["stop", "drop"], default="stop", help="what to do about missing or unreadable pictures")
+    group.add_argument("--labels", nargs="+", help="retina, mrnet: the labels to use (default: all of SPEC's)")
+    group.add_argument("--val-fraction", type=float, help="share of patients in validation (published: 0.2; aptos 733/3662)")
+    group.add_argument("--test-fraction", type=float, help="share kept away from training (published: 0; aptos 583/3662)")
+    group.add_argument("--split-seed", type=int, default=42, help="seed of the split (write-up)")
+    group.add_argument("--shuffle-labels", action="store_true", help="control: shuffle the labels among the training patients")
+    group.add_argument("--pseudo-labels", help="retina: CSV from spread_labels.py whose pictures join the training part")
+    group.add_argument("--min-confidence", type=float, default=0.0, help="least confidence of a pseudo-label to be used")
+
+    group = parser.add_argument_group("pictures")
+    group.add_argument("--preprocess", choices=["fov", "none", "centre"], default="fov", help="fov: the eye alone (write-up); centre: shorter side, centre crop")
+    group.add_argument("--size", type=int, default=224, help="pixels a side (write-up)")
+    group.add_argument("--crop", type=int, help="random crop of a training view; evaluation resizes to it (experiments 14-17, dr)")
+    group.add_argument("--augment", choices=["none", *augment.RECIPES], default="none", help="eyes: experiments 8, 9; pair: 14-17; lab: dr; knee: mrnet")
+    group.add_argument("--views", type=int, default=0, help="cycle through this many augmented views; 0 draws a fresh one per epoch (write-up)")
+
+    group = parser.add_argument_group("network")
+    group.add_argument("--model", choices=models.MODELS, default="v0", help="v0, v1, v2: heads on the dual ResNet-50")
+    group.add_argument("--weights", default="imagenet", help="imagenet, none, or a file (best.pt or a library's state_dict)")
+    group.add_argument("--fine-tune", action=yes_no, default=False, help="train the trunk too (experiments 13-17 and the other studies)")
+    group.add_argument("--freeze-epochs", type=int, default=0, help="with --fine-tune: epochs that train the head alone first (dr lab: 5)")
+    group.add_argument("--bn", choices=["fitted", "pretrained", "batch"], help="BatchNorm: statistics fitted once, the weights' own, or "
+                       "moving with each batch (default: fitted for a frozen trunk, batch with --fine-tune)")
+
+    group = parser.add_argument_group("optimisation")
+    group.add_argument("--optimizer", choices=["sgd", "adam"], default="sgd", help="(write-up)")
+    group.add_argument("--lr", type=float, default=0.05, help="learning rate (experiment 3); cyclic: its lower end")
+    group.add_argument("--momentum", type=float, default=0.9, help="of sgd (write-up)")
+    group.add_argument("--weight-decay", type=float, default=0.0, help="(write-up: none)")
+    group.add_argument("--scheduler", choices=SCHEDULES, default="linear", help="stepped once an epoch (experiment 3)")
+    group.add_argument("--schedule-epochs", type=int, help="linear: length (50); cyclic: epochs up (10); step: period (1); plateau: patience (3)")
+    group.add_argument("--gamma", type=float, help="linear: last factor (0.1); step (0.7) and plateau (0.3): factor")
+    group.add_argument("--max-lr", type=float, default=0.1, help="cyclic: upper end (experiment 4)")
+    group.add_argument("--batch", type=int, default=32, help="rows of one step, over all processes (write-up)")
+    group.add_argument("--epochs", type=int, default=100, help="at most (write-up)")
+    group.add_argument("--patience", type=int, default=20, help="epochs without a lower validation loss before it stops (write-up)")
+    group.add_argument("--weighted-loss", action=yes_no, default=False, help="pos_weight or class weights from the training part (experiment 11)")
+    group.add_argument("--sampler", choices=samplers.SAMPLERS, default="shuffle", help="balanced: experiment 12; weighted: aptos")
+    group.add_argument("--drop-last", action=yes_no, default=False, help="leave out an incomplete last batch (dr lab)")
+
+    group = parser.add_argument_group("machine")
+    group.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="where it runs")
+    group.add_argument("--precision", choices=["auto", *engine.PRECISIONS], default="auto", help="auto: the fastest that the hardware computes natively")
+    group.add_argument("--compile", action=yes_no, default=False, help="torch.compile; pays off in long runs")
+    group.add_argument("--workers", type=int, help="processes that decode pictures and load batches (default: the cores allowed)")
+    group.add_argument("--feature-cache", action=yes_no, default=True, help="keep a frozen trunk's features on disk")
+    group.add_argument("--cache", default="cache", help="folder of kept pictures and features; may be deleted at any time")
+
+    group = parser.add_argument_group("run")
+    group.add_argument("--runs", default="runs", help="folder of the run folders")
+    group.add_argument("--name", help="name of the run folder (default: <dataset>-<model>-<number>)")
+    group.add_argument("--resume", metavar="RUN", help="go on with runs/<name>; other flags given here win over the stored ones")
+    group.add_argument("--seed", type=int, default=42, help="of weights, order, dropout and augmentation (write-up)")
+    parser.set_defaults(**PUBLISHED[dataset_name])
+    return parser
+
+
+class Formatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Defaults where there are some; the description as it is laid out."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default in (None, argparse.SUPPRESS) else super()._get_help_string(action)
+
+    def _fill_text(self, text, width, indent):
+        return text.strip()
+
+
+def get_args(argv=None):
+    """Parsed flags; with --resume the stored ones, overruled by what is given here -> (args, last.pt or None)."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--dataset", choices=dataset.DATASETS, default="odir")
+    parser = get_args_parser(first.parse_known_args(argv)[0].dataset)
+    args = parser.parse_args(argv)
+    state = None
+    if args.resume:
+        given = get_args_parser()
+        for action in given._actions:
+            action.default = argparse.SUPPRESS
+        given._defaults.clear()
+        given = vars(given.parse_args(argv))
+        state = checkpoint.load_checkpoint(Path(args.resume) / "last.pt", "last")
+        refused = [name for name in FIXED if name in given and given[name] != state["args"].get(name)]
+        if refused:
+            raise InputError("a resumed run keeps its " + ", ".join(f"--{name.replace('_', '-')} {state['args'].get(name)}" for name in refused)
+                             + ": start a new run to change it")
+        args = argparse.Namespace(**{**vars(args), **state["args"], **given})
+    check_args(args)
+    return args, state
+
+
+def check_args(args):
+    """Flags that do not go together are refused, not ignored."""
+    if args.dataset not in models.MODELS[args.model]:
+        takes = ", ".join(name for name, sets in models.MODELS.items() if args.dataset in sets)
+        raise InputError(f"--model {args.model} does not take {args.dataset}; these do: {takes}")
+    for name, least in (("size", 16), ("batch", 1), ("epochs", 1), ("patience", 1), ("freeze_epochs", 0), ("views", 0), ("seed", 0), ("lr", 1e-12)):
+        if not getattr(args, name) >= least:
+            raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected {least:g} or more")
+    if args.crop and (args.augment == "none" or not 16 <= args.crop <= args.size or args.dataset == "mrnet"):
+        raise InputError(f"--crop {args.crop} needs --augment and a --size (here {args.size}) that it fits into")
+    recipes = {"odir": ("eyes", "pair"), "mrnet": ("knee",)}.get(args.dataset, ("eyes", "lab"))
+    if args.augment not in ("none", *recipes):
+        raise InputError(f"--augment {args.augment}: {args.dataset} takes {' or '.join(recipes)}")
+    if args.dataset == "mrnet" and args.size > 256:
+        raise InputError(f"--size {args.size}: MRNet's slices are 256 x 256")
+    if args.pseudo_labels and args.dataset != "retina":
+        raise InputError("--pseudo-labels belongs to --dataset retina")
+    if args.freeze_epochs and not args.fine_tune:
+        raise InputError("--freeze-epochs needs --fine-tune: without it the trunk is frozen all along")
+
+
+# ---------------------------------------------------------------- data
+
+def find_data(name, given):
+    """The data folder: --data as given, data/<name>, or rendered stand-ins, drawn here when they are wanted first."""
+    root = Path(given or Path("data") / name)
+    if given or root.is_dir():
+        return root
+    root = Path("data") / "rendered" / name
+    line = "!" * 78
+    print(f"{line}\n!! There is no data/{name}. This run takes RENDERED STAND-INS from {root}:\n"
+          f"!! its scores say nothing about real eyes or knees. Real data: README, Data.\n{line}", flush=True)
+    script = Path(__file__).parent / "render_data.py"
+    if subprocess.run([sys.executable, script, root, "--dataset", name]).returncode:
+        raise InputError(f"the stand-ins could not be rendered into {root}")
+    return root
+
+
+def load_parts(args):
+    """Read, split, leave out what is missing -> (parts, labels, facts for run.json)."""
+    root = engine.rank0(find_data, args.dataset, args.data)
+    table, labels, notes = dataset.read(args.dataset, root, args.labels)
+    parts = dataset.split(args.dataset, table, args.val_fraction, args.test_fraction, args.split_seed)
+    if args.pseudo_labels:
+        parts["train"], added = dataset.add_pseudo_labels(parts["train"], labels, root, args.pseudo_labels, args.min_confidence)
+        notes.append(f"{added} pseudo-labelled picture(s) join the training part")
+    parts, left_out = dataset.drop_missing(parts, args.missing)
+    if left_out:
+        notes.append(f"{left_out} row(s) without a picture are left out (--missing drop)")
+    return parts, labels, {"root": str(root), "rendered": dataset.is_rendered(root), "notes": notes, "left_out": left_out}
+
+
+# ---------------------------------------------------------------- network, optimiser, schedule
+
+def build(args, labels, rendered):
+    """The network with its weights; random ones, loudly, where ImageNet's cannot be had and the data are rendered."""
+    engine.seed_everything(args.seed)
+    try:
+        return models.build_model(args.model, len(labels), args.weights, args.size if not args.crop else args.crop)
+    except InputError as error:
+        if not (rendered and args.weights == "imagenet"):
+            raise
+        print(f"!! RANDOM WEIGHTS: {error}.\n!! On rendered data the run goes on with a random trunk; its scores mean nothing.")
+        args.weights = "none"
+        return build(args, labels, rendered)
+
+
+def build_optimizer(args, model):
+    parameters = list((model if args.fine_tune else model.classifier).parameters())
+    if args.optimizer == "adam":
+        return torch.optim.Adam(parameters, lr=args.lr, weight_decay=args.weight_decay)
+    return torch.optim.SGD(parameters, lr=args.lr, momentum=args.momentum, weight_decay=args.weight_decay)
+
+
+def build_scheduler(args, optimizer):
+    epochs, gamma = (given if given is not None else usual for given, usual in
+                     zip((args.schedule_epochs, args.gamma), SCHEDULES[args.scheduler], strict=True))
+    lr = torch.optim.lr_scheduler
+    return {
+        "none": lambda: lr.LambdaLR(optimizer, constant),
+        "linear": lambda: lr.LinearLR(optimizer, start_factor=1.0, end_factor=gamma, total_iters=epochs),
+        "cyclic": lambda: lr.CyclicLR(optimizer, base_lr=args.lr, max_lr=args.max_lr, step_size_up=epochs, mode="triangular2"),
+        "step": lambda: lr.StepLR(optimizer, step_size=epochs, gamma=gamma),
+        "plateau": lambda: lr.ReduceLROnPlateau(optimizer, patience=epochs, factor=gamma, threshold=1e-4),
+    }[args.scheduler]()
+
+
+def constant(_):
+    return 1.0
+
+
+def train_prior(targets, num_labels):
+    """Share of the training rows that carry each label."""
+    return (targets.mean(0) if targets.ndim == 2 else np.bincount(targets, minlength=num_labels) / len(targets)).tolist()
+
+
+def loss_weight(args, task, targets, num_labels):
+    """pos_weight or class weights of the training part; None without --weighted-loss."""
+    if not args.weighted_loss:
+        return None
+    return samplers.pos_weight(targets) if task == "multilabel" else samplers.class_weights(targets, num_labels)
+
+
+# ---------------------------------------------------------------- what a run remembers
+
+def save_last(folder, args, state, model, trunk, optimizer, scheduler, scaler):
+    """last.pt: a frozen trunk is named by its digest, everything else is stored."""
+    checkpoint.save_checkpoint(folder / "last.pt", "last", args=vars(args), trunk=trunk,
+                               model=checkpoint.cpu_state(model.classifier if trunk else model), optimizer=optimizer.state_dict(),
+                               scheduler=scheduler.state_dict(), scaler=scaler.state_dict(), **state)
+
+
+def save_best(folder, args, best, model, facts):
+    """best.pt: the whole network as it was in the best epoch, and all that test.py needs to rebuild the rest."""
+    weights = checkpoint.cpu_state(model)
+    weights.update({f"classifier.{key}": value for key, value in (best["classifier"] or {}).items()})
+    checkpoint.save_checkpoint(folder / "best.pt", "best", model=weights, args=vars(args), epoch=best["epoch"], loss=best["loss"],
+                               scores=best["scores"], **facts)
+
+
+def save_results(folder, history, best_epoch=None):
+    checkpoint.write_sheet(folder / "train_results.xlsx", pd.DataFrame(history))
+
+
+def open_tensorboard(folder, args, history):
+    """A fresh event file that begins with all epochs so far: after a resume no epoch is there twice."""
+    from torch.utils.tensorboard import SummaryWriter
+    for old in folder.glob("events.out.tfevents.*"):
+        old.unlink()
+    writer = SummaryWriter(folder)
+    writer.add_text("arguments", "\n".join(f"    --{name} {value}" for name, value in sorted(vars(args).items())))
+    for row in history:
+        log_epoch(writer, row)
+    return writer
+
+
+def log_epoch(writer, row):
+    for name, value in row.items():
+        if name != "epoch":
+            part, _, score = name.partition("_")
+            writer.add_scalar(f"{score}/{part}" if score else name, value, row["epoch"])
+    writer.flush()
+
+
+def finish_tensorboard(writer, args, best, targets, labels, task, val_data):
+    """Confusion matrices and sample patients of the best epoch, and the arguments beside the final scores."""
+    import figures
+    probs = best["probs"].numpy()
+    writer.add_figure("confusion", figures.confusion(targets, probs, labels, task), best["epoch"])
+    writer.add_figure("samples", figures.samples(pictures.examples(val_data, targets, probs, labels, task)), best["epoch"])
+    flags = {name: value if isinstance(value, bool | int | float | str) else str(value) for name, value in vars(args).items()}
+    writer.add_hparams(flags, {f"best/{name}": value for name, value in best["scores"].items()}, run_name=".")
+    writer.close()
+
+
+# ---------------------------------------------------------------- main
+
+def main(argv=None):
+    # Arguments, device, data
+    started = time.time()
+    args, stored = get_args(argv)
+    device = engine.start_processes(engine.pick_device(args.device))
+    precision = engine.pick_precision(args.precision, device)
+    parts, labels, facts = load_parts(args)
+    task, family = (dataset.DATASETS[args.dataset][key] for key in ("task", "family"))
+    kind = None if args.dataset == "mrnet" else args.preprocess
+    parts["train"], train_pictures, bad_train = pictures.open_part(parts["train"], kind, args.size, args.cache, args.workers, args.missing)
+    parts["val"], val_pictures, bad_val = pictures.open_part(parts["val"], kind, args.crop or args.size, args.cache, args.workers, args.missing)
+    train_targets, val_targets = (dataset.targets_of(parts[part], labels) for part in ("train", "val"))
+    if not len(train_targets) or not len(val_targets):
+        raise InputError(f"{len(train_targets)} training and {len(val_targets)} validation rows are left: there is nothing to train on")
+    if args.shuffle_labels:
+        train_targets = train_targets[np.random.default_rng(args.seed).permutation(len(train_targets))]
+    repaired = sorted({file for p in (train_pictures, val_pictures) if p for file in p.repaired})
+    facts.update(digest=dataset.data_digest(parts, labels), repaired=len(repaired), unreadable=bad_train + bad_val,
+                 parts={part: len(table) for part, table in parts.items()})
+    if stored and stored["digest"] != facts["digest"]:
+        raise InputError(f"the data in {facts['root']} are not those that {args.resume} was trained on: a resumed run needs the same rows and labels")
+    for note in facts["notes"]:
+        print(f"note: {note}")
+    print(f"{args.dataset}{' (RENDERED)' if facts['rendered'] else ''}: {len(train_targets)} training and {len(val_targets)} validation rows, "
+          f"{facts['unreadable']} unreadable left out, {len(repaired)} repaired; {args.model} on {device} in {precision}", flush=True)
+
+    # Network: weights, BatchNorm's statistics
+    model = build(args, labels, facts["rendered"]).to(device)
+    args.bn = args.bn or ("batch" if args.fine_tune else "fitted")
+    if args.bn == "fitted" and train_pictures:
+        fit_batchnorm(model, train_pictures, functools.partial(augment.prepare_batch, device=device), device, precision, args.cache,
+                      args.seed, checkpoint.state_digest(model.backbone))
+    criterion = engine.Criterion(task, loss_weight(args, task, train_targets, len(labels)), device)
+    val_criterion = engine.Criterion(task)
+    optimizer = build_optimizer(args, model)
+    scheduler = build_scheduler(args, optimizer)
+    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16" and args.fine_tune)
+    frozen_all = not args.fine_tune and args.bn != "batch"
+    trunk = checkpoint.state_digest(model.backbone) if frozen_all else None
+    features = TrunkFeatures(model, precision, args.compile, device, args.cache)
+
+    # Run folder, or the run that goes on
+    state = {"epoch": 0, "history": [], "best": None, "stale": 0, "record": [], "digest": facts["digest"], "seconds": 0.0}
+    if stored:
+        folder = Path(args.resume)
+        if stored["trunk"] != trunk:
+            raise InputError(f"the frozen trunk is not the one that {folder} was trained on (other weights, precision or torch version)")
+        models.load_strict(model.classifier if trunk else model, stored["model"], folder / "last.pt")
+        optimizer.load_state_dict(stored["optimizer"])
+        scheduler.load_state_dict(stored["scheduler"])
+        scaler.load_state_dict(stored["scaler"])
+        state = {key: stored[key] for key in state}
+        state["record"] = [tuple(t.to(device) for t in step) for step in state["record"]]
+    else:
+        folder = engine.rank0(checkpoint.new_run_folder, args.runs, args.name, f"{args.dataset}-{args.model}")
+    args.name = folder.name
+    leader = engine.rank() == 0
+    split_ids = {part: [str(i) for i in table["ID"]] for part, table in parts.items()}
+    rebuild = {"labels": labels, "task": task, "family": family, "split": split_ids, "prior": train_prior(train_targets, len(labels)), "data": {k: v for k, v in facts.items() if k != "notes"}}
+    about = {"name": folder.name, "dataset": args.dataset, "model": args.model, "args": vars(args), "command": checkpoint.command_line(),
+             "commit": checkpoint.commit(), "versions": checkpoint.versions(), "device": checkpoint.describe_machine(device),
+             "precision": precision, "processes": engine.world(), "labels": labels, "task": task, "data": facts,
+             "shuffled_labels": args.shuffle_labels, "started": checkpoint.now()}
+    writer = None
+    if leader:
+        pd.DataFrame([(i, part) for part, ids in split_ids.items() for i in ids], columns=["ID", "part"]).to_csv(folder / "split.csv", index=False)
+        if repaired:
+            (folder / "repaired.txt").write_text("\n".join(repaired) + "\n")
+        checkpoint.save_json(folder / "run.json", {**about, "status": "running"})
+        writer = open_tensorboard(folder, args, state["history"])
+        save_last(folder, args, state, model, trunk, optimizer, scheduler, scaler)
+
+    # Epochs
+    stop = engine.StopSignal()
+    best_written, before = 0.0, time.time() - state["seconds"]
+    epochs = engine.progress(range(state["epoch"], args.epochs), folder.name, initial=state["epoch"], total=args.epochs)
+    for epoch in epochs:
+        if state["stale"] >= args.patience:
+            break
+        frozen = not args.fine_tune or epoch < args.freeze_epochs
+        data, module, context = training_data(args, frozen, epoch, model, features, train_pictures, parts["train"], train_targets, precision, device)
+        model.backbone.requires_grad_(not frozen)
+        engine.train_mode(module, hold_batchnorm=args.bn != "batch")
+        order = samplers.epoch_order(args.sampler, train_targets, args.seed, epoch)
+        if args.drop_last and len(order) >= args.batch:
+            order = order[:len(order) // args.batch * args.batch]
+        batches = samplers.Batches(order, args.batch, len(state["record"]), engine.rank(), engine.world())
+        prepare = functools.partial(augment.prepare_batch, device=device, recipe=args.augment, size=args.crop or args.size)
+        lr = optimizer.param_groups[0]["lr"]
+        complete = engine.train_one_epoch(
+            engine.distribute(models.compiled(module) if args.compile and not frozen else module, device),
+            engine.make_loader(data, batches, loader_workers(args, device, data), device), prepare, optimizer, scaler, criterion, context,
+            args.seed, epoch, state["record"], stop)
+        state["seconds"] = time.time() - before
+        if not complete:
+            break
+        train_loss, *train_outputs = engine.summarise(state["record"])
+        val_loss, _, probs = evaluate(args, model, features, val_pictures, parts["val"], val_targets, val_criterion, precision, device)
+        engine.check_finite(val_loss, epoch, "validation")
+
+        # Records
+        scores = metrics.scores(family, val_targets, probs, labels)
+        row = {"epoch": epoch, "lr": lr, "train_loss": train_loss, "val_loss": val_loss}
+        for part, values in (("train", metrics.scores(family, *train_outputs, labels)), ("val", scores)):
+            row.update({f"{part}_{'final_score' if name == 'final' else name}": value for name, value in values.items()})
+        state["history"].append(row)
+        state["record"], state["epoch"] = [], epoch + 1
+        scheduler.step(*([val_loss] if args.scheduler == "plateau" else []))
+        improved = state["best"] is None or val_loss < state["best"]["loss"]
+        state["stale"] = 0 if improved else state["stale"] + 1
+        if improved:
+            state["best"] = {"epoch": epoch, "loss": val_loss, "scores": scores, "probs": torch.from_numpy(probs),
+                             "classifier": checkpoint.cpu_state(model.classifier) if trunk else None}
+        main_score = list(scores)[-1] if family != "classes" else "accuracy"
+        line = f"loss {train_loss:.4f} / {val_loss:.4f}  {main_score} {scores[main_score]:.4f}"
+        epochs.set_postfix_str(line)
+        if leader:
+            if epochs.disable:
+                print(f"epoch {epoch}  lr {lr:.5f}  {line}{'  *' if improved else ''}", flush=True)
+            log_epoch(writer, row)
+            # A frozen trunk is 94 MB that never change, and its best head is in last.pt too: then best.pt is renewed
+            # only as often as costs less than a twentieth of the time, and at the end. Else it precedes last.pt.
+            if improved and (not trunk or time.time() - best_written > 3):
+                save_best(folder, args, state["best"], model, rebuild)
+                best_written = time.time()
+            save_last(folder, args, state, model, trunk, optimizer, scheduler, scaler)
+    epochs.close()
+
+    # End: finished, or stopped by a signal
+    status = "interrupted" if stop.number and (state["record"] or state["epoch"] < args.epochs) else "finished"
+    best = state["best"]
+    if leader:
+        save_last(folder, args, state, model, trunk, optimizer, scheduler, scaler)
+        if best:
+            if trunk:
+                save_best(folder, args, best, model, rebuild)
+            save_results(folder, state["history"])
+        if status == "finished":
+            finish_tensorboard(writer, args, best, val_targets, labels, task, (val_pictures, parts["val"]))
+        checkpoint.save_json(folder / "run.json", {
+            **about, "status": status, "seconds": round(state["seconds"], 1), "seconds_in_all": round(time.time() - started, 1),
+            "epochs_run": state["epoch"], "best_epoch": best and best["epoch"], "best_loss": best and best["loss"],
+            "scores": best and best["scores"], "last_epoch": state["history"][-1] if state["history"] else None})
+        if best:
+            shutil.copyfile(folder / "best.pt", ".best.pt.tmp")
+            os.replace(".best.pt.tmp", "best.pt")
+    if status == "interrupted":
+        if leader:
+            print(f"stopped in epoch {state['epoch']} after step {len(state['record'])}; everything is saved. Go on with:\n"
+                  f"    python train.py --resume {folder}")
+        return 128 + stop.number
+    if leader:
+        print(f"{folder}: best epoch {best['epoch']} of {state['epoch']}, validation loss {best['loss']:.4f}, {family} scores: "
+              + ", ".join(f"{name} {value:.4f}" for name, value in best["scores"].items()))
+        for sentence in metrics.undefined_scores(val_targets, best["probs"].numpy(), labels):
+            print(f"undefined: {sentence}")
+
+
+if __name__ == "__main__":
+    sys.exit(guard(main))
