@@ -67,6 +67,29 @@ def cpu_state(module):
     return {key: value.detach().cpu().clone() for key, value in module.state_dict().items()}
 
 
+# ---------------------------------------------------------------- what a checkpoint's run had
+
+def choose_rows(table, saved, split, given_data=None, missing="stop"):
+    """The rows of the asked part, in the order the run had them; `all` is every row of the table."""
+    if split == "all":
+        return table
+    wanted = saved["split"][split]
+    if not wanted:
+        raise InputError(f"this run has no {split} part: train with --test-fraction to keep one, or use --split val or all")
+    by_id = table.set_index(table["ID"].astype(str))
+    there = [i for i in wanted if i in by_id.index]
+    if len(there) < len(wanted) and (missing == "stop" or not there):
+        raise InputError(f"{len(wanted) - len(there)} of the {len(wanted)} rows of the run's {split} part are not in this data set. "
+                         + ("Use --split all for other patients, or --missing drop" if given_data else "The data have changed since training"))
+    return by_id.loc[there].reset_index(drop=True)
+
+
+def home_of(run, ckpt):
+    """Where the files about a run go: its folder, or, where that is elsewhere, a new one beside the checkpoint."""
+    home = Path(run.runs) / run.name
+    return home if home.is_dir() else Path(ckpt).with_name(f"test-{run.name}")
+
+
 # ---------------------------------------------------------------- the run folder
 
 def new_run_folder(runs, name, default):

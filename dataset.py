@@ -262,8 +262,8 @@ READERS = {"odir": read_odir, "aptos": read_aptos, "dr": read_dr, "retina": read
 def targets_of(table, labels):
     """Targets of a table: float32 (n, L) for multi-label, int64 (n,) for multi-class."""
     if "target" in table:
-        return table["target"].to_numpy(dtype=np.int64)
-    return table[labels].to_numpy(dtype=np.float32)
+        return table["target"].to_numpy(dtype=np.int64, copy=True)  # pandas hands out read-only views, torch wants its own
+    return table[labels].to_numpy(dtype=np.float32, copy=True)
 
 
 def unlabelled_pictures(root):

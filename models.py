@@ -4,6 +4,7 @@ Every network has a `.backbone` (the trunk: pictures in, features out) and a `.c
 so that a frozen trunk's features can be kept, and a head trained on them alone.
 """
 
+import argparse
 import copy
 import urllib.error
 from pathlib import Path
@@ -17,6 +18,8 @@ from torch import nn
 from torch.utils.model_zoo import load_url
 
 from augment import prepare_batch
+from checkpoint import load_checkpoint, load_file
+from dataset import PLANES
 from errors import InputError
 
 MODELS = {  # name -> the data sets it takes
@@ -163,7 +166,6 @@ def load_weights(model, weights):
         return
     if not Path(weights).is_file():
         raise InputError(f"--weights {weights}: expected imagenet, none or a file, and there is no such file")
-    from checkpoint import load_file
     state = load_file(weights)
     if "model" not in state:
         load_trunk(model, state, weights)
@@ -211,6 +213,15 @@ def load_strict(module, state, source):
         module.load_state_dict(state)
     except (RuntimeError, TypeError, AttributeError) as error:
         raise InputError(f"{source} does not fit {type(module).__name__}: {' '.join(str(error).split())[:300]}") from error
+
+
+def open_checkpoint(path, device):
+    """A best.pt -> (its dict, the arguments of its run, the network with its weights on `device`)."""
+    saved = load_checkpoint(path)
+    run = argparse.Namespace(**saved["args"])
+    model = build_model(run.model, len(saved["labels"]), "none", run.crop or run.size)
+    load_strict(model, saved["model"], path)
+    return saved, run, model.to(device)
 
 
 # ---------------------------------------------------------------- frozen trunks
@@ -303,16 +314,19 @@ def grad_cam(model, *inputs):
 
 
 def explain(model, batch):
-    """Heat maps of one row's batch (pictures.single_batch): (pictures uint8 (S, S, 3), their maps (K, h, w) as arrays).
+    """Heat maps of one row's batch (pictures.single_batch) -> (names, pictures, maps, logits).
 
-    Pictures: both eyes, or the one photograph; for knees the slice with the strongest answer of each plane.
+    A picture uint8 (S, S, 3) and its maps (K, h, w) for each eye, for the one photograph, or, for knees, for each plane's
+    slice with the strongest answer; the names say which. logits: (K,), computed in float32.
     """
     inputs, _ = prepare_batch(batch, next(model.parameters()).device)
-    _, maps, picks = grad_cam(model, *inputs)
+    logits, maps, picks = grad_cam(model, *inputs)
     if picks is None:
-        return list(batch["images"][0].numpy()), list(maps.cpu().numpy())
+        shown = list(batch["images"][0].numpy())
+        return ["left eye", "right eye"] if len(shown) == 2 else [""], shown, list(maps.cpu().numpy()), logits[0].cpu()
+    names = [f"{plane}, slice {pick + 1}" for plane, pick in zip(PLANES, picks, strict=True)]
     slices = [plane[pick].numpy() for plane, pick in zip(batch["volumes"], picks, strict=True)]
-    return [np.repeat(s[:, :, None], 3, 2) for s in slices], [plane[0].cpu().numpy() for plane in maps]
+    return names, [np.repeat(s[:, :, None], 3, 2) for s in slices], [plane[0].cpu().numpy() for plane in maps], logits[0].cpu()
 
 
 def scaled(maps):

@@ -6,16 +6,18 @@ Every data set here answers a list of keys [(index, repeat)] with one batch, so 
 import functools
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
+from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 
 from augment import draw
 from cache import Kept, digest, file_stamps
-from dataset import PLANES
+from dataset import PLANES, check_columns, check_names, check_rows, read_sheet
 from engine import default_workers, gather, local_rank, progress
 from errors import InputError
-from preprocess import load_picture
+from preprocess import WRITES, load_picture
 
 
 def load_row(file, kind, size):
@@ -105,6 +107,85 @@ def open_part(table, kind, size, cache, workers, missing):
     if pictures:
         pictures.rows = pictures.rows[~bad]
     return table[~bad], pictures, int(bad.sum())
+
+
+# ---------------------------------------------------------------- pictures that somebody names, outside a data set
+
+GIVEN = {  # data set -> what is asked for, and the columns of a table of them
+    "odir": ("LEFT RIGHT, a folder of <id>_left.* and <id>_right.*, or a CSV", (["Left-Fundus", "Right-Fundus"], ["LEFT", "RIGHT"])),
+    "mrnet": ("an exam's folder (axial.npy, coronal.npy, sagittal.npy), its three files in this order, a folder of the folders axial/, "
+              "coronal/ and sagittal/, or a CSV", (PLANES,)),
+    "": ("pictures, a folder of pictures, or a CSV", (["file"],)),
+}
+
+
+def given_rows(name, given):
+    """Paths from a command line -> (data frame with ID and files, whether they are many), for data set `name`'s models.
+
+    Raises InputError where they are not what GIVEN says; whether the files can be read is `open_given`'s business.
+    """
+    paths = [Path(path) for path in given]
+    wanted, columns = GIVEN.get(name, GIVEN[""])
+    first, several = paths[0], len(paths) > 1
+    if not several and first.suffix.lower() in (".csv", ".xlsx"):
+        return rows_of_table(first, columns), True
+    if not several and first.is_dir() and not (name == "mrnet" and (first / "axial.npy").exists()):
+        rows = rows_of_folder(name, first)
+        if not rows:
+            raise InputError(f"{first} holds nothing to predict. Expected {wanted}")
+        return pd.DataFrame(sorted(rows), columns=["ID", "files"]), True
+    if name == "mrnet" and not several and first.is_dir():
+        return pd.DataFrame({"ID": [first.resolve().name], "files": [tuple(str(first / f"{plane}.npy") for plane in PLANES)]}), False
+    per_row = {"odir": 2, "mrnet": 3}.get(name, 1)
+    if any(path.is_dir() for path in paths) or per_row > 1 and len(paths) != per_row:
+        raise InputError(f"{' '.join(map(str, paths))}: expected {wanted}")
+    if per_row == 1:
+        names = [path.name for path in paths]
+        return pd.DataFrame({"ID": names if len(set(names)) == len(names) else list(map(str, paths)), "files": [(str(p),) for p in paths]}), several
+    return pd.DataFrame({"ID": [first.stem.removesuffix("_left")], "files": [tuple(map(str, paths))]}), False
+
+
+def rows_of_folder(name, folder):
+    """[(ID, files)] of a folder. An eye or a plane that is missing keeps the name it should have."""
+    if name == "mrnet":
+        exams = {file.name for plane in PLANES for file in (folder / plane).glob("*.npy")}
+        return [(exam.removesuffix(".npy"), tuple(str(folder / plane / exam) for plane in PLANES)) for exam in exams]
+    files = [file for file in folder.iterdir() if file.suffix.lower() in WRITES and not file.name.startswith(".")]
+    if name != "odir":
+        return [(file.name, (str(file),)) for file in files]
+    eyes = {}
+    for file in files:
+        patient, _, side = file.stem.rpartition("_")
+        if side in ("left", "right"):
+            if eyes.setdefault(patient, {}).setdefault(side, file) != file:
+                raise InputError(f"{file} and {eyes[patient][side].name}: two pictures of one eye")
+    return [(patient, tuple(str(pair.get(side, folder / f"{patient}_{side}.*")) for side in ("left", "right"))) for patient, pair in eyes.items()]
+
+
+def rows_of_table(path, columns):
+    """The rows of a CSV whose paths are relative to it; without a column ID the first path is the ID."""
+    sheet = read_sheet(path, dtype=str)
+    chosen = next((names for names in columns if names[0] in sheet.columns), columns[0])
+    check_columns(path, sheet, chosen)
+    for column in chosen:
+        check_rows(path, sheet[column].isna() | (sheet[column].str.strip() == ""), f"empty {column}")
+    ids = check_names(path, sheet["ID"], "ID") if "ID" in sheet.columns else sheet[chosen[0]].str.strip()
+    check_rows(path, ids.duplicated(), "doubled ID")
+    return pd.DataFrame({"ID": ids, "files": [tuple(str(path.parent / file.strip()) for file in files) for files in sheet[chosen].to_numpy()]})
+
+
+def open_given(table, kind, size, cache, workers=None):
+    """The rows of `given_rows` that can be read -> (rows, Pictures or None for volumes, {ID: why it cannot be read})."""
+    absent = {file: f"{file}: there is no such file" for row in table["files"] for file in row if not Path(file).is_file()}
+    there = table[[not any(file in absent for file in row) for row in table["files"]]]
+    rows, pictures = there, None
+    if len(there):
+        rows, pictures, _ = open_part(there, kind, size, cache, workers, "drop")
+    left_out = table[~table["ID"].isin(rows["ID"])]
+    failed = pictures.failed if pictures else {file: volume_fault(file) for row in left_out["files"] for file in row if file not in absent}
+    why = {i: "; ".join(reason for file in files if (reason := absent.get(file) or failed.get(file)))
+           for i, files in zip(left_out["ID"], left_out["files"], strict=True)}
+    return rows.reset_index(drop=True), pictures, why
 
 
 # ---------------------------------------------------------------- knee volumes

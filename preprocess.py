@@ -37,7 +37,8 @@ def read_picture(path, side=0):
 
     With `side` > 0 a JPEG is decoded at the largest DCT reduction that leaves 1.5 x side pixels both ways (the border
     around the eye is cropped later). Alpha is laid over black; 16 bits are scaled. Raises InputError naming the file.
-    JPEG has no checksum: flipped bits that still decode cannot be noticed (PNG's checksums are verified).
+    JPEG has no checksum: flipped bits that still decode cannot be noticed (PNG's checksums are verified). What is lost
+    of a repaired progressive JPEG is at most one grey level in its last blocks.
     """
     try:
         data = Path(path).read_bytes()

@@ -183,15 +183,15 @@ POOLS = {"axial": ((-62, -40), (62, -40)), "coronal": ((-72, -40), (72, -40)), "
 
 
 def draw_knee(rng, plane, abnormal, acl, meniscus):
-    """One plane of a knee exam, uint8 (slices 17-40, 256, 256). The ligament is seen in the middle slices of two planes,
-    sagittal and coronal, the menisci in all of theirs, the effusion of an abnormal knee in all three planes."""
+    """One plane of a knee exam, uint8 (slices 17-40, 256, 256). The ligament is in the middle slices of two planes,
+    sagittal and coronal, the menisci in all of theirs, an abnormal knee's effusion in all three planes."""
     slices, centre = int(rng.integers(17, 41)), 128 + rng.uniform(-8, 8, 2)
     gain, noise, pool = rng.uniform(0.85, 1.1), rng.normal(0, 7, (320, 320)).astype(np.float32), rng.uniform(20, 28)
     volume = np.zeros((slices, 256, 256), np.uint8)
     for k, t in enumerate(np.linspace(-1, 1, slices)):
         scale = 1 - 0.28 * t * t
         ellipses, lines, wedges = list(AXIAL if plane == "axial" else UPRIGHT), [], []
-        if plane != "axial":  # menisci: dark wedges pointing inwards; a torn one is bright inside
+        if plane != "axial":  # menisci: dark wedges; a torn one is bright inside
             wedges = [[(side * 70, -9), (side * 70, 13), (side * 30, 2)] for side in (-1, 1)]
         if abs(t) < {"axial": 0, "coronal": 0.3, "sagittal": 0.45}[plane]:  # the ligament in its pale sheath
             lines = [(-24, 24, 26, -32, 96, 17)]

@@ -41,31 +41,15 @@ def get_args_parser():
     return parser
 
 
-def choose_rows(table, saved, split, given_data, missing):
-    """The rows of the asked part, in the order the run had them; `all` is every row of the table."""
-    if split == "all":
-        return table
-    wanted = saved["split"][split]
-    if not wanted:
-        raise InputError(f"this run has no {split} part: train with --test-fraction to keep one, or use --split val or all")
-    by_id = table.set_index(table["ID"].astype(str))
-    there = [i for i in wanted if i in by_id.index]
-    if len(there) < len(wanted) and (missing == "stop" or not there):
-        raise InputError(f"{len(wanted) - len(there)} of the {len(wanted)} rows of the run's {split} part are not in this data set. "
-                         + ("Use --split all for other patients, or --missing drop" if given_data else "The data have changed since training"))
-    return by_id.loc[there].reset_index(drop=True)
-
-
 def draw_heatmaps(model, source, targets, labels, task, args, size):
     """A row of class-activation maps for the first patient of every label."""
     rows = pictures.first_of_each(targets, len(labels), task)
     shown, maps, titles = [], [], []
     for row in rows:
-        panels, cams = models.explain(model, pictures.single_batch(source, row, size))
-        for panel, cam in zip(panels, cams, strict=True):
-            shown.append(panel)
-            maps.append(cam)
-            titles.append([str(source[1]["ID"].iloc[row]), *labels])
+        names, panels, cams, _ = models.explain(model, pictures.single_batch(source, row, size))
+        shown += panels
+        maps += cams
+        titles += [[f"{source[1]['ID'].iloc[row]} {name}", *labels] for name in names]
     return figures.heatmaps(shown, maps, titles)
 
 
@@ -102,23 +86,19 @@ def main(argv=None):
     args = get_args_parser().parse_args(argv)
 
     # The run, from its checkpoint alone
-    saved = checkpoint.load_checkpoint(args.ckpt)
-    run = argparse.Namespace(**saved["args"])
+    device = engine.pick_device(args.device)
+    saved, run, model = models.open_checkpoint(args.ckpt, device)
     labels, task = saved["labels"], saved["task"]
     run.cache, run.workers = args.cache or run.cache, args.workers
-    device = engine.pick_device(args.device)
     precision = engine.pick_precision(args.precision or run.precision, device)
     size = run.crop or run.size
-    model = models.build_model(run.model, len(labels), "none", size)
-    models.load_strict(model, saved["model"], args.ckpt)
-    model = model.to(device)
 
     # Its data
     root = args.data or saved["data"]["root"]
     table, _, notes = dataset.read(run.dataset, root, labels if run.dataset in ("retina", "mrnet") else None)
     for note in notes:
         print(f"note: {note}")
-    rows, left_out = dataset.drop_missing({"": choose_rows(table, saved, args.split, args.data, args.missing)}, args.missing)
+    rows, left_out = dataset.drop_missing({"": checkpoint.choose_rows(table, saved, args.split, args.data, args.missing)}, args.missing)
     kind = None if run.dataset == "mrnet" else run.preprocess
     rows, part, unreadable = pictures.open_part(rows[""], kind, size, run.cache, run.workers, args.missing)
     if rows.empty:
@@ -145,8 +125,7 @@ def main(argv=None):
     print_scores(result)
 
     # Files
-    home = Path(run.runs) / run.name
-    home = home if home.is_dir() else Path(args.ckpt).with_name(f"test-{run.name}")
+    home = checkpoint.home_of(run, args.ckpt)
     out = Path(args.out) if args.out else home if args.split == "val" and not args.data else home / f"test-{args.split}"
     out.mkdir(parents=True, exist_ok=True)
     ids = rows["ID"].reset_index(drop=True)

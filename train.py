@@ -458,7 +458,7 @@ def main(argv=None):
     if leader:
         print(f"{folder}: best epoch {best['epoch']} of {state['epoch']}, validation loss {best['loss']:.4f}, {family} scores: "
               + ", ".join(f"{name} {value:.4f}" for name, value in best["scores"].items()))
-        for sentence in metrics.undefined_scores(val_targets, best["probs"].numpy(), labels):
+        for sentence in metrics.undefined_scores(val_targets, best["probs"].numpy(), labels, family):
             print(f"undefined: {sentence}")
 
 

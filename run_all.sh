@@ -1,0 +1,144 @@
+#!/usr/bin/env bash
+# The five studies, one line per experiment.
+#
+#   bash run_all.sh                     every experiment, on data/<study> (a study without its folder is "not run")
+#   bash run_all.sh 3 11                experiments 3 and 11 of the eye-pair study
+#   bash run_all.sh aptos mrnet         whole studies: odir aptos dr retina mrnet; or one run by name: dr-resnet50
+#   bash run_all.sh --demo              all of it, small, on rendered stand-ins
+#   bash run_all.sh --seeds 3 3 11      each with three seeds: mean and standard deviation in the table
+#   bash run_all.sh --control 3         with the labels shuffled among the training rows: what chance gives
+#
+# Further flags go through to train.py (--data, --missing and --workers to test.py too): bash run_all.sh 3 --missing drop --weights none
+# Finished runs are not repeated, interrupted ones go on. Ends with the table published beside measured:
+# runs/results.csv, runs/report.html.
+cd "$(dirname "$0")" || exit 2
+
+prefix="" demo="" control="" seeds=1 chosen=() extra=() test_extra=()
+while [ $# -gt 0 ]; do
+    case "$1" in
+        --demo) demo=yes prefix=demo- ;;
+        --control) control=yes ;;
+        --seeds) seeds=${2:?--seeds needs a number}; shift ;;
+        -h|--help) sed -n '2,/^cd /{/^cd /d;s/^# \{0,1\}//p;}' "$0"; exit 0 ;;
+        [0-9]|[0-9][0-9]) chosen+=("$(printf 'odir-%02d' "$((10#$1))")") ;;
+        odir*|aptos*|dr*|retina*|mrnet*) chosen+=("$1") ;;
+        --*) # a flag and its values
+            flag=("$1"); while [ $# -gt 1 ] && [[ "$2" != --* ]]; do flag+=("$2"); shift; done
+            extra+=("${flag[@]}")
+            case "${flag[0]}" in --data|--missing|--workers) test_extra+=("${flag[@]}") ;; esac ;;
+        *) echo "run_all.sh: unknown experiment '$1': a number 0-17, odir, aptos, dr, retina, mrnet or a run's name" >&2; exit 2 ;;
+    esac
+    shift
+done
+[[ "$seeds" =~ ^[1-9][0-9]*$ ]] || { echo "run_all.sh: --seeds $seeds is no number" >&2; exit 2; }
+[ -z "$control" ] || { prefix="control-$prefix"; extra+=(--shuffle-labels); }
+. ./setup.sh
+failed=()
+
+is_chosen() { # is run $1 among the experiments asked for?
+    [ ${#chosen[@]} -eq 0 ] && return 0
+    local name; for name in "${chosen[@]}"; do [[ "$1" == "$name" || "${1%%-*}" == "$name" ]] && return 0; done
+    return 1
+}
+
+demo_flags() { # what makes experiment $1 small; later flags win over the line's own
+    local study=${1%%-*}
+    printf '%s\n' --data "data/demo/$study" --weights none
+    case "$study" in
+        odir) printf '%s\n' --size 64 --epochs 6 ; [[ " $* " == *" --crop "* ]] && printf '%s\n' --crop 56
+              [[ " $* " == *" --fine-tune "* ]] && printf '%s\n' --epochs 3 ;;
+        aptos) printf '%s\n' --size 64 --epochs 5 --lr 0.001 ;;
+        dr) printf '%s\n' --size 64 --crop 56 --epochs 6 --freeze-epochs 2 --batch 16 --lr 0.01 ;;
+        retina) printf '%s\n' --size 96 --epochs 6 ;;
+        mrnet) printf '%s\n' --size 96 --epochs 4 --batch 4 --lr 0.0003 ;;
+    esac
+}
+
+run() { # run NAME FLAGS...: train where it is not finished, then test
+    local name=$1 study=${1%%-*}; shift
+    is_chosen "$name" || return 0
+    local small=() number
+    if [ -n "$demo" ]; then
+        [ -f "data/demo/$study/rendered.json" ] || "$PYTHON" render_data.py "data/demo/$study" --dataset "$study" --size 96 \
+            --patients "$([ "$study" = mrnet ] && echo 48 || echo 160)" || exit 2
+        mapfile -t small < <(demo_flags "$name" "$@")
+    elif [[ " ${extra[*]} " != *" --data "* && ! -d "data/$study" ]]; then
+        echo "== $name: not run, data/$study is missing"; return 0
+    fi
+    for ((number = 0; number < seeds; number++)); do
+        local full="$prefix$name" seed=()
+        [ "$number" -eq 0 ] || { full+="-seed$((42 + number))"; seed=(--seed $((42 + number))); }
+        local folder="runs/$full" status=0
+        if [ -f "$folder/test_scores.json" ]; then echo "== $full: finished before"; continue; fi
+        echo "== $full"
+        if ! grep -qs '"status": "finished"' "$folder/run.json"; then
+            if [ -f "$folder/last.pt" ]; then
+                "$PYTHON" train.py --resume "$folder" || status=$?
+            else
+                rm -rf "$folder" # made by a run that ended before its first epoch: nothing in it
+                "$PYTHON" train.py --name "$full" --dataset "$study" "$@" "${small[@]}" "${extra[@]}" "${seed[@]}" || status=$?
+            fi
+        fi
+        [ "$status" -ne 0 ] || "$PYTHON" test.py --ckpt "$folder/best.pt" "${test_extra[@]}" > "$folder/test.log" 2>&1 || { status=$?; tail -n 3 "$folder/test.log" >&2; }
+        [ "$status" -lt 128 ] || exit "$status" # Ctrl-C: the next call goes on here
+        [ "$status" -eq 0 ] || { failed+=("$full"); echo "== $full: FAILED with status $status" >&2; }
+    done
+}
+
+spread() { # label the unlabelled pictures with the model of run $1
+    is_chosen "$2" || is_chosen "$3" || return 0
+    local folder="runs/$prefix$1"
+    [ ! -f "$folder/best.pt" ] || [ -f "$folder/pseudo_labels.csv" ] || "$PYTHON" spread_labels.py --ckpt "$folder/best.pt" || failed+=("spread of $1")
+}
+
+# ---- ODIR-5K, two photographs a patient: the write-up's experiments 0-12
+run odir-00 --model v0 --preprocess none --size 224 --lr 0.001 --scheduler none   --batch 32 --epochs 50  --patience 5
+run odir-01 --model v0 --preprocess fov  --size 224 --lr 0.001 --scheduler none   --batch 32 --epochs 50  --patience 5
+run odir-02 --model v0 --preprocess fov  --size 224 --lr 0.01  --scheduler linear --batch 32 --epochs 100 --patience 20
+run odir-03 --model v0 --preprocess fov  --size 224 --lr 0.05  --scheduler linear --batch 32 --epochs 100 --patience 20
+run odir-04 --model v0 --preprocess fov  --size 224 --lr 0.001 --scheduler cyclic --batch 32 --epochs 100 --patience 20
+run odir-05 --model v1 --preprocess fov  --size 224 --lr 0.05  --scheduler linear --batch 32 --epochs 100 --patience 20
+run odir-06 --model v2 --preprocess fov  --size 224 --lr 0.05  --scheduler linear --batch 32 --epochs 100 --patience 20
+run odir-07 --model v2 --preprocess fov  --size 224 --lr 0.05  --scheduler linear --batch 32 --epochs 100 --patience 100
+run odir-08 --model v0 --preprocess fov  --size 224 --lr 0.05  --scheduler linear --batch 32 --epochs 100 --patience 20  --augment eyes
+run odir-09 --model v2 --preprocess fov  --size 224 --lr 0.05  --scheduler linear --batch 32 --epochs 100 --patience 100 --augment eyes
+run odir-10 --model v0 --preprocess fov  --size 512 --lr 0.05  --scheduler linear --batch 32 --epochs 100 --patience 20
+run odir-11 --model v0 --preprocess fov  --size 224 --lr 0.05  --scheduler linear --batch 32 --epochs 100 --patience 20  --weighted-loss
+run odir-12 --model v0 --preprocess fov  --size 224 --lr 0.05  --scheduler linear --batch 32 --epochs 100 --patience 20  --sampler balanced
+# follow-ups 13-17: the trunk is trained too
+run odir-13 --model v0 --preprocess fov  --size 224 --lr 0.05  --scheduler linear --batch 32 --epochs 100 --patience 20  --weighted-loss --fine-tune
+run odir-14 --model v0 --preprocess fov  --size 224 --lr 0.05  --scheduler linear --batch 32 --epochs 100 --patience 20  --weighted-loss --fine-tune --augment pair --crop 196
+run odir-15 --model v0 --preprocess fov  --size 512 --lr 0.01  --scheduler linear --batch 16 --epochs 100 --patience 30  --weighted-loss --fine-tune --augment pair --crop 448
+run odir-16 --model v0 --preprocess fov  --size 512 --lr 0.1   --scheduler linear --batch 16 --epochs 100 --patience 30  --weighted-loss --fine-tune --augment pair --crop 448
+run odir-17 --model v0 --preprocess fov  --size 512 --lr 0.001 --scheduler linear --batch 16 --epochs 100 --patience 30  --weighted-loss --fine-tune --augment pair --crop 448
+
+# ---- APTOS 2019: diabetic retinopathy grade from one photograph
+run aptos-1 --model efficientnet-b1 --preprocess none --size 224 --optimizer adam --lr 0.01 --scheduler step --schedule-epochs 1 --gamma 0.7 --batch 30 --epochs 50 --patience 50 --sampler weighted --fine-tune
+
+# ---- DR grading lab (EyePACS): 5 epochs the head, 20 everything
+lab="--preprocess centre --size 256 --crop 224 --augment lab --lr 0.001 --weight-decay 0.0005 --scheduler none --fine-tune --freeze-epochs 5 --epochs 25 --patience 25 --drop-last"
+run dr-resnet18          --model resnet18 --batch 64 --weights imagenet $lab
+run dr-resnet18-scratch  --model resnet18 --batch 64 --weights none     $lab
+run dr-resnet50          --model resnet50 --batch 16 --weights imagenet $lab
+run dr-resnet50-scratch  --model resnet50 --batch 16 --weights none     $lab
+run dr-resnet50-weighted --model resnet50 --batch 16 --weights imagenet --weighted-loss $lab
+
+# ---- Retina, AlexNet on the green channel: supervised, then with spread labels, then one against normal
+seed="--model alexnet --weights none --optimizer adam --lr 0.001 --scheduler none --epochs 50 --fine-tune"
+first="runs/${prefix}retina-1"
+run retina-1 $seed
+spread retina-1 retina-2 retina-3
+run retina-2 $seed --pseudo-labels "$first/pseudo_labels.csv" --weights "$first/best.pt"
+run retina-3 $seed --pseudo-labels "$first/pseudo_labels.csv"
+run retina-4 $seed --labels glaucoma normal
+run retina-5 $seed --labels "diabetic retinopathy" normal
+
+# ---- MRNet: knee MRI in three planes; the three labels at once, then each alone
+knee="--model mrnet --optimizer adam --lr 0.00001 --weight-decay 0.01 --scheduler plateau --batch 1 --epochs 50 --patience 50 --weighted-loss --augment knee --size 224 --fine-tune"
+run mrnet-1        $knee
+run mrnet-abnormal $knee --labels abnormal
+run mrnet-acl      $knee --labels acl
+run mrnet-meniscus $knee --labels meniscus
+
+"$PYTHON" report.py || exit 2
+if [ ${#failed[@]} -gt 0 ]; then echo "FAILED: ${failed[*]}" >&2; exit 1; fi
