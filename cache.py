@@ -8,6 +8,7 @@ noticed by its checksum and made again. The folder can be deleted at any time.
 import hashlib
 import json
 import os
+import platform
 import zlib
 from pathlib import Path
 
@@ -45,7 +46,7 @@ def replace_file(path, write, mode="wb"):
     """Call `write(stream)` on a temporary file beside `path`, then rename it: `path` is whole or untouched."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}.tmp")
     try:
         with open(temporary, mode) as stream:
             write(stream)
@@ -53,6 +54,17 @@ def replace_file(path, write, mode="wb"):
     except BaseException:  # also on Ctrl-C: nothing half-written stays; the exception goes on
         temporary.unlink(missing_ok=True)
         raise
+
+
+def remove_leftovers(folder, name="*"):
+    """Delete the temporary files that killed processes of this machine left in `folder`; living ones keep theirs."""
+    for file in Path(folder).glob(f".{name}.{platform.node()}.*.tmp"):
+        try:
+            os.kill(int(file.name.split(".")[-2]), 0)  # signal 0 only asks whether the process is there
+        except ProcessLookupError:
+            file.unlink(missing_ok=True)
+        except PermissionError:  # it is there, and another user's
+            pass
 
 
 class Kept:
@@ -66,12 +78,21 @@ class Kept:
         self.shape, self.dtype, self.make = tuple(int(n) for n in shape), np.dtype(dtype), make
 
     def exists(self):
-        """Whether array and facts are there and whole, as far as their sizes tell (`load` compares the checksum)."""
+        """Whether array and facts are there and whole, as far as their sizes tell (`whole` compares the checksum)."""
         try:
             facts = json.loads(self.path.with_suffix(".json").read_text())
             return self.path.stat().st_size == facts["bytes"] and set(facts) == {"bytes", "crc", "extra"}
         except (OSError, ValueError, KeyError, TypeError):
             return False
+
+    def whole(self):
+        """Whether array and facts are there and the checksum is right."""
+        if not self.exists():
+            return False
+        if self.checksum() == json.loads(self.path.with_suffix(".json").read_text())["crc"]:
+            return True
+        print(f"{self.path} is damaged (checksum) and is made again")
+        return False
 
     def write(self):
         """Make the array and put it in place, row block by row block (memory holds one block)."""
@@ -91,14 +112,13 @@ class Kept:
                 raise RuntimeError(f"{self.path.name}: {rows} rows were made where {self.shape[0]} were promised")
 
         try:
-            for stale in self.path.parent.glob(f".{self.path.name}.*.tmp"):  # left by a killed run
-                stale.unlink(missing_ok=True)
+            remove_leftovers(self.path.parent, self.path.name)
             replace_file(self.path, stream_rows)
+            facts = {"bytes": self.path.stat().st_size, "crc": crc, "extra": extra}
+            replace_file(self.path.with_suffix(".json"), lambda stream: json.dump(facts, stream), "w")
         except OSError as error:
             raise InputError(f"the cache {self.path.parent} cannot be written ({error.strerror}): free some space or name "
                              "another folder with --cache") from error
-        facts = {"bytes": self.path.stat().st_size, "crc": crc, "extra": extra}
-        replace_file(self.path.with_suffix(".json"), lambda stream: json.dump(facts, stream), "w")
 
     def extra(self):
         """The facts kept beside the array; makes the array first where it is missing."""
@@ -108,10 +128,12 @@ class Kept:
 
     def load(self, mmap=False):
         """The array, in memory or mapped from disk; its checksum is compared first."""
-        self.extra()
-        if self.checksum() != json.loads(self.path.with_suffix(".json").read_text())["crc"]:
-            print(f"{self.path} is damaged (checksum) and is made again")
+        if not self.whole():
             self.write()
+        return self.read(mmap)
+
+    def read(self, mmap=False):
+        """The array as `load` gives it, where `whole` has just been asked."""
         # "c" (copy on write) because torch warns of arrays that it could not write to; the file is never changed
         return np.load(self.path, mmap_mode="c" if mmap else None, allow_pickle=False)
 

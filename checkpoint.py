@@ -6,6 +6,7 @@ run.json  how the run was made and what came out of it
 """
 
 import datetime
+import io
 import json
 import pickle
 import platform
@@ -37,10 +38,10 @@ def load_file(path):
                 raise InputError(f"{path} is damaged: the checksum of {damaged} differs")
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise InputError(f"{path} is refused: it holds code or is no checkpoint ({str(error).splitlines()[0][:120]})") from error
+        raise InputError(f"{path} is refused: it holds code or is no checkpoint ({str(error)[:120].partition(chr(10))[0]})") from error
     except (RuntimeError, ValueError, EOFError, OSError, KeyError, IndexError, AttributeError, TypeError, NotImplementedError,
             UnicodeDecodeError, MemoryError, OverflowError, zipfile.BadZipFile, zipfile.zlib.error) as error:
-        raise InputError(f"{path} cannot be read as a checkpoint ({type(error).__name__}: {str(error).splitlines()[0][:120] if str(error) else ''})") from error
+        raise InputError(f"{path} cannot be read as a checkpoint ({type(error).__name__}: {str(error)[:120].partition(chr(10))[0]})") from error
 
 
 def load_checkpoint(path, kind="best"):
@@ -48,13 +49,31 @@ def load_checkpoint(path, kind="best"):
     state = load_file(path)
     if not isinstance(state, dict) or state.get("kind") != kind:
         raise InputError(f"{path} is not a {kind}.pt of this repository")
-    if state["format"] != FORMAT:
-        raise InputError(f"{path} has format {state['format']}, this code reads {FORMAT}")
+    if state.get("format") != FORMAT:
+        raise InputError(f"{path} has format {state.get('format')}, this code reads {FORMAT}")
     return state
 
 
+def load_last(folder):
+    """last.pt of a run; where it is missing or damaged, InputError names the epoch that best.pt still holds."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise InputError(f"--resume {folder}: there is no such run folder")
+    try:
+        return load_checkpoint(folder / "last.pt", "last")
+    except InputError as error:
+        try:
+            epoch = load_checkpoint(folder / "best.pt")["epoch"]
+        except InputError as other:
+            raise InputError(f"{error}. No epoch of this run can be trusted ({other}): delete {folder} and start it again") from error
+        raise InputError(f"{error}. The last good epoch is {epoch}, the best so far: {folder / 'best.pt'} holds it for test.py. "
+                         f"This run cannot go on; a new one can start from that epoch with --weights {folder / 'best.pt'}") from error
+
+
 def save_checkpoint(path, kind, **state):
-    replace_file(path, lambda stream: torch.save({"kind": kind, "format": FORMAT, **state}, stream))
+    buffer = io.BytesIO()  # torch.save hides the OSError of a full disk behind one of its own
+    torch.save({"kind": kind, "format": FORMAT, **state}, buffer)
+    replace_file(path, lambda stream: stream.write(buffer.getbuffer()))
 
 
 def state_digest(*modules):

@@ -43,6 +43,8 @@ def start_processes(device):
             torch.cuda.set_device(device)
         # Hours, because the others wait while one decodes pictures for the first time.
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=12))
+        if rank():  # what there is to say is said once
+            sys.stdout = open(os.devnull, "w")
     return device
 
 
@@ -76,6 +78,25 @@ def all_sum(tensor):
     if world() > 1:
         dist.all_reduce(tensor)
     return tensor
+
+
+def share_buffers(module):
+    """Rank 0's buffers everywhere: BatchNorm statistics that moved apart on CPUs are validated as they are saved."""
+    if world() > 1:
+        for buffer in module.buffers():
+            dist.broadcast(buffer, 0)
+
+
+def merge_record(record):
+    """A cut epoch's record over all ranks, step by step: what last.pt holds."""
+    ranks = gather([tuple(t.cpu() for t in step) for step in record])
+    return [(sum(losses), sum(weights), torch.cat(probs), torch.cat(targets))
+            for losses, weights, probs, targets in (zip(*steps, strict=True) for steps in zip(*ranks, strict=True))]
+
+
+def own_record(record, device):
+    """A stored record on this rank: rank 0 has all of it, the others as many steps without rows."""
+    return [tuple(t.to(device) if rank() == 0 else t.to(device) * 0 if t.ndim == 0 else t[:0].to(device) for t in step) for step in record]
 
 
 def distribute(module, device):

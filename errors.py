@@ -11,8 +11,8 @@ class InputError(ValueError):
 def guard(main, *args):
     """Run `main(*args)` and return its exit status (0 where it returns None).
 
-    InputError and a full or read-only disk give status 2 and their message; running out of memory gives status 1
-    and what to change. Everything else is a bug of ours and keeps its traceback.
+    InputError and a full or read-only disk give status 2 and their message; running out of memory, a killed worker and
+    a loss that is not finite give status 1 and what to change. Everything else is a bug of ours and keeps its traceback.
     """
     try:
         return main(*args) or 0
@@ -23,15 +23,21 @@ def guard(main, *args):
         print("interrupted", file=sys.stderr)
         return 130
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT):
+        if error.errno not in (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT, errno.EFBIG):
             raise
         print(f"error: cannot write {error.filename or 'the output'}: {error.strerror}. Nothing that was there before "
               "is lost; free some space or choose another folder, then give the same command again.", file=sys.stderr)
         return 2
+    except FloatingPointError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     except (MemoryError, RuntimeError) as error:
-        # torch.OutOfMemoryError is a RuntimeError; torch is not imported here just to name it.
-        if not (isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"):
+        # torch's own types are RuntimeErrors (on a CPU without a name); torch is not imported here just to name them.
+        text = str(error).partition("\n")[0]
+        if type(error).__name__ == "BrokenProcessPool" or "DataLoader worker" in text:
+            print(f"error: a worker process was killed, most often for want of memory ({text}). Try fewer --workers.", file=sys.stderr)
+        elif isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in text:
+            print(f"error: out of memory ({text or 'host memory'}). Try a smaller --batch or --size.", file=sys.stderr)
+        else:
             raise
-        print(f"error: out of memory ({str(error).splitlines()[0] if str(error) else 'host memory'}). "
-              "Try a smaller --batch or --size.", file=sys.stderr)
         return 1

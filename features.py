@@ -61,6 +61,7 @@ def fit_batchnorm(model, pictures, prepare, device, precision, cache, seed, trun
         size = layer.num_features
         layer.running_mean.copy_(values[:size])
         layer.running_var.copy_(values[size:2 * size])
+        layer.num_batches_tracked.zero_()  # the same whether they were fitted now or kept: it is part of the trunk's digest
         values = values[2 * size:]
 
 
@@ -86,13 +87,13 @@ class TrunkFeatures:
         rows, per_row = pictures.rows.shape
         kept = Kept(self.cache, "features", key, (rows, per_row * self.width()), np.float32,
                     lambda _: self.extract(pictures, recipe, size, seed, view))
-        if not rank0(kept.exists):
+        if not rank0(kept.whole):  # all ranks make it again, or none
             if rank() == 0:
                 kept.write()
             else:
                 for _ in self.extract(pictures, recipe, size, seed, view):
                     pass
-        features = torch.from_numpy(rank0(kept.load)).to(self.device)
+        features = torch.from_numpy(rank0(kept.read)).to(self.device)
         if drawn is None:
             self.held[key] = features
         return features

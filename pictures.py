@@ -40,6 +40,7 @@ class Pictures:
         self.kind, self.size, self.workers = kind, size, workers
         self.key = digest(file_stamps(self.files), kind, size, "pictures-1")
         self.kept = Kept(cache, "pictures", self.key, (len(self.files), size, size, 3), np.uint8, self.make)
+        self.mapped = None
         facts = self.kept.extra()
         self.failed, self.repaired = facts["failed"], facts["repaired"]
 
@@ -58,7 +59,10 @@ class Pictures:
                 yield picture[None]
 
     def array(self):
-        return self.kept.load(mmap=True)
+        """The kept array, mapped from disk; its checksum is compared once, not in every epoch."""
+        if self.mapped is None:
+            self.mapped = self.kept.load(mmap=True)
+        return self.mapped
 
 
 class PictureSet(torch.utils.data.Dataset):

@@ -31,18 +31,18 @@ RENDERED = "Trained on RENDERED pictures: what it says about a real eye or knee 
 
 
 def get_args_parser():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("given", nargs="+", metavar="PICTURE", help="eye pairs: LEFT RIGHT, a folder of <id>_left.* and <id>_right.*, or a CSV "
                         "(LEFT,RIGHT or ID,Left-Fundus,Right-Fundus); one photograph: pictures, a folder, or a CSV (file); knees: an exam's "
                         "folder, three .npy files, a folder of axial/ coronal/ sagittal/, or a CSV (axial,coronal,sagittal). "
                         "Paths in a CSV are relative to it")
     parser.add_argument("--ckpt", required=True, help="a best.pt")
-    parser.add_argument("--out", default=".", help="folder for prediction.png or predictions.csv (default: here)")
-    parser.add_argument("--threshold", type=float, default=0.5, help="a label is predicted above it (default, and published: 0.5); where "
+    parser.add_argument("--out", default=".", help="folder for prediction.png or predictions.csv")
+    parser.add_argument("--threshold", type=float, default=0.5, help="a label is predicted above it (published); where "
                         "classes exclude each other the strongest is predicted, and there is none")
-    parser.add_argument("--batch", type=int, default=32, help="rows computed at a time (default: 32, as test.py)")
-    parser.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="where it runs (default: auto)")
-    parser.add_argument("--precision", choices=["auto", *engine.PRECISIONS], help="(default: as the run was asked to)")
+    parser.add_argument("--batch", type=int, default=32, help="rows computed at a time (as test.py)")
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="where it runs")
+    parser.add_argument("--precision", choices=["auto", *engine.PRECISIONS], help="default: as the run was asked to")
     parser.add_argument("--workers", type=int, help="processes that decode pictures (default: the cores allowed)")
     return parser
 
@@ -108,10 +108,10 @@ def main(argv=None):
             threshold = args.threshold if task == "multilabel" else None
             print(f"{rows['ID'][0]}, by {run.name} ({run.dataset}, {run.model}):")
             print_table(names, probs[0], chosen[0], threshold)
-            _, shown, cams, _ = models.explain(model, pictures.single_batch((part, rows), 0, size))
-            note = NO_DEVICE + (f" {RENDERED}" if rendered else "")
+            pieces, shown, cams, _ = models.explain(model, pictures.single_batch((part, rows), 0, size))
+            note = " ".join([*([f"From above: {'; '.join(pieces)}."] if len(pieces) > 1 else []), NO_DEVICE, *([RENDERED] if rendered else [])])
             figure = figures.prediction(shown, cams, names, probs[0], threshold, note)
-            replace_file(out / "prediction.png", lambda stream: figure.savefig(stream, dpi=120, format="png"))
+            replace_file(out / "prediction.png", lambda stream: figure.savefig(stream, dpi=120, format="png", bbox_inches="tight", pad_inches=0.1))
             print(f"{out / 'prediction.png'} written. {NO_DEVICE}")
             return 0
 
@@ -120,7 +120,7 @@ def main(argv=None):
     result["predicted"] = [";".join(label for label, yes in zip(labels, row, strict=True) if yes) for row in chosen]
     if rendered:
         result["trained_on"] = "RENDERED pictures"
-    replace_file(out / "predictions.csv", lambda stream: result.to_csv(stream, index=False))
+    replace_file(out / "predictions.csv", lambda stream: result.to_csv(stream, index=False, float_format="%.7f"))
     print(f"{out / 'predictions.csv'}: {len(result)} predicted by {run.name} ({run.dataset}, {run.model}). {NO_DEVICE}")
     for label, count in zip(labels, chosen.sum(0), strict=True):
         print(f"  {label}: {count}")

@@ -165,7 +165,8 @@ def make_study(key, rows):
              "AUC by label, and their mean" if plain else "Experiments")
     histories = {row["experiment"] + " (rendered)" * (row["data"] == "rendered"): row["first"]["history"]
                  for row in rows if row["runs"] and row["first"]["history"] is not None}
-    curve = [name for name in MAIN_CURVES if any(name in history for history in histories.values())][:1]
+    numbers = {name for history in histories.values() for name in history if history[name].notna().any()}
+    curve = [name for name in MAIN_CURVES if name in numbers][:1]
     labelled, by_label = [row for row in rows if row["n"] and row["first"]["labels"]], {}
     for score, values in (item for row in labelled for item in row["first"]["labels"].items()):
         by_label[score] = list(dict.fromkeys([*by_label.get(score, []), *values]))

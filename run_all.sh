@@ -79,7 +79,9 @@ run() { # run NAME FLAGS...: train where it is not finished, then test
                 "$PYTHON" train.py --name "$full" --dataset "$study" "$@" "${small[@]}" "${extra[@]}" "${seed[@]}" || status=$?
             fi
         fi
-        [ "$status" -ne 0 ] || "$PYTHON" test.py --ckpt "$folder/best.pt" "${test_extra[@]}" > "$folder/test.log" 2>&1 || { status=$?; tail -n 3 "$folder/test.log" >&2; }
+        # APTOS was published on its test part, the others on validation
+        local part=val; [ "$study" != aptos ] || part=test
+        [ "$status" -ne 0 ] || "$PYTHON" test.py --ckpt "$folder/best.pt" --split $part --out "$folder" "${test_extra[@]}" > "$folder/test.log" 2>&1 || { status=$?; tail -n 3 "$folder/test.log" >&2; }
         [ "$status" -lt 128 ] || exit "$status" # Ctrl-C: the next call goes on here
         [ "$status" -eq 0 ] || { failed+=("$full"); echo "== $full: FAILED with status $status" >&2; }
     done

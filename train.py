@@ -9,11 +9,11 @@ train_results.xlsx, TensorBoard events) and a copy of best.pt here; ends with th
 
 import argparse
 import functools
-import os
 import shutil
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +28,7 @@ import metrics
 import models
 import pictures
 import samplers
+from cache import remove_leftovers, replace_file
 from errors import InputError, guard
 from features import TrunkFeatures, evaluate, fit_batchnorm, loader_workers, training_data
 
@@ -48,6 +49,8 @@ PUBLISHED = {
 # A resumed run keeps these: they decide shapes, the rows, or what the optimiser and the schedule hold.
 FIXED = ("dataset", "model", "labels", "size", "crop", "preprocess", "fine_tune", "bn", "weights", "optimizer", "scheduler",
          "split_seed", "val_fraction", "test_fraction", "pseudo_labels", "min_confidence", "shuffle_labels", "name", "runs")
+SCHEDULE_FLAGS = ("lr", "momentum", "weight_decay", "schedule_epochs", "gamma", "max_lr")
+ORDER_FLAGS = ("batch", "sampler", "drop_last", "seed")  # a cut epoch is ended as it was begun
 
 
 def get_args_parser(dataset_name="odir"):
@@ -137,11 +140,15 @@ def get_args(argv=None):
             action.default = argparse.SUPPRESS
         given._defaults.clear()
         given = vars(given.parse_args(argv))
-        state = checkpoint.load_checkpoint(Path(args.resume) / "last.pt", "last")
+        state = checkpoint.load_last(args.resume)
         refused = [name for name in FIXED if name in given and given[name] != state["args"].get(name)]
         if refused:
             raise InputError("a resumed run keeps its " + ", ".join(f"--{name.replace('_', '-')} {state['args'].get(name)}" for name in refused)
                              + ": start a new run to change it")
+        changed = [name for name in ORDER_FLAGS if name in given and given[name] != state["args"][name]]
+        if changed and state["record"]:
+            raise InputError(f"the run stopped within epoch {state['epoch']}, and --{changed[0].replace('_', '-')} can change between epochs "
+                             f"only: end this epoch first, with --resume {args.resume} --epochs {state['epoch'] + 1}")
         args = argparse.Namespace(**{**vars(args), **state["args"], **given})
     check_args(args)
     return args, state
@@ -236,6 +243,20 @@ def build_scheduler(args, optimizer):
 
 def constant(_):
     return 1.0
+
+
+def restore(args, stored, optimizer, scheduler):
+    """Optimiser and schedule as last.pt holds them; where --lr (...) is another now, as if it had been so from the start."""
+    groups = optimizer.state_dict()["param_groups"]
+    if all(vars(args)[name] == stored["args"][name] for name in SCHEDULE_FLAGS):
+        optimizer.load_state_dict(stored["optimizer"])
+        scheduler.load_state_dict(stored["scheduler"])
+        return
+    optimizer.load_state_dict({"state": stored["optimizer"]["state"], "param_groups": groups})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch expects a step of the optimiser before each of the schedule
+        for row in stored["history"]:
+            scheduler.step(*([row["val_loss"]] if args.scheduler == "plateau" else []))
 
 
 def train_prior(targets, num_labels):
@@ -352,11 +373,10 @@ def main(argv=None):
         if stored["trunk"] != trunk:
             raise InputError(f"the frozen trunk is not the one that {folder} was trained on (other weights, precision or torch version)")
         models.load_strict(model.classifier if trunk else model, stored["model"], folder / "last.pt")
-        optimizer.load_state_dict(stored["optimizer"])
-        scheduler.load_state_dict(stored["scheduler"])
+        restore(args, stored, optimizer, scheduler)
         scaler.load_state_dict(stored["scaler"])
         state = {key: stored[key] for key in state}
-        state["record"] = [tuple(t.to(device) for t in step) for step in state["record"]]
+        state["record"] = engine.own_record(state["record"], device)
     else:
         folder = engine.rank0(checkpoint.new_run_folder, args.runs, args.name, f"{args.dataset}-{args.model}")
     args.name = folder.name
@@ -369,6 +389,7 @@ def main(argv=None):
              "shuffled_labels": args.shuffle_labels, "started": checkpoint.now()}
     writer = None
     if leader:
+        remove_leftovers(folder)
         pd.DataFrame([(i, part) for part, ids in split_ids.items() for i in ids], columns=["ID", "part"]).to_csv(folder / "split.csv", index=False)
         if repaired:
             (folder / "repaired.txt").write_text("\n".join(repaired) + "\n")
@@ -398,7 +419,9 @@ def main(argv=None):
             engine.make_loader(data, batches, loader_workers(args, device, data), device), prepare, optimizer, scaler, criterion, context,
             args.seed, epoch, state["record"], stop)
         state["seconds"] = time.time() - before
+        engine.share_buffers(model)
         if not complete:
+            state["record"] = engine.merge_record(state["record"])
             break
         train_loss, *train_outputs = engine.summarise(state["record"])
         val_loss, _, probs = evaluate(args, model, features, val_pictures, parts["val"], val_targets, val_criterion, precision, device)
@@ -433,7 +456,7 @@ def main(argv=None):
     epochs.close()
 
     # End: finished, or stopped by a signal
-    status = "interrupted" if stop.number and (state["record"] or state["epoch"] < args.epochs) else "finished"
+    status = "interrupted" if stop.number and (state["record"] or state["epoch"] < args.epochs and state["stale"] < args.patience) else "finished"
     best = state["best"]
     if leader:
         save_last(folder, args, state, model, trunk, optimizer, scheduler, scaler)
@@ -448,8 +471,8 @@ def main(argv=None):
             "epochs_run": state["epoch"], "best_epoch": best and best["epoch"], "best_loss": best and best["loss"],
             "scores": best and best["scores"], "last_epoch": state["history"][-1] if state["history"] else None})
         if best:
-            shutil.copyfile(folder / "best.pt", ".best.pt.tmp")
-            os.replace(".best.pt.tmp", "best.pt")
+            with open(folder / "best.pt", "rb") as source:
+                replace_file("best.pt", functools.partial(shutil.copyfileobj, source))
     if status == "interrupted":
         if leader:
             print(f"stopped in epoch {state['epoch']} after step {len(state['record'])}; everything is saved. Go on with:\n"

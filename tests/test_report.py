@@ -260,10 +260,10 @@ def browse(page, tmp_path):
     # Headless Chromium opens no window below 500 pixels, but a frame can be as narrow as a telephone.
     (tmp_path / "frame.html").write_text(FRAME.format(page=html.escape(page.replace("</body>", PROBE))))
     done = subprocess.run([
-        CHROMIUM, "--headless", "--hide-scrollbars", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-        "--disable-background-networking", "--disable-component-update", "--disable-sync",
-        "--enable-logging=stderr",
-        f"--user-data-dir={tmp_path / 'profile'}", f"--log-net-log={tmp_path / 'net.json'}", "--dump-dom",
+        CHROMIUM, "--headless", "--hide-scrollbars", "--no-sandbox", "--disable-gpu", "--disable-quic",
+        "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync",
+        "--enable-logging=stderr", f"--user-data-dir={tmp_path / 'profile'}",
+        f"--log-net-log={tmp_path / 'net.json'}", "--dump-dom",
         (tmp_path / "frame.html").as_uri()], capture_output=True, text=True, timeout=120, check=True)
     seen = json.loads(html.unescape(re.search(r"<pre>(.*?)</pre>", done.stdout, re.S).group(1)))
     net = (tmp_path / "net.json").read_text()
