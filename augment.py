@@ -111,7 +111,8 @@ def prepare_batch(batch, device, recipe="none", size=None):
     if "features" in batch:
         return (batch["features"],), batch["targets"]
     if "volumes" in batch:
-        return prepare_volumes([v.to(device, non_blocking=True) for v in batch["volumes"]], batch["lengths"], batch.get("uniforms"), recipe), batch["targets"]
+        volumes = [plane.to(device, non_blocking=True) for plane in batch["volumes"]]
+        return prepare_volumes(volumes, batch["lengths"], batch.get("uniforms"), recipe), batch["targets"]
     images = batch["images"].permute(0, 1, 4, 2, 3).float().div_(255)  # (B, P, 3, S, S), channels last in memory
     if recipe != "none" and len(images):
         images = augment(images, batch["uniforms"], recipe, size or images.shape[-1])

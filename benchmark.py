@@ -162,7 +162,8 @@ def whole_run(args, device, experiments=("3",)):
     plain_epoch(net, head, optimizer, files[:64], args, device)
     per_picture = [seconds(lambda: plain_epoch(net, head, optimizer, files, args, device), device) / len(files) for _ in range(3)]
     pictures = 2 * (len(parts["train"]) + len(parts["val"]))
-    print(f"plain epoch of {pictures} pictures: " + ", ".join(f"{value * pictures:.0f} s" for value in per_picture) + f" (from {len(files)} pictures each)")
+    print(f"plain epoch of {pictures} pictures: " + ", ".join(f"{value * pictures:.0f} s" for value in per_picture)
+          + f" (from {len(files)} pictures each)")
     with tempfile.TemporaryDirectory() as folder:
         flags = ["--data", str(Path(args.data).absolute()), "--missing", "drop", "--weights", "none"]
         for again in (False, True):

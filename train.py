@@ -70,10 +70,12 @@ def get_args_parser(dataset_name="odir"):
     group.add_argument("--min-confidence", type=float, default=0.0, help="least confidence of a pseudo-label to be used")
 
     group = parser.add_argument_group("pictures")
-    group.add_argument("--preprocess", choices=["fov", "none", "centre"], default="fov", help="fov: the eye alone (write-up); centre: shorter side, centre crop")
+    group.add_argument("--preprocess", choices=["fov", "none", "centre"], default="fov", 
+                       help="fov: the eye alone (write-up); centre: shorter side, centre crop")
     group.add_argument("--size", type=int, default=224, help="pixels a side (write-up)")
     group.add_argument("--crop", type=int, help="random crop of a training view; evaluation resizes to it (experiments 14-17, dr)")
-    group.add_argument("--augment", choices=["none", *augment.RECIPES], default="none", help="eyes: experiments 8, 9; pair: 14-17; lab: dr; knee: mrnet")
+    group.add_argument("--augment", choices=["none", *augment.RECIPES], default="none",
+                       help="eyes: experiments 8, 9; pair: 14-17; lab: dr; knee: mrnet")
     group.add_argument("--views", type=int, default=0, help="cycle through this many augmented views; 0 draws a fresh one per epoch (write-up)")
 
     group = parser.add_argument_group("network")
@@ -102,7 +104,8 @@ def get_args_parser(dataset_name="odir"):
 
     group = parser.add_argument_group("machine")
     group.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="where it runs")
-    group.add_argument("--precision", choices=["auto", *engine.PRECISIONS], default="auto", help="auto: the fastest that the hardware computes natively")
+    group.add_argument("--precision", choices=["auto", *engine.PRECISIONS], default="auto",
+                       help="auto: the fastest that the hardware computes natively")
     group.add_argument("--compile", action=yes_no, default=False, help="torch.compile; pays off in long runs")
     group.add_argument("--workers", type=int, help="processes that decode pictures and load batches (default: the cores allowed)")
     group.add_argument("--feature-cache", action=yes_no, default=True, help="keep a frozen trunk's features on disk")
@@ -187,7 +190,7 @@ def find_data(name, given):
     print(f"{line}\n!! There is no data/{name}. This run takes RENDERED STAND-INS from {root}:\n"
           f"!! its scores say nothing about real eyes or knees. Real data: README, Data.\n{line}", flush=True)
     script = Path(__file__).parent / "render_data.py"
-    if subprocess.run([sys.executable, script, root, "--dataset", name]).returncode:
+    if not dataset.is_rendered(root) and subprocess.run([sys.executable, script, root, "--dataset", name]).returncode:
         raise InputError(f"the stand-ins could not be rendered into {root}")
     return root
 
@@ -382,7 +385,8 @@ def main(argv=None):
     args.name = folder.name
     leader = engine.rank() == 0
     split_ids = {part: [str(i) for i in table["ID"]] for part, table in parts.items()}
-    rebuild = {"labels": labels, "task": task, "family": family, "split": split_ids, "prior": train_prior(train_targets, len(labels)), "data": {k: v for k, v in facts.items() if k != "notes"}}
+    rebuild = {"labels": labels, "task": task, "family": family, "split": split_ids, "prior": train_prior(train_targets, len(labels)),
+               "data": {name: fact for name, fact in facts.items() if name != "notes"}}
     about = {"name": folder.name, "dataset": args.dataset, "model": args.model, "args": vars(args), "command": checkpoint.command_line(),
              "commit": checkpoint.commit(), "versions": checkpoint.versions(), "device": checkpoint.describe_machine(device),
              "precision": precision, "processes": engine.world(), "labels": labels, "task": task, "data": facts,
