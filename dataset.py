@@ -47,7 +47,7 @@ def read(name, root, labels=None):
     if not root.is_dir():
         raise InputError(f"--data {root} is no folder: give the folder that holds the {name} data set (README, Data)")
     labels = list(labels or DATASETS[name]["labels"])
-    if name not in ("retina", "mrnet", "aptos") and labels != DATASETS[name]["labels"]:
+    if name not in ("retina", "mrnet") and labels != DATASETS[name]["labels"]:
         raise InputError(f"--labels: {name} always has the labels {' '.join(DATASETS[name]['labels'])}")
     return READERS[name](root, labels)
 
@@ -56,15 +56,17 @@ def read_sheet(path, **kwargs):
     """A .xlsx or .csv file as a DataFrame; InputError where it cannot be read or holds no row."""
     path = Path(path)
     try:
-        sheet = pd.read_excel(path, **kwargs) if path.suffix == ".xlsx" else pd.read_csv(path, **kwargs)
+        # Blank lines are kept, so that row numbers stay those of the file.
+        sheet = pd.read_excel(path, **kwargs) if path.suffix == ".xlsx" else pd.read_csv(path, skip_blank_lines=False, **kwargs)
     except FileNotFoundError:
         raise InputError(f"{path} is missing") from None
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, SyntaxError, OSError, zipfile.BadZipFile,
             zipfile.LargeZipFile, pd.errors.ParserError, EOFError, NotImplementedError, zipfile.zlib.error) as error:
         raise InputError(f"{path} cannot be read as a table ({type(error).__name__}: {str(error)[:100]})") from error
-    if sheet.empty:
+    filled = np.flatnonzero(sheet.notna().any(axis=1))
+    if not len(filled):
         raise InputError(f"{path} holds no row")
-    return sheet
+    return sheet.iloc[:filled[-1] + 1]  # blank lines at the end are nothing
 
 
 def check_rows(path, bad, what, first_row=2):

@@ -95,7 +95,9 @@ def main(argv=None):
 
     # Its data
     root = args.data or saved["data"]["root"]
-    table, _, notes = dataset.read(run.dataset, root, labels if run.dataset in ("retina", "mrnet") else None)
+    table, found, notes = dataset.read(run.dataset, root, labels if run.dataset in ("retina", "mrnet") else None)
+    if found != labels:
+        raise InputError(f"{root} has the classes {', '.join(found)}; this network was trained on {', '.join(labels)}")
     for note in notes:
         print(f"note: {note}")
     rows, left_out = dataset.drop_missing({"": checkpoint.choose_rows(table, saved, args.split, args.data, args.missing)}, args.missing)

@@ -9,15 +9,14 @@ train_results.xlsx, TensorBoard events) and a copy of best.pt here; ends with th
 
 import argparse
 import functools
-import shutil
 import subprocess
 import sys
 import time
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import torch
 
 import augment
@@ -27,8 +26,8 @@ import engine
 import metrics
 import models
 import pictures
+import records
 import samplers
-from cache import remove_leftovers, replace_file
 from errors import InputError, guard
 from features import TrunkFeatures, evaluate, fit_batchnorm, loader_workers, training_data
 
@@ -54,14 +53,14 @@ ORDER_FLAGS = ("batch", "sampler", "drop_last", "seed")  # a cut epoch is ended 
 
 
 def get_args_parser(dataset_name="odir"):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Formatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Formatter, usage="python train.py [--flag value ...]")
     yes_no = argparse.BooleanOptionalAction
 
     group = parser.add_argument_group("data")
     group.add_argument("--dataset", choices=dataset.DATASETS, default="odir", help="data set; sets the published defaults below")
     group.add_argument("--data", help="its folder; without it data/<dataset>, or rendered stand-ins where that is missing")
     group.add_argument("--missing", choices=["stop", "drop"], default="stop", help="what to do about missing or unreadable pictures")
-    group.add_argument("--labels", nargs="+", help="retina, mrnet: the labels to use (default: all of SPEC's)")
+    group.add_argument("--labels", nargs="+", help="retina, mrnet: the labels to use (default: the study's)")
     group.add_argument("--val-fraction", type=float, help="share of patients in validation (published: 0.2; aptos 733/3662)")
     group.add_argument("--test-fraction", type=float, help="share kept away from training (published: 0; aptos 583/3662)")
     group.add_argument("--split-seed", type=int, default=42, help="seed of the split (write-up)")
@@ -70,7 +69,7 @@ def get_args_parser(dataset_name="odir"):
     group.add_argument("--min-confidence", type=float, default=0.0, help="least confidence of a pseudo-label to be used")
 
     group = parser.add_argument_group("pictures")
-    group.add_argument("--preprocess", choices=["fov", "none", "centre"], default="fov", 
+    group.add_argument("--preprocess", choices=["fov", "none", "centre"], default="fov",
                        help="fov: the eye alone (write-up); centre: shorter side, centre crop")
     group.add_argument("--size", type=int, default=224, help="pixels a side (write-up)")
     group.add_argument("--crop", type=int, help="random crop of a training view; evaluation resizes to it (experiments 14-17, dr)")
@@ -274,219 +273,164 @@ def loss_weight(args, task, targets, num_labels):
     return samplers.pos_weight(targets) if task == "multilabel" else samplers.class_weights(targets, num_labels)
 
 
-# ---------------------------------------------------------------- what a run remembers
+# ---------------------------------------------------------------- data, network, run folder
 
-def save_last(folder, args, state, model, trunk, optimizer, scheduler, scaler):
-    """last.pt: a frozen trunk is named by its digest, everything else is stored."""
-    checkpoint.save_checkpoint(folder / "last.pt", "last", args=vars(args), trunk=trunk,
-                               model=checkpoint.cpu_state(model.classifier if trunk else model), optimizer=optimizer.state_dict(),
-                               scheduler=scheduler.state_dict(), scaler=scaler.state_dict(), **state)
-
-
-def save_best(folder, args, best, model, facts):
-    """best.pt: the whole network as it was in the best epoch, and all that test.py needs to rebuild the rest."""
-    weights = checkpoint.cpu_state(model)
-    weights.update({f"classifier.{key}": value for key, value in (best["classifier"] or {}).items()})
-    checkpoint.save_checkpoint(folder / "best.pt", "best", model=weights, args=vars(args), epoch=best["epoch"], loss=best["loss"],
-                               scores=best["scores"], **facts)
-
-
-def save_results(folder, history, best_epoch=None):
-    checkpoint.write_sheet(folder / "train_results.xlsx", pd.DataFrame(history))
+@dataclass
+class Data:
+    """What a run trains and validates on; `facts` go into run.json, `rebuild` into best.pt."""
+    parts: dict  # {"train", "val", "test"}: tables
+    labels: list
+    task: str
+    family: str
+    train: object  # Pictures, None for volumes
+    val: object
+    train_targets: np.ndarray
+    val_targets: np.ndarray
+    facts: dict
+    rebuild: dict
 
 
-def open_tensorboard(folder, args, history):
-    """A fresh event file that begins with all epochs so far: after a resume no epoch is there twice."""
-    from torch.utils.tensorboard import SummaryWriter
-    for old in folder.glob("events.out.tfevents.*"):
-        old.unlink()
-    writer = SummaryWriter(folder)
-    writer.add_text("arguments", "\n".join(f"    --{name} {value}" for name, value in sorted(vars(args).items())))
-    for row in history:
-        log_epoch(writer, row)
-    return writer
+@dataclass
+class Learner:
+    """The network and all that trains it; `trunk` is the digest of a trunk that is frozen for good, else None."""
+    model: torch.nn.Module
+    trunk: str
+    features: TrunkFeatures
+    criterion: engine.Criterion
+    optimizer: torch.optim.Optimizer
+    scheduler: object
+    scaler: torch.amp.GradScaler
 
 
-def log_epoch(writer, row):
-    for name, value in row.items():
-        if name != "epoch":
-            part, _, score = name.partition("_")
-            writer.add_scalar(f"{score}/{part}" if score else name, value, row["epoch"])
-    writer.flush()
-
-
-def finish_tensorboard(writer, args, best, targets, labels, task, val_data):
-    """Confusion matrices and sample patients of the best epoch, and the arguments beside the final scores."""
-    import figures
-    probs = best["probs"].numpy()
-    writer.add_figure("confusion", figures.confusion(targets, probs, labels, task), best["epoch"])
-    writer.add_figure("samples", figures.samples(pictures.examples(val_data, targets, probs, labels, task)), best["epoch"])
-    flags = {name: value if isinstance(value, bool | int | float | str) else str(value) for name, value in vars(args).items()}
-    writer.add_hparams(flags, {f"best/{name}": value for name, value in best["scores"].items()}, run_name=".")
-    writer.close()
-
-
-# ---------------------------------------------------------------- main
-
-def main(argv=None):
-    # Arguments, device, data
-    started = time.time()
-    args, stored = get_args(argv)
-    device = engine.start_processes(engine.pick_device(args.device))
-    precision = engine.pick_precision(args.precision, device)
+def load_data(args):
+    """Everything about the data, in sentences too; InputError where nothing is left to train on."""
     parts, labels, facts = load_parts(args)
     task, family = (dataset.DATASETS[args.dataset][key] for key in ("task", "family"))
     kind = None if args.dataset == "mrnet" else args.preprocess
-    parts["train"], train_pictures, bad_train = pictures.open_part(parts["train"], kind, args.size, args.cache, args.workers, args.missing)
-    parts["val"], val_pictures, bad_val = pictures.open_part(parts["val"], kind, args.crop or args.size, args.cache, args.workers, args.missing)
+    parts["train"], train, bad_train = pictures.open_part(parts["train"], kind, args.size, args.cache, args.workers, args.missing)
+    parts["val"], val, bad_val = pictures.open_part(parts["val"], kind, args.crop or args.size, args.cache, args.workers, args.missing)
     train_targets, val_targets = (dataset.targets_of(parts[part], labels) for part in ("train", "val"))
     if not len(train_targets) or not len(val_targets):
         raise InputError(f"{len(train_targets)} training and {len(val_targets)} validation rows are left: there is nothing to train on")
     if args.shuffle_labels:
         train_targets = train_targets[np.random.default_rng(args.seed).permutation(len(train_targets))]
-    repaired = sorted({file for p in (train_pictures, val_pictures) if p for file in p.repaired})
-    facts.update(digest=dataset.data_digest(parts, labels), repaired=len(repaired), unreadable=bad_train + bad_val,
+    facts.update(digest=dataset.data_digest(parts, labels), unreadable=bad_train + bad_val,
+                 repaired=sorted({file for part in (train, val) if part for file in part.repaired}),
                  parts={part: len(table) for part, table in parts.items()})
-    if stored and stored["digest"] != facts["digest"]:
-        raise InputError(f"the data in {facts['root']} are not those that {args.resume} was trained on: a resumed run needs the same rows and labels")
-    for note in facts["notes"]:
-        print(f"note: {note}")
-    print(f"{args.dataset}{' (RENDERED)' if facts['rendered'] else ''}: {len(train_targets)} training and {len(val_targets)} validation rows, "
-          f"{facts['unreadable']} unreadable left out, {len(repaired)} repaired; {args.model} on {device} in {precision}", flush=True)
+    rebuild = {"labels": labels, "task": task, "family": family, "prior": train_prior(train_targets, len(labels)),
+               "split": {part: [str(i) for i in table["ID"]] for part, table in parts.items()},
+               "data": {name: facts[name] for name in ("root", "rendered", "digest", "parts")}}
+    return Data(parts, labels, task, family, train, val, train_targets, val_targets, facts, rebuild)
 
-    # Network: weights, BatchNorm's statistics
-    model = build(args, labels, facts["rendered"]).to(device)
+
+def build_learner(args, data, device, precision):
+    model = build(args, data.labels, data.facts["rendered"]).to(device)
     args.bn = args.bn or ("batch" if args.fine_tune else "fitted")
-    if args.bn == "fitted" and train_pictures:
-        fit_batchnorm(model, train_pictures, functools.partial(augment.prepare_batch, device=device), device, precision, args.cache,
-                      args.seed, checkpoint.state_digest(model.backbone))
-    criterion = engine.Criterion(task, loss_weight(args, task, train_targets, len(labels)), device)
-    val_criterion = engine.Criterion(task)
+    if args.bn == "fitted" and data.train:
+        fit_batchnorm(model, data.train, functools.partial(augment.prepare_batch, device=device), device, precision, args.cache, args.seed,
+                      checkpoint.state_digest(model.backbone))
     optimizer = build_optimizer(args, model)
-    scheduler = build_scheduler(args, optimizer)
-    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16" and args.fine_tune)
-    frozen_all = not args.fine_tune and args.bn != "batch"
-    trunk = checkpoint.state_digest(model.backbone) if frozen_all else None
-    features = TrunkFeatures(model, precision, args.compile, device, args.cache)
+    return Learner(model, checkpoint.state_digest(model.backbone) if not args.fine_tune and args.bn != "batch" else None,
+                   TrunkFeatures(model, precision, args.compile, device, args.cache),
+                   engine.Criterion(data.task, loss_weight(args, data.task, data.train_targets, len(data.labels)), device),
+                   optimizer, build_scheduler(args, optimizer),
+                   torch.amp.GradScaler(device.type, enabled=precision == "fp16" and args.fine_tune))
 
-    # Run folder, or the run that goes on
-    state = {"epoch": 0, "history": [], "best": None, "stale": 0, "record": [], "digest": facts["digest"], "seconds": 0.0}
-    if stored:
-        folder = Path(args.resume)
-        if stored["trunk"] != trunk:
-            raise InputError(f"the frozen trunk is not the one that {folder} was trained on (other weights, precision or torch version)")
-        models.load_strict(model.classifier if trunk else model, stored["model"], folder / "last.pt")
-        restore(args, stored, optimizer, scheduler)
-        scaler.load_state_dict(stored["scaler"])
-        state = {key: stored[key] for key in state}
-        state["record"] = engine.own_record(state["record"], device)
-    else:
-        folder = engine.rank0(checkpoint.new_run_folder, args.runs, args.name, f"{args.dataset}-{args.model}")
+
+def open_run(args, stored, data, learner, device):
+    """A new run folder and a fresh state, or the folder and state of the run that goes on -> (folder, state)."""
+    state = {"epoch": 0, "history": [], "best": None, "stale": 0, "record": [], "digest": data.facts["digest"], "seconds": 0.0}
+    if not stored:
+        return engine.rank0(checkpoint.new_run_folder, args.runs, args.name, f"{args.dataset}-{args.model}"), state
+    folder = Path(args.resume)
+    if stored["digest"] != data.facts["digest"]:
+        raise InputError(f"the data in {data.facts['root']} are not those that {folder} was trained on: a resumed run needs the same rows and labels")
+    if stored["trunk"] != learner.trunk:
+        raise InputError(f"the frozen trunk is not the one that {folder} was trained on (other weights, precision or torch version)")
+    models.load_strict(learner.model.classifier if learner.trunk else learner.model, stored["model"], folder / "last.pt")
+    restore(args, stored, learner.optimizer, learner.scheduler)
+    learner.scaler.load_state_dict(stored["scaler"])
+    state = {key: stored[key] for key in state}
+    state["record"] = engine.own_record(state["record"], device)
+    return folder, state
+
+
+def epoch_batches(args, targets, epoch, start):
+    """This rank's batches of an epoch, from batch number `start` on."""
+    order = samplers.epoch_order(args.sampler, targets, args.seed, epoch)
+    if args.drop_last and len(order) >= args.batch:
+        order = order[:len(order) // args.batch * args.batch]
+    return samplers.Batches(order, args.batch, start, engine.rank(), engine.world())
+
+
+# ---------------------------------------------------------------- main
+
+def main(argv=None):
+    # Arguments, data, network, run folder
+    started = time.time()
+    args, stored = get_args(argv)
+    device = engine.start_processes(engine.pick_device(args.device))
+    precision = engine.pick_precision(args.precision, device)
+    data = load_data(args)
+    records.print_data(args, data, device, precision)
+    learner = build_learner(args, data, device, precision)
+    folder, state = open_run(args, stored, data, learner, device)
     args.name = folder.name
-    leader = engine.rank() == 0
-    split_ids = {part: [str(i) for i in table["ID"]] for part, table in parts.items()}
-    rebuild = {"labels": labels, "task": task, "family": family, "split": split_ids, "prior": train_prior(train_targets, len(labels)),
-               "data": {name: fact for name, fact in facts.items() if name != "notes"}}
-    about = {"name": folder.name, "dataset": args.dataset, "model": args.model, "args": vars(args), "command": checkpoint.command_line(),
-             "commit": checkpoint.commit(), "versions": checkpoint.versions(), "device": checkpoint.describe_machine(device),
-             "precision": precision, "processes": engine.world(), "labels": labels, "task": task, "data": facts,
-             "shuffled_labels": args.shuffle_labels, "started": checkpoint.now()}
-    writer = None
-    if leader:
-        remove_leftovers(folder)
-        pd.DataFrame([(i, part) for part, ids in split_ids.items() for i in ids], columns=["ID", "part"]).to_csv(folder / "split.csv", index=False)
-        if repaired:
-            (folder / "repaired.txt").write_text("\n".join(repaired) + "\n")
-        checkpoint.save_json(folder / "run.json", {**about, "status": "running"})
-        writer = open_tensorboard(folder, args, state["history"])
-        save_last(folder, args, state, model, trunk, optimizer, scheduler, scaler)
+    writer = records.RunRecords(folder, args, data, learner, state, device, precision) if engine.rank() == 0 else None
+    val_criterion = engine.Criterion(data.task)
+    prepare = functools.partial(augment.prepare_batch, device=device, recipe=args.augment, size=args.crop or args.size)
 
     # Epochs
     stop = engine.StopSignal()
-    best_written, before = 0.0, time.time() - state["seconds"]
+    before = time.time() - state["seconds"]
     epochs = engine.progress(range(state["epoch"], args.epochs), folder.name, initial=state["epoch"], total=args.epochs)
     for epoch in epochs:
         if state["stale"] >= args.patience:
             break
         frozen = not args.fine_tune or epoch < args.freeze_epochs
-        data, module, context = training_data(args, frozen, epoch, model, features, train_pictures, parts["train"], train_targets, precision, device)
-        model.backbone.requires_grad_(not frozen)
+        learner.model.backbone.requires_grad_(not frozen)
+        rows, module, context = training_data(args, frozen, epoch, learner.model, learner.features, data.train, data.parts["train"],
+                                              data.train_targets, precision, device)
         engine.train_mode(module, hold_batchnorm=args.bn != "batch")
-        order = samplers.epoch_order(args.sampler, train_targets, args.seed, epoch)
-        if args.drop_last and len(order) >= args.batch:
-            order = order[:len(order) // args.batch * args.batch]
-        batches = samplers.Batches(order, args.batch, len(state["record"]), engine.rank(), engine.world())
-        prepare = functools.partial(augment.prepare_batch, device=device, recipe=args.augment, size=args.crop or args.size)
-        lr = optimizer.param_groups[0]["lr"]
-        complete = engine.train_one_epoch(
-            engine.distribute(models.compiled(module) if args.compile and not frozen else module, device),
-            engine.make_loader(data, batches, loader_workers(args, device, data), device), prepare, optimizer, scaler, criterion, context,
-            args.seed, epoch, state["record"], stop)
+        module = engine.distribute(models.compiled(module) if args.compile and not frozen else module, device)
+        loader = engine.make_loader(rows, epoch_batches(args, data.train_targets, epoch, len(state["record"])),
+                                    loader_workers(args, device, rows), device)
+        lr = learner.optimizer.param_groups[0]["lr"]
+        complete = engine.train_one_epoch(module, loader, prepare, learner.optimizer, learner.scaler, learner.criterion, context,
+                                          args.seed, epoch, state["record"], stop)
         state["seconds"] = time.time() - before
-        engine.share_buffers(model)
+        engine.share_buffers(learner.model)
         if not complete:
             state["record"] = engine.merge_record(state["record"])
             break
         train_loss, *train_outputs = engine.summarise(state["record"])
-        val_loss, _, probs = evaluate(args, model, features, val_pictures, parts["val"], val_targets, val_criterion, precision, device)
+        val_loss, _, probs = evaluate(args, learner.model, learner.features, data.val, data.parts["val"], data.val_targets,
+                                      val_criterion, precision, device)
         engine.check_finite(val_loss, epoch, "validation")
 
-        # Records
-        scores = metrics.scores(family, val_targets, probs, labels)
+        # Scores, schedule, best epoch, files
+        scores = metrics.scores(data.family, data.val_targets, probs, data.labels)
         row = {"epoch": epoch, "lr": lr, "train_loss": train_loss, "val_loss": val_loss}
-        for part, values in (("train", metrics.scores(family, *train_outputs, labels)), ("val", scores)):
+        for part, values in (("train", metrics.scores(data.family, *train_outputs, data.labels)), ("val", scores)):
             row.update({f"{part}_{'final_score' if name == 'final' else name}": value for name, value in values.items()})
         state["history"].append(row)
         state["record"], state["epoch"] = [], epoch + 1
-        scheduler.step(*([val_loss] if args.scheduler == "plateau" else []))
+        learner.scheduler.step(*([val_loss] if args.scheduler == "plateau" else []))
         improved = state["best"] is None or val_loss < state["best"]["loss"]
         state["stale"] = 0 if improved else state["stale"] + 1
         if improved:
             state["best"] = {"epoch": epoch, "loss": val_loss, "scores": scores, "probs": torch.from_numpy(probs),
-                             "classifier": checkpoint.cpu_state(model.classifier) if trunk else None}
-        main_score = list(scores)[-1] if family != "classes" else "accuracy"
-        line = f"loss {train_loss:.4f} / {val_loss:.4f}  {main_score} {scores[main_score]:.4f}"
-        epochs.set_postfix_str(line)
-        if leader:
-            if epochs.disable:
-                print(f"epoch {epoch}  lr {lr:.5f}  {line}{'  *' if improved else ''}", flush=True)
-            log_epoch(writer, row)
-            # A frozen trunk is 94 MB that never change, and its best head is in last.pt too: then best.pt is renewed
-            # only as often as costs less than a twentieth of the time, and at the end. Else it precedes last.pt.
-            if improved and (not trunk or time.time() - best_written > 3):
-                save_best(folder, args, state["best"], model, rebuild)
-                best_written = time.time()
-            save_last(folder, args, state, model, trunk, optimizer, scheduler, scaler)
+                             "classifier": checkpoint.cpu_state(learner.model.classifier) if learner.trunk else None}
+        if writer:
+            epochs.set_postfix_str(writer.epoch(row, improved, silent=not epochs.disable))
     epochs.close()
 
     # End: finished, or stopped by a signal
-    status = "interrupted" if stop.number and (state["record"] or state["epoch"] < args.epochs and state["stale"] < args.patience) else "finished"
-    best = state["best"]
-    if leader:
-        save_last(folder, args, state, model, trunk, optimizer, scheduler, scaler)
-        if best:
-            if trunk:
-                save_best(folder, args, best, model, rebuild)
-            save_results(folder, state["history"])
-        if status == "finished":
-            finish_tensorboard(writer, args, best, val_targets, labels, task, (val_pictures, parts["val"]))
-        checkpoint.save_json(folder / "run.json", {
-            **about, "status": status, "seconds": round(state["seconds"], 1), "seconds_in_all": round(time.time() - started, 1),
-            "epochs_run": state["epoch"], "best_epoch": best and best["epoch"], "best_loss": best and best["loss"],
-            "scores": best and best["scores"], "last_epoch": state["history"][-1] if state["history"] else None})
-        if best:
-            with open(folder / "best.pt", "rb") as source:
-                replace_file("best.pt", functools.partial(shutil.copyfileobj, source))
-    if status == "interrupted":
-        if leader:
-            print(f"stopped in epoch {state['epoch']} after step {len(state['record'])}; everything is saved. Go on with:\n"
-                  f"    python train.py --resume {folder}")
-        return 128 + stop.number
-    if leader:
-        print(f"{folder}: best epoch {best['epoch']} of {state['epoch']}, validation loss {best['loss']:.4f}, {family} scores: "
-              + ", ".join(f"{name} {value:.4f}" for name, value in best["scores"].items()))
-        for sentence in metrics.undefined_scores(val_targets, best["probs"].numpy(), labels, family):
-            print(f"undefined: {sentence}")
+    unfinished = state["record"] or state["epoch"] < args.epochs and state["stale"] < args.patience
+    status = "interrupted" if stop.number and unfinished else "finished"
+    if writer:
+        writer.end(status, time.time() - started)
+    return 128 + stop.number if status == "interrupted" else 0
 
 
 if __name__ == "__main__":

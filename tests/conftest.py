@@ -5,6 +5,8 @@
                     lies beside runs/, so `test.py` and the others reuse what is kept there
     script(name, *arguments, cwd=...)  runs a script as a user would -> CompletedProcess, its output as text;
                     with status=0 (or another) it also asserts the exit status and shows the output where it differs
+    train_here(folder, *flags)  train.main in this process, working in `folder`, small, on the CPU in float32
+                    -> the run's folder; flags given win over the small ones
 
 Treat the folders as read-only: give the scripts an --out of your own, or copy the folder.
 """
@@ -66,3 +68,27 @@ def trained(tmp_path_factory, rendered):
             made[name] = base / "runs" / name
         return made[name]
     return folder
+
+
+@pytest.fixture(scope="session")
+def train_here():
+    import signal
+
+    import train
+
+    def run(folder, *flags):
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        name = f"run{len(list((folder / 'runs').glob('*')))}"
+        before, handlers = os.getcwd(), [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)]
+        os.chdir(folder)
+        try:
+            status = train.main(["--weights", "none", "--epochs", "2", "--size", "32", "--device", "cpu", "--precision", "fp32",
+                                 "--workers", "0", "--name", name, *map(str, flags)])
+        finally:
+            os.chdir(before)
+            for number, handler in handlers:
+                signal.signal(number, handler)
+        assert not status, f"train.main ended with {status}"
+        return folder / "runs" / name
+    return run
