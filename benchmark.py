@@ -337,7 +337,7 @@ def main(argv=None):
     if not Path(args.mrnet).is_dir() and (not args.names or "mrnet" in args.names):
         subprocess.run([sys.executable, HERE / "render_data.py", args.mrnet, "--dataset", "mrnet", "--patients", "16"], check=True)
     device = engine.pick_device(args.device)
-    print(f"{time.strftime('%Y-%m-%d')}, {describe_machine(device)}, {engine.default_workers()} cores, torch {torch.__version__}: "
+    print(f"{time.strftime('%Y-%m-%d')}, {describe_machine(device)}, {preprocess.default_workers()} cores, torch {torch.__version__}: "
           f"python benchmark.py {' '.join(sys.argv[1:])}")
     for name in args.names or BENCHMARKS:
         BENCHMARKS[name](args, device)

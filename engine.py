@@ -7,7 +7,6 @@ import signal
 import sys
 from contextlib import nullcontext
 from datetime import timedelta
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -134,15 +133,6 @@ def pick_precision(name, device):
 
 def autocast(device, precision):
     return torch.autocast(device.type, PRECISIONS[precision], enabled=precision != "fp32")
-
-
-def default_workers():
-    """Processes worth starting: the cores this process may use (affinity, container limit), at most 16."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    limit = Path("/sys/fs/cgroup/cpu.max")  # control groups v2: "<quota> <period>" or "max <period>"
-    if limit.exists() and not (quota := limit.read_text().split())[0].startswith("max"):
-        cores = min(cores, math.ceil(int(quota[0]) / int(quota[1])))
-    return max(1, min(16, cores))
 
 
 def seed_everything(seed):

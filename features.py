@@ -12,10 +12,11 @@ import torch
 from augment import prepare_batch
 from cache import Kept, digest
 from checkpoint import state_digest
-from engine import PRECISIONS, autocast, default_workers, gather, make_loader, predict, progress, rank, rank0, world
+from engine import PRECISIONS, autocast, gather, make_loader, predict, progress, rank, rank0, world
 from errors import InputError
 from models import FastTrunk, with_fast_trunk
 from pictures import FeatureSet, PictureSet, VolumeSet
+from preprocess import default_workers
 from samplers import Batches
 
 EXTRACT_BATCH = 16  # pictures: small enough that a CPU's caches hold a layer; GPUs get EXTRACT_BATCH_GPU

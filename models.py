@@ -242,17 +242,19 @@ class FastTrunk(nn.Module):
         super().__init__()
         self.net = fold_batchnorm(backbone).requires_grad_(False).to(dtype=dtype, memory_format=torch.channels_last)
         self.run = compiled(self.net) if compile else self.net
-        self.dtype = dtype
+        self.dtype, self.compile, self.batch = dtype, compile, 0
 
     def train(self, mode=True):  # frozen means frozen, whatever the model around it does
         return super().train(False)
 
     @torch.no_grad()
     def forward(self, images):
-        if not len(images):
-            images = images.new_zeros((1, *images.shape[1:]))
-            return self.run(images.to(self.dtype)).float()[:0]
-        return self.run(images.to(dtype=self.dtype, memory_format=torch.channels_last)).float()
+        count = len(images)
+        # A compiled trunk is made for one batch size: a short last batch is filled up. An empty one (a rank without rows) too.
+        self.batch = max(1, count, self.batch if self.compile else 0)
+        if count < self.batch and (self.compile or not count):
+            images = torch.cat([images, images.new_zeros((self.batch - count, *images.shape[1:]))])
+        return self.run(images.to(dtype=self.dtype, memory_format=torch.channels_last)).float()[:count]
 
 
 def with_fast_trunk(model, precision="fp32", compile=False):
@@ -331,4 +333,4 @@ def explain(model, batch):
 
 def scaled(maps):
     peak = maps.amax((2, 3), keepdim=True)
-    return torch.where(peak > 0, maps / peak.clamp_min(1e-12), torch.zeros_like(maps))
+    return maps / torch.where(peak > 0, peak, torch.ones_like(peak))

@@ -15,9 +15,9 @@ import torch
 from augment import draw
 from cache import Kept, digest, file_stamps
 from dataset import PLANES, check_columns, check_names, check_rows, read_sheet
-from engine import default_workers, gather, local_rank, progress
+from engine import gather, local_rank, progress
 from errors import InputError
-from preprocess import WRITES, load_picture
+from preprocess import WRITES, default_workers, load_picture
 
 
 def load_row(file, kind, size):

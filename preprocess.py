@@ -233,6 +233,15 @@ def is_finished(source, target, settings_file, size):
         return False
 
 
+def default_workers():
+    """Processes worth starting: the cores this process may use (affinity, container limit), at most 16."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    limit = Path("/sys/fs/cgroup/cpu.max")  # control groups v2: "<quota> <period>" or "max <period>"
+    if limit.exists() and not (quota := limit.read_text().split())[0].startswith("max"):
+        cores = min(cores, math.ceil(int(quota[0]) / int(quota[1])))
+    return max(1, min(16, cores))
+
+
 def get_args_parser():
     formatter = argparse.ArgumentDefaultsHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=formatter)
@@ -240,8 +249,7 @@ def get_args_parser():
     parser.add_argument("dst", metavar="DST", type=Path, help="folder that is written, outside SRC")
     parser.add_argument("--size", type=int, default=224, help="side of the square that is written, pixels")
     parser.add_argument("--kind", choices=KINDS, default="fov", help="field of view and circle, squash, or centre crop")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    parser.add_argument("--workers", type=int, default=min(cores, 16), help="processes")
+    parser.add_argument("--workers", type=int, default=default_workers(), help="processes; by default the cores allowed")
     return parser
 
 

@@ -23,10 +23,10 @@ sys.path.insert(0, str(ROOT))
 
 SETTINGS = {  # data set -> (patients, pixels of the rendered pictures, flags of train.py)
     "odir": (40, 96, ["--size", "64", "--model", "v0"]),
-    "aptos": (48, 96, ["--size", "64", "--batch", "8"]),
+    "aptos": (36, 96, ["--size", "64", "--batch", "8"]),
     "dr": (40, 96, ["--size", "72", "--crop", "64", "--batch", "8", "--freeze-epochs", "1"]),
     "retina": (60, 96, ["--size", "96", "--batch", "8"]),
-    "mrnet": (12, 96, ["--size", "96", "--batch", "2"]),
+    "mrnet": (8, 96, ["--size", "72", "--batch", "2"]),
 }
 
 

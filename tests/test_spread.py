@@ -1,0 +1,156 @@
+"""spread_labels.py: the spreading against its closed form, validation kept out, and the chain to train.py."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+import checkpoint
+import dataset
+import spread_labels
+from errors import InputError, guard
+from spread_labels import UNKNOWN, agreement, spread, training_rows
+
+
+def run(*arguments):
+    return guard(spread_labels.main, [*map(str, arguments), "--device", "cpu", "--workers", "0"])
+
+
+@pytest.fixture
+def clusters():
+    """Three clusters of 20 in three dimensions, of very different scales; one labelled row in each -> (outputs, truth, given)."""
+    rng = np.random.default_rng(0)
+    truth = np.repeat([0, 1, 2], 20)
+    outputs = (np.eye(3)[truth] * 8 + rng.normal(size=(60, 3))) * [1, 100, 0.01] + [0, 5, 3]
+    given = np.full(60, UNKNOWN)
+    given[[0, 20, 40]] = [0, 1, 2]
+    return outputs, truth, given
+
+
+@pytest.mark.parametrize("kernel", ["knn", "rbf"])
+def test_labels_spread_over_their_cluster(clusters, kernel):
+    outputs, truth, given = clusters
+    found, confidence = spread(outputs, given, kernel=kernel)
+    reached = found != UNKNOWN
+    assert reached.mean() > 0.9 and (found == truth)[reached].mean() > 0.95
+    assert (confidence[reached] > 1 / 3).all() and (confidence <= 1).all()
+
+
+@pytest.mark.parametrize("alpha", [0.2, 0.9])
+def test_spreading_is_zhous_closed_form(clusters, alpha):
+    """Zhou et al. 2004: F = (1 - alpha) (I - alpha S)^-1 Y, S = D^-1/2 W D^-1/2, no row its own neighbour."""
+    outputs, _, given = clusters
+    x = (outputs - outputs.mean(0)) / outputs.std(0)
+    w = np.exp(-((x[:, None] - x[None]) ** 2).sum(2) / 3)  # gamma = 1 / number of labels
+    np.fill_diagonal(w, 0)
+    degree = w.sum(1) ** -0.5
+    y = (given[:, None] == np.arange(3)).astype(float)
+    f = (1 - alpha) * np.linalg.solve(np.eye(60) - alpha * degree[:, None] * w * degree, y)
+    found, confidence = spread(outputs, given, kernel="rbf", alpha=alpha)
+    np.testing.assert_array_equal(found, f.argmax(1))
+    np.testing.assert_allclose(confidence, (f / f.sum(1, keepdims=True)).max(1), atol=0.01 if alpha > 0.5 else 2e-3)
+
+
+def test_what_no_label_reaches_gets_none():
+    rng = np.random.default_rng(0)
+    outputs = np.concatenate([rng.normal(size=(12, 3)), rng.normal(size=(12, 3)) + 1000])
+    given = np.full(24, UNKNOWN)
+    given[:2] = [1, 2]
+    found, confidence = spread(outputs, given, neighbors=5)
+    assert (found[12:] == UNKNOWN).all() and not confidence[12:].any()
+    assert set(found[:12]) == {1, 2}, "classes keep their numbers where the first has no picture"
+
+
+def test_agreement_hides_what_it_asks_for(clusters):
+    outputs, truth, _ = clusters
+    settings = dict(kernel="knn", neighbors=7, gamma=None, alpha=0.2)
+    assert agreement(outputs, truth, settings) > 0.95
+    shuffled = np.random.default_rng(1).permutation(truth)
+    assert agreement(outputs, shuffled, settings) < 0.6, "a row that knew its own label would agree with itself"
+
+
+# ---------------------------------------------------------------- who takes part
+
+def test_rows_of_validation_and_test_never_take_part():
+    table = pd.DataFrame({"ID": ["a", "b", "c", "d"], "target": [0, 1, 0, 1]})
+    saved = {"split": {"train": ["a", "b", "c"], "val": ["d"], "test": []}}
+    assert list(training_rows(saved, table, None)["ID"]) == ["a", "b", "c"]
+    # A pseudo-labelled picture of the first training may bear the name of a validation or test picture.
+    saved = {"split": {"train": ["a", "b", "d", "unlabelled"], "val": ["d"], "test": ["b"]}}
+    assert list(training_rows(saved, table, "pseudo_labels.csv")["ID"]) == ["a"]
+    with pytest.raises(InputError, match="2 of the run's 3 training pictures"):
+        training_rows({"split": {"train": ["a", "x", "y"], "val": [], "test": []}}, table, None)
+    with pytest.raises(InputError):
+        training_rows({"split": {"train": ["x"], "val": ["a"], "test": []}}, table, "pseudo_labels.csv")
+
+
+def test_validation_pictures_and_labels_change_nothing(trained, rendered, tmp_path):
+    """Without the validation pictures, and with other labels for them, the same file; with another training label, another."""
+    ckpt = trained("retina") / "best.pt"
+    saved = checkpoint.load_checkpoint(ckpt)
+    assert run("--ckpt", ckpt, "--out", tmp_path / "a", "--cache", tmp_path / "cache-a") == 0
+    data = tmp_path / "data"
+    shutil.copytree(rendered("retina"), data)
+    sheet = pd.read_csv(data / "train.csv", dtype={"filename": str}).set_index("filename")
+    labels = saved["labels"]
+    for name in saved["split"]["val"]:
+        (data / "train" / name).unlink()
+        sheet.loc[name, labels] = np.roll(sheet.loc[name, labels].to_numpy(), 1)
+    sheet.to_csv(data / "train.csv")
+    assert run("--ckpt", ckpt, "--data", data, "--out", tmp_path / "b", "--cache", tmp_path / "cache-b") == 0
+    first = (tmp_path / "a/pseudo_labels.csv").read_bytes()
+    assert (tmp_path / "b/pseudo_labels.csv").read_bytes() == first
+    for name in saved["split"]["train"]:
+        sheet.loc[name, labels] = np.roll(sheet.loc[name, labels].to_numpy(), 1)
+    sheet.to_csv(data / "train.csv")
+    assert run("--ckpt", ckpt, "--data", data, "--out", tmp_path / "c", "--cache", tmp_path / "cache-b") == 0
+    assert (tmp_path / "c/pseudo_labels.csv").read_bytes() != first
+
+
+# ---------------------------------------------------------------- the chain
+
+def test_spread_then_train_on(trained, rendered, script, tmp_path, capsys):
+    ckpt, data = trained("retina") / "best.pt", rendered("retina")
+    assert run("--ckpt", ckpt, "--out", tmp_path) == 0
+    text = capsys.readouterr().out
+    sheet = pd.read_csv(tmp_path / "pseudo_labels.csv", dtype={"filename": str})
+    unlabelled = [Path(file).name for file in dataset.unlabelled_pictures(data)]
+    assert list(sheet.columns) == ["filename", "label", "confidence"] and set(sheet["filename"]) <= set(unlabelled)
+    assert sheet["confidence"].between(0, 1).all()
+    before = json.loads((trained("retina") / "run.json").read_text())["data"]["parts"]
+    assert f"{before['train']} labelled training pictures, {len(unlabelled)} unlabelled" in text
+    for label, count in sheet["label"].value_counts().items():
+        assert f"  {label}: {count}\n" in text
+    assert "quartiles" in text and "agrees" in text
+
+    least = float(sheet["confidence"].median())
+    for name, weights, sure in (("scratch", "none", 0.0), ("continued", ckpt, least)):
+        done = script("train.py", "--dataset", "retina", "--data", data, "--pseudo-labels", tmp_path / "pseudo_labels.csv", "--min-confidence", sure,
+                      "--weights", weights, "--name", name, "--epochs", 1, "--size", 96, "--batch", 8, "--workers", 0, "--device", "cpu",
+                      "--precision", "fp32", cwd=tmp_path, status=0)
+        more = int((sheet["confidence"] >= sure).sum())
+        assert f"{more} pseudo-labelled picture(s) join" in done.stdout and 0 < more <= len(sheet)
+        parts = json.loads((tmp_path / "runs" / name / "run.json").read_text())["data"]["parts"]
+        assert parts["train"] == before["train"] + more and parts["val"] == before["val"]
+        again = checkpoint.load_checkpoint(tmp_path / "runs" / name / "best.pt")
+        assert again["split"]["val"] == checkpoint.load_checkpoint(ckpt)["split"]["val"]
+
+    # A second round, from a run that has unlabelled pictures among its training part.
+    assert run("--ckpt", tmp_path / "runs/continued/best.pt", "--out", tmp_path / "second", "--kernel", "rbf") == 0
+    assert f"{before['train']} labelled training pictures" in capsys.readouterr().out
+
+
+def test_refused(trained, rendered, tmp_path, capsys):
+    ckpt = trained("retina") / "best.pt"
+    bare = tmp_path / "bare"
+    shutil.copytree(rendered("retina"), bare)
+    shutil.rmtree(bare / "test")
+    for arguments, said in ((["--ckpt", trained("odir") / "best.pt"], "only the retina"), (["--ckpt", ckpt, "--alpha", 1], "between 0 and 1"),
+                            (["--ckpt", ckpt, "--neighbors", 1000], "there are"), (["--ckpt", ckpt, "--data", bare], "holds no pictures"),
+                            (["--ckpt", ckpt, "--data", tmp_path / "gone"], "no folder")):
+        assert run(*arguments, "--out", tmp_path / "out", "--cache", tmp_path / "cache") == 2
+        assert said in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
