@@ -6,6 +6,7 @@ noticed by its checksum and made again. The folder can be deleted at any time.
 """
 
 import hashlib
+import io
 import json
 import os
 import platform
@@ -100,9 +101,11 @@ class Kept:
 
         def stream_rows(stream):
             nonlocal crc
+            header, rows = io.BytesIO(), 0
             np.lib.format.write_array_header_1_0(
-                stream, {"descr": np.lib.format.dtype_to_descr(self.dtype), "fortran_order": False, "shape": self.shape})
-            rows = 0
+                header, {"descr": np.lib.format.dtype_to_descr(self.dtype), "fortran_order": False, "shape": self.shape})
+            crc = zlib.crc32(header.getvalue())
+            stream.write(header.getvalue())
             for block in self.make(extra):
                 block = np.ascontiguousarray(block, dtype=self.dtype)
                 rows += len(block)
@@ -138,9 +141,8 @@ class Kept:
         return np.load(self.path, mmap_mode="c" if mmap else None, allow_pickle=False)
 
     def checksum(self):
-        header, crc = self.path.stat().st_size - int(np.prod(self.shape)) * self.dtype.itemsize, 0
+        crc = 0
         with open(self.path, "rb") as stream:
-            stream.seek(header)
             while block := stream.read(CHUNK):
                 crc = zlib.crc32(block, crc)
         return crc

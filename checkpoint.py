@@ -114,6 +114,10 @@ def home_of(run, ckpt):
 def new_run_folder(runs, name, default):
     """Make and return runs/<name>; without a name the first free runs/<default>-<number>. Never an existing one."""
     runs = Path(runs)
+    try:
+        runs.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--runs {runs} cannot be made ({error.strerror}): name a folder that can be written") from error
     if name:
         if Path(name).name != name:
             raise InputError(f"--name {name}: expected a plain name, without folders")
@@ -189,4 +193,6 @@ def now():
 
 def write_sheet(path, frame):
     """A DataFrame as .xlsx, whole or not at all."""
-    replace_file(path, lambda stream: frame.to_excel(stream, index=False, engine="openpyxl"))
+    buffer = io.BytesIO()  # a zip archive on a full disk complains twice
+    frame.to_excel(buffer, index=False, engine="openpyxl")
+    replace_file(path, lambda stream: stream.write(buffer.getbuffer()))

@@ -60,7 +60,7 @@ def read_sheet(path, **kwargs):
         sheet = pd.read_excel(path, **kwargs) if path.suffix == ".xlsx" else pd.read_csv(path, skip_blank_lines=False, **kwargs)
     except FileNotFoundError:
         raise InputError(f"{path} is missing") from None
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError, SyntaxError, OSError, zipfile.BadZipFile,
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, SyntaxError, OSError, ImportError, zipfile.BadZipFile,
             zipfile.LargeZipFile, pd.errors.ParserError, EOFError, NotImplementedError, zipfile.zlib.error) as error:
         raise InputError(f"{path} cannot be read as a table ({type(error).__name__}: {str(error)[:100]})") from error
     filled = np.flatnonzero(sheet.notna().any(axis=1))
@@ -99,7 +99,7 @@ def check_names(path, names, what, first_row=2, unique=True):
     check_rows(path, names.isna() | (names.astype(str).str.strip() == ""), f"empty {what}", first_row)
     names = names.astype(str).str.strip()
     # A table must not reach outside its own folder.
-    check_rows(path, names.str.contains(r"(?:^|[/\\])\.\.(?:[/\\]|$)|^[/\\]|\0", regex=True), f"{what} that leaves the data folder", first_row)
+    check_rows(path, names.str.contains(r"(?:^|[/\\])\.\.(?:[/\\]|$)|^[/\\]|^\.$|\0", regex=True), f"{what} that leaves the data folder", first_row)
     if unique:
         check_rows(path, names.duplicated(), f"doubled {what}", first_row)
     return names
@@ -279,6 +279,7 @@ def add_pseudo_labels(table, labels, root, path, min_confidence):
     check_columns(path, sheet, ["filename", "label", "confidence"])
     names = check_names(path, sheet["filename"], "filename")
     check_rows(path, ~sheet["label"].isin(labels), f"label that is not one of {labels}")
+    check_rows(path, names.isin(table["ID"].astype(str)), "a picture that is labelled already")
     confidence = pd.to_numeric(sheet["confidence"], errors="coerce")
     check_rows(path, ~confidence.between(0, 1), "confidence outside 0 to 1")
     sure = (confidence >= min_confidence).to_numpy()

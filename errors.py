@@ -1,7 +1,18 @@
-"""How every script ends: a clear message and an exit status, never a traceback for what a user can mend."""
+"""How every script talks: its help, and at its end a clear message and an exit status, never a traceback for what a user can mend."""
 
+import argparse
 import errno
 import sys
+
+
+class Formatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Help with the defaults that there are, and the description as it is laid out."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default in (None, argparse.SUPPRESS) else super()._get_help_string(action)
+
+    def _fill_text(self, text, width, indent):
+        return text.strip()
 
 
 class InputError(ValueError):

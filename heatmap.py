@@ -22,11 +22,11 @@ import figures
 import models
 import pictures
 from cache import replace_file
-from errors import InputError, guard
+from errors import Formatter, InputError, guard
 
 
 def get_args_parser():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Formatter)
     parser.add_argument("given", nargs="*", metavar="PICTURE", help="as predict.py takes them: LEFT RIGHT, photographs, an exam, a folder or a CSV")
     parser.add_argument("--ckpt", required=True, help="a best.pt")
     parser.add_argument("--split", choices=["val", "test", "all"], help="instead of pictures: rows of this part of the run's own split")

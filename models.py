@@ -6,6 +6,7 @@ so that a frozen trunk's features can be kept, and a head trained on them alone.
 
 import argparse
 import copy
+import pickle
 import urllib.error
 from pathlib import Path
 
@@ -162,12 +163,17 @@ def load_weights(model, weights):
     if weights == "none":
         return
     if weights == "imagenet":
+        if model.name == "alexnet":
+            raise InputError("--weights imagenet: this AlexNet is the retina study's own; there are no ImageNet weights for it. "
+                             "Use --weights none or a checkpoint")
         load_trunk(model, imagenet_state(model.name), "the ImageNet weights")
         return
     if not Path(weights).is_file():
         raise InputError(f"--weights {weights}: expected imagenet, none or a file, and there is no such file")
     state = load_file(weights)
-    if "model" not in state:
+    if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
+        raise InputError(f"--weights {weights} is neither a best.pt nor a network's state_dict")
+    if state.get("kind") != "best":
         load_trunk(model, state, weights)
         return
     theirs = state["args"]["model"]
@@ -184,22 +190,22 @@ def load_weights(model, weights):
 
 def imagenet_state(name):
     """The published ImageNet state_dict for the trunk of model `name`."""
+    name = {"v0": "resnet50", "v1": "resnet50", "v2": "resnet50", "mrnet": "alexnet"}.get(name, name)
     try:
         if name == "efficientnet-b1":
-            return load_url(url_map[name], map_location="cpu")
-        name = {"v0": "resnet50", "v1": "resnet50", "v2": "resnet50", "mrnet": "alexnet"}.get(name, name)
-        return torchvision.models.get_model_weights(name).DEFAULT.get_state_dict(progress=True, check_hash=True)
+            return load_url(url_map[name], map_location="cpu", weights_only=True)
+        return torchvision.models.get_model_weights(name).DEFAULT.get_state_dict(progress=True, check_hash=True, weights_only=True)
     except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
         raise InputError(f"--weights imagenet: {name}'s weights are not in the local cache ({torch.hub.get_dir()}/checkpoints) and "
                          f"cannot be downloaded ({error}). Put the file there, name one with --weights PATH, or train from "
                          "random weights with --weights none") from error
+    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:  # damaged, or it holds code
+        raise InputError(f"--weights imagenet: {name}'s file in {torch.hub.get_dir()}/checkpoints cannot be read "
+                         f"({' '.join(str(error).split())[:120]}). Delete it, or copy it there again") from error
 
 
 def load_trunk(model, state, source):
     """A library's state_dict into the trunk, without its own classification layer."""
-    if model.name == "alexnet" and source == "the ImageNet weights":
-        raise InputError("--weights imagenet: this AlexNet is the retina study's own; there are no ImageNet weights for it. "
-                         "Use --weights none or a checkpoint")
     if model.name == "mrnet":
         features = {key.removeprefix("features."): value for key, value in state.items() if key.startswith("features.")}
         for trunk in model.backbone:

@@ -4,6 +4,7 @@ Every data set here answers a list of keys [(index, repeat)] with one batch, so 
 """
 
 import functools
+import tokenize
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
@@ -131,6 +132,8 @@ def given_rows(name, given):
     paths = [Path(path) for path in given]
     wanted, columns = GIVEN.get(name, GIVEN[""])
     first, several = paths[0], len(paths) > 1
+    if len(set(paths)) < len(paths):
+        raise InputError(f"{' '.join(map(str, paths))}: the same one twice; expected {wanted}")
     if not several and first.suffix.lower() in (".csv", ".xlsx"):
         return rows_of_table(first, columns), True
     if not several and first.is_dir() and not (name == "mrnet" and (first / "axial.npy").exists()):
@@ -207,11 +210,13 @@ def read_volume(file):
     """One plane of an exam, mapped from disk: uint8 (slices, 256, 256). Never unpickles anything."""
     try:
         volume = np.load(file, mmap_mode="c", allow_pickle=False)
-    except (ValueError, OSError, EOFError, SyntaxError, TypeError, KeyError, MemoryError, OverflowError) as error:
+    except (ValueError, OSError, EOFError, SyntaxError, TypeError, KeyError, MemoryError, OverflowError, RuntimeError, tokenize.TokenError) as error:
         raise InputError(f"{file}: not a plain .npy array ({str(error)[:80]})") from error
     if not isinstance(volume, np.ndarray) or volume.dtype != np.uint8 or volume.ndim != 3 or volume.shape[1:] != (256, 256) or not len(volume):
         got = f"{volume.dtype} {volume.shape}" if isinstance(volume, np.ndarray) else type(volume).__name__
         raise InputError(f"{file}: {got}; expected uint8 (slices, 256, 256)")
+    if volume.offset + volume.nbytes != Path(file).stat().st_size:  # a damaged header can claim fewer slices than there are
+        raise InputError(f"{file}: the header claims {len(volume)} slices, but the file's length is another. Copy it again")
     return volume
 
 

@@ -22,7 +22,7 @@ import pictures
 from augment import prepare_batch
 from cache import replace_file
 from dataset import ODIR_LABELS, ODIR_NAMES
-from errors import InputError, guard
+from errors import Formatter, InputError, guard
 from features import live_data, loader_workers
 from samplers import Batches
 
@@ -31,7 +31,7 @@ RENDERED = "Trained on RENDERED pictures: what it says about a real eye or knee 
 
 
 def get_args_parser():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Formatter)
     parser.add_argument("given", nargs="+", metavar="PICTURE", help="eye pairs: LEFT RIGHT, a folder of <id>_left.* and <id>_right.*, or a CSV "
                         "(LEFT,RIGHT or ID,Left-Fundus,Right-Fundus); one photograph: pictures, a folder, or a CSV (file); knees: an exam's "
                         "folder, three .npy files, a folder of axial/ coronal/ sagittal/, or a CSV (axial,coronal,sagittal). "
@@ -54,7 +54,7 @@ def predict_rows(model, run, rows, part, num_labels, task, args, device):
     feature then rounds the other way (0.4 % in bf16). Measured on a CPU with AMX, 40 eye pairs, 8 labels, bf16: at most 3e-7
     from test.py's, in batches of 32 and of 1; bf16 itself was up to 0.17 from fp32, with a trunk of random weights.
     """
-    precision = engine.pick_precision(args.precision or run.precision, device)
+    precision = engine.pick_precision(args.precision or run.precision, device, run.model)
     targets = np.zeros((len(rows), num_labels), np.float32) if task == "multilabel" else np.zeros(len(rows), np.int64)  # not looked at
     data = live_data(run, part, rows, targets)
     loader = engine.make_loader(data, Batches(np.arange(len(rows)), args.batch), loader_workers(run, device, data), device)

@@ -23,7 +23,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from errors import InputError, guard
+from errors import Formatter, InputError, guard
 
 KINDS = ("fov", "none", "centre")
 READS = ("JPEG", "PNG", "TIFF", "BMP", "GIF", "WEBP")  # what PIL may try; nothing that starts a program
@@ -243,8 +243,7 @@ def default_workers():
 
 
 def get_args_parser():
-    formatter = argparse.ArgumentDefaultsHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=formatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Formatter)
     parser.add_argument("src", metavar="SRC", type=Path, help="folder searched for .jpg .jpeg .png .tif .tiff .bmp")
     parser.add_argument("dst", metavar="DST", type=Path, help="folder that is written, outside SRC")
     parser.add_argument("--size", type=int, default=224, help="side of the square that is written, pixels")

@@ -35,7 +35,8 @@ class RunRecords:
                       "shuffled_labels": args.shuffle_labels, "started": checkpoint.now()}
         remove_leftovers(folder)
         split = [(i, part) for part, ids in data.rebuild["split"].items() for i in ids]
-        pd.DataFrame(split, columns=["ID", "part"]).to_csv(folder / "split.csv", index=False)
+        table = pd.DataFrame(split, columns=["ID", "part"])
+        replace_file(folder / "split.csv", functools.partial(table.to_csv, index=False), "w")
         if data.facts["repaired"]:
             (folder / "repaired.txt").write_text("\n".join(data.facts["repaired"]) + "\n")
         checkpoint.save_json(folder / "run.json", {**self.about, "status": "running"})

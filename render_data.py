@@ -20,7 +20,7 @@ import pandas as pd
 from PIL import Image, ImageDraw, ImageFilter
 from tqdm import tqdm
 
-from errors import InputError, guard
+from errors import Formatter, InputError, guard
 
 VERSION = 1  # raised whenever the drawings change
 ODIR_SHARES = {"N": 0.30, "D": 0.18, "G": 0.09, "C": 0.09, "A": 0.09, "H": 0.08, "M": 0.08, "O": 0.09}
@@ -353,8 +353,7 @@ def render(out, dataset, patients=120, size=256, seed=0):
 
 
 def get_args_parser():
-    formatter = argparse.ArgumentDefaultsHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=formatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Formatter)
     parser.add_argument("out", metavar="OUT", type=Path, help="folder that is made: new, empty, or rendered before")
     parser.add_argument("--dataset", choices=RENDER, required=True, help="whose layout")
     parser.add_argument("--patients", type=int, default=120, help="patients, exams, or (aptos, retina) pictures")

@@ -23,7 +23,7 @@ import engine
 import models
 import pictures
 from cache import replace_file
-from errors import InputError, guard
+from errors import Formatter, InputError, guard
 from features import TrunkFeatures, evaluate
 
 UNKNOWN = -1  # scikit-learn's mark for a row without a label
@@ -37,12 +37,12 @@ class Logits(engine.Criterion):
 
 
 def get_args_parser():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Formatter)
     parser.add_argument("--ckpt", required=True, help="a best.pt of the retina study")
     parser.add_argument("--data", help="another folder of the same pictures (default: the one that was trained on)")
     parser.add_argument("--missing", choices=["stop", "drop"], default="stop", help="what to do about missing or unreadable pictures")
     parser.add_argument("--out", help="folder for pseudo_labels.csv (default: the run's folder)")
-    parser.add_argument("--kernel", choices=["knn", "rbf"], default="knn", help="who is near: knn needs no scale (the study names none)")
+    parser.add_argument("--kernel", choices=["knn", "rbf"], default="knn", help="who is near: knn needs no scale (ours; the study names none)")
     parser.add_argument("--neighbors", type=int, default=7, help="knn: the picture itself and its nearest ones (scikit-learn's)")
     parser.add_argument("--gamma", type=float, help="rbf: exp(-gamma d^2) (without it: 1 / number of labels, as scikit-learn's rbf_kernel; "
                         "LabelSpreading's own 20 would cut off all standardised neighbours)")
@@ -106,14 +106,14 @@ def main(argv=None):
         raise InputError(f"{args.ckpt} was trained on {run.dataset}: only the retina data set has unlabelled pictures")
     labels, root = saved["labels"], args.data or saved["data"]["root"]
     run.cache, run.workers = args.cache or run.cache, args.workers
+    known = training_rows(saved, dataset.read("retina", root, labels)[0], run.pseudo_labels)
     unlabelled = dataset.unlabelled_pictures(root)
     if not unlabelled:
         raise InputError(f"{Path(root) / 'test'} holds no pictures: there is nothing to spread labels to")
-    known = training_rows(saved, dataset.read("retina", root, labels)[0], run.pseudo_labels)
     unknown = pd.DataFrame({"ID": [Path(file).name for file in unlabelled], "files": [(file,) for file in unlabelled]})
 
     # Outputs of the last dense layer
-    precision = engine.pick_precision(args.precision or run.precision, device)
+    precision = engine.pick_precision(args.precision or run.precision, device, run.model)
     features, outputs, tables = TrunkFeatures(model, precision, run.compile, device, run.cache), [], []
     for table in (known, unknown):
         rows, _ = dataset.drop_missing({"": table}, args.missing)

@@ -21,12 +21,12 @@ import figures
 import metrics
 import models
 import pictures
-from errors import InputError, guard
+from errors import Formatter, InputError, guard
 from features import TrunkFeatures, evaluate
 
 
 def get_args_parser():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Formatter)
     parser.add_argument("--ckpt", required=True, help="a best.pt")
     parser.add_argument("--split", choices=["val", "test", "all"], default="val", help="part of the run's own split; all: every row of the data set")
     parser.add_argument("--data", help="another folder of the same layout (default: the one that was trained on)")
@@ -90,7 +90,7 @@ def main(argv=None):
     saved, run, model = models.open_checkpoint(args.ckpt, device)
     labels, task = saved["labels"], saved["task"]
     run.cache, run.workers = args.cache or run.cache, args.workers
-    precision = engine.pick_precision(args.precision or run.precision, device)
+    precision = engine.pick_precision(args.precision or run.precision, device, run.model)
     size = run.crop or run.size
 
     # Its data

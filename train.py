@@ -28,7 +28,7 @@ import models
 import pictures
 import records
 import samplers
-from errors import InputError, guard
+from errors import Formatter, InputError, guard
 from features import TrunkFeatures, evaluate, fit_batchnorm, loader_workers, training_data
 
 # scheduler -> (epochs, gamma): what --schedule-epochs and --gamma mean to it when they are not given (all published)
@@ -117,16 +117,6 @@ def get_args_parser(dataset_name="odir"):
     group.add_argument("--seed", type=int, default=42, help="of weights, order, dropout and augmentation (write-up)")
     parser.set_defaults(**PUBLISHED[dataset_name])
     return parser
-
-
-class Formatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Defaults where there are some; the description as it is laid out."""
-
-    def _get_help_string(self, action):
-        return action.help if action.default in (None, argparse.SUPPRESS) else super()._get_help_string(action)
-
-    def _fill_text(self, text, width, indent):
-        return text.strip()
 
 
 def get_args(argv=None):
@@ -370,7 +360,7 @@ def main(argv=None):
     started = time.time()
     args, stored = get_args(argv)
     device = engine.start_processes(engine.pick_device(args.device))
-    precision = engine.pick_precision(args.precision, device)
+    precision = engine.pick_precision(args.precision, device, args.model)
     data = load_data(args)
     records.print_data(args, data, device, precision)
     learner = build_learner(args, data, device, precision)
@@ -381,6 +371,8 @@ def main(argv=None):
     prepare = functools.partial(augment.prepare_batch, device=device, recipe=args.augment, size=args.crop or args.size)
 
     # Epochs
+    if args.bn == "batch" and engine.world() > 1 and device.type != "cuda":
+        print("BatchNorm statistics move, and a CPU has no synchronised BatchNorm: each process normalises by its own share")
     stop = engine.StopSignal()
     before = time.time() - state["seconds"]
     epochs = engine.progress(range(state["epoch"], args.epochs), folder.name, initial=state["epoch"], total=args.epochs)

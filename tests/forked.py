@@ -6,6 +6,7 @@ Each has one thread, so that nothing depends on the machine, and its own working
 import multiprocessing
 import os
 import re
+import resource
 import signal
 import socket
 import sys
@@ -51,6 +52,8 @@ def train_main(argv, environment):
             time.sleep(float(environment["SLOW_STEPS"]))
             seed_dropout(seed, epoch, step, device)
         engine.seed_dropout = slowly
+    if "LARGEST_FILE" in environment:  # bytes; the kernel refuses to write further
+        resource.setrlimit(resource.RLIMIT_FSIZE, (int(environment["LARGEST_FILE"]), resource.RLIM_INFINITY))
     sys.argv = ["train.py", *argv]
     return guard(train.main, argv)
 
@@ -82,8 +85,8 @@ def train(argv, cwd, status=0, environment=None, timeout=120):
 
 
 def wait_for(cwd, pattern, process, after=0, timeout=60):
-    """Wait until the output of a started process matches `pattern`."""
-    out, end = Path(cwd) / "out.txt", time.time() + timeout
+    """Wait until the output of a started process, in a file or in out.txt of a folder, matches `pattern`."""
+    out, end = Path(cwd) / "out.txt" if Path(cwd).is_dir() else Path(cwd), time.time() + timeout
     while time.time() < end:
         if out.exists() and re.search(pattern, out.read_text()[after:]):
             return
@@ -92,15 +95,20 @@ def wait_for(cwd, pattern, process, after=0, timeout=60):
     raise AssertionError(f"no {pattern!r} within {timeout} s: {out.read_text() if out.exists() else ''}")
 
 
-def train_together(argv, cwd, ranks=2, status=0, timeout=120):
-    """`ranks` processes as torchrun starts them -> what they printed, one after the other."""
+def start_together(argv, cwd, ranks=2, environment=None):
+    """Start `ranks` processes as torchrun does -> (processes, their output files)."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     places = [{"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks),
-               "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)} for rank in range(ranks)]
+               "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), **(environment or {})} for rank in range(ranks)]
     outs = [Path(cwd) / f"rank{rank}.txt" for rank in range(ranks)]
-    processes = [start(argv, cwd, place, out) for place, out in zip(places, outs, strict=True)]
+    return [start(argv, cwd, place, out) for place, out in zip(places, outs, strict=True)], outs
+
+
+def train_together(argv, cwd, ranks=2, status=0, timeout=120):
+    """Run `ranks` processes to their end, assert their exit status -> what each printed."""
+    processes, outs = start_together(argv, cwd, ranks)
     end = time.time() + timeout
     while any(p.exitcode is None for p in processes) and time.time() < end and all(p.exitcode in (None, status) for p in processes):
         time.sleep(0.02)

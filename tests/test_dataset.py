@@ -369,7 +369,8 @@ def test_kaggles_eyes_that_disagree(tmp_path):
     refused(lambda: read("odir", write(tmp_path, sheet, "full_df.csv")), "different labels", "row(s) 27")
 
 
-@pytest.mark.parametrize("name, dataset_name", [("annotations.xlsx", "odir"), ("train.csv", "aptos"), ("trainLabels.csv", "dr"), ("train.csv", "retina")])
+@pytest.mark.parametrize("name, dataset_name", [("annotations.xlsx", "odir"), ("train.csv", "aptos"), ("trainLabels.csv", "dr"),
+                                                ("train.csv", "retina")])
 def test_files_that_are_no_tables(tmp_path, name, dataset_name):
     refused(lambda: read(dataset_name, tmp_path / "nowhere"), "is no folder")
     refused(lambda: read(dataset_name, tmp_path), name, "is missing")

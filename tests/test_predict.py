@@ -85,8 +85,7 @@ def test_pictures_are_preprocessed_as_in_training(trained, rendered, tmp_path):
     saved, settings, model = models.open_checkpoint(ckpt, torch.device("cpu"))
     array, _ = load_picture(large, settings.preprocess, settings.size)
     with torch.no_grad():
-        by_hand = model.eval()(normalise(torch.from_numpy(array).permute(2, 0, 1)[None].float() / 255)).softmax(1)[0].numpy()
-    assert run("--ckpt", ckpt, large, large.with_name("large.png"), "--out", tmp_path, "--precision", "fp32") == 2  # the same twice
+        by_hand = model.eval()(normalise(torch.tensor(array).permute(2, 0, 1)[None].float() / 255)).softmax(1)[0].numpy()
     shutil.copyfile(large, tmp_path / "other.png")
     assert run("--ckpt", ckpt, large, tmp_path / "other.png", "--out", tmp_path, "--precision", "fp32") == 0
     np.testing.assert_allclose(read_probs(tmp_path / "predictions.csv", saved["labels"]).loc["large.png"], by_hand, atol=1e-5)
@@ -201,7 +200,8 @@ def test_refused_arguments(trained, rendered, tmp_path, capsys):
             (trained("retina") / "last.pt", [eye], "best.pt"),
             (trained("retina") / "best.pt", [eye, "--threshold", "0.3"], "exclude each other"),
             (trained("retina") / "best.pt", [eye, "--threshold", "1.3"], "0 to 1"),
-            (trained("odir") / "best.pt", [eye], "LEFT RIGHT"), (trained("mrnet") / "best.pt", [eye, eye], "sagittal.npy")):
+            (trained("odir") / "best.pt", [eye], "LEFT RIGHT"), (trained("mrnet") / "best.pt", [eye, "b.npy"], "sagittal.npy"),
+            (trained("odir") / "best.pt", [eye, eye], "twice")):
         assert run("--ckpt", ckpt, *arguments, "--out", tmp_path) == 2
         assert said in capsys.readouterr().err
 
