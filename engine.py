@@ -126,7 +126,8 @@ def pick_precision(name, device, model=""):
         return name
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    if device.type == "cpu" and not model.startswith("efficientnet") and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
+    native = device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    if native and not model.startswith("efficientnet"):
         return "bf16"
     return "fp32"
 

@@ -191,6 +191,8 @@ def load_parts(args):
     parts = dataset.split(args.dataset, table, args.val_fraction, args.test_fraction, args.split_seed)
     if args.pseudo_labels:
         parts["train"], added = dataset.add_pseudo_labels(parts["train"], labels, root, args.pseudo_labels, args.min_confidence)
+        if set(parts["train"]["ID"]) & (set(parts["val"]["ID"]) | set(parts["test"]["ID"])):
+            raise InputError(f"{args.pseudo_labels} names pictures of the validation or test part: they must never be trained on")
         notes.append(f"{added} pseudo-labelled picture(s) join the training part")
     parts, left_out = dataset.drop_missing(parts, args.missing)
     if left_out:
