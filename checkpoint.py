@@ -6,6 +6,7 @@ run.json  how the run was made and what came out of it
 """
 
 import datetime
+import functools
 import io
 import json
 import pickle
@@ -71,9 +72,17 @@ def load_last(folder):
 
 
 def save_checkpoint(path, kind, **state):
-    buffer = io.BytesIO()  # torch.save hides the OSError of a full disk behind one of its own
-    torch.save({"kind": kind, "format": FORMAT, **state}, buffer)
-    replace_file(path, lambda stream: stream.write(buffer.getbuffer()))
+    replace_file(path, functools.partial(save_to, {"kind": kind, "format": FORMAT, **state}))
+
+
+def save_to(state, stream):
+    """torch.save, whose own error would hide the OSError of a full disk."""
+    try:
+        torch.save(state, stream)
+    except RuntimeError as error:
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise
 
 
 def state_digest(*modules):
@@ -81,9 +90,9 @@ def state_digest(*modules):
     return digest(*(value.detach().cpu().numpy() for module in modules for value in module.state_dict().values()))
 
 
-def cpu_state(module):
-    """A copy of a module's state_dict on the CPU."""
-    return {key: value.detach().cpu().clone() for key, value in module.state_dict().items()}
+def cpu_state(module, copy=False):
+    """A module's state_dict on the CPU; `copy` where it must stay as it is while training goes on."""
+    return {key: value.detach().to("cpu", copy=copy) for key, value in module.state_dict().items()}
 
 
 # ---------------------------------------------------------------- what a checkpoint's run had

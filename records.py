@@ -27,7 +27,7 @@ class RunRecords:
 
     def __init__(self, folder, args, data, learner, state, device, precision):
         self.folder, self.args, self.data, self.learner, self.state = folder, args, data, learner, state
-        self.best_written = 0.0
+        self.best_written = self.best_seconds = 0.0  # when best.pt was written last, and how long that took
         facts = {**data.facts, "repaired": len(data.facts["repaired"])}
         self.about = {"name": folder.name, "dataset": args.dataset, "model": args.model, "args": vars(args), "command": checkpoint.command_line(),
                       "commit": checkpoint.commit(), "versions": checkpoint.versions(), "device": checkpoint.describe_machine(device),
@@ -55,11 +55,12 @@ class RunRecords:
 
     def save_best(self):
         """best.pt: the whole network as it was in the best epoch, and all that test.py needs to rebuild the rest."""
+        began = time.time()
         best, weights = self.state["best"], checkpoint.cpu_state(self.learner.model)
         weights.update({f"classifier.{key}": value for key, value in (best["classifier"] or {}).items()})
         checkpoint.save_checkpoint(self.folder / "best.pt", "best", model=weights, args=vars(self.args), epoch=best["epoch"],
                                    loss=best["loss"], scores=best["scores"], **self.data.rebuild)
-        self.best_written = time.time()
+        self.best_written, self.best_seconds = time.time(), time.time() - began
 
     # ---------------------------------------------------------------- TensorBoard
 
@@ -98,7 +99,7 @@ class RunRecords:
         log_scalars(self.tensorboard, row)
         # A frozen trunk is 94 MB that never change, and its best head is in last.pt too: then best.pt is renewed
         # only as often as costs less than a twentieth of the time, and at the end. Else it precedes last.pt.
-        if improved and (not self.learner.trunk or time.time() - self.best_written > 3):
+        if improved and (not self.learner.trunk or time.time() - self.best_written > 20 * self.best_seconds):
             self.save_best()
         self.save_last()
         return line

@@ -414,7 +414,7 @@ def main(argv=None):
         state["stale"] = 0 if improved else state["stale"] + 1
         if improved:
             state["best"] = {"epoch": epoch, "loss": val_loss, "scores": scores, "probs": torch.from_numpy(probs),
-                             "classifier": checkpoint.cpu_state(learner.model.classifier) if learner.trunk else None}
+                             "classifier": checkpoint.cpu_state(learner.model.classifier, copy=True) if learner.trunk else None}
         if writer:
             epochs.set_postfix_str(writer.epoch(row, improved, silent=not epochs.disable))
     epochs.close()

@@ -162,6 +162,8 @@ def test_aptos_finds_pictures_whatever_their_suffix(tmp_path):
     refused(lambda: drop_missing({"train": table}, "stop"), "1 row(s)", "004")
     kept, left_out = drop_missing({"train": table}, "drop")
     assert left_out == 1 and kept["train"]["target"].tolist() == [0, 1, 2]
+    write(tmp_path, "id_code,diagnosis\n001,0\n002,1\n", "train.csv")
+    assert [Path(files[0]).name for files in read("aptos", tmp_path)[0]["files"]] == ["001.png", "002.jpg"]  # names, though they look like numbers
 
 
 def test_image_folder(tmp_path):

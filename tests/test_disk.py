@@ -8,14 +8,15 @@ import re
 import subprocess
 from concurrent.futures.process import BrokenProcessPool
 
-import cache
-import checkpoint
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from errors import InputError, guard
 from forked import ONE, SMALL, load, same_runs, train
+
+import cache
+import checkpoint
+from errors import InputError, guard
 
 FROZEN = [*SMALL, *ONE, "--no-fine-tune", "--optimizer", "sgd", "--lr", "0.001", "--name", "x", "--epochs"]
 
@@ -133,7 +134,8 @@ def test_memory_that_runs_out(main, capsys):
     assert "memory" in said and ("--batch" in said or "--workers" in said) and len(said.splitlines()) == 1
 
 
-@pytest.mark.parametrize("error", [RuntimeError("mat1 and mat2 shapes cannot be multiplied"), OSError(errno.EIO, "Input/output error"), KeyError("x")])
+@pytest.mark.parametrize("error", [RuntimeError("mat1 and mat2 shapes cannot be multiplied"), OSError(errno.EIO, "Input/output error"),
+    KeyError("x")])
 def test_a_bug_keeps_its_traceback(error):
     with pytest.raises(type(error)):
         guard(raiser(error))

@@ -7,11 +7,12 @@ import subprocess
 import sys
 import time
 
-import dataset
 import numpy as np
 import pandas as pd
 import pytest
 from forked import EYES, ONE, ROOT, SMALL, load, same, start_together, train, train_together, wait_for
+
+import dataset
 
 FROZEN = [*ONE, "--no-fine-tune", "--optimizer", "sgd", "--lr", "0.001"]
 TUNED = [*ONE, "--fine-tune", "--bn", "pretrained", "--optimizer", "sgd", "--lr", "0.001"]

@@ -7,8 +7,9 @@ import signal
 import time
 
 import pytest
-from checkpoint import load_checkpoint
 from forked import ONE, SMALL, same_runs, start, train, wait_for
+
+from checkpoint import load_checkpoint
 
 KILLS = 20
 RUNS = {

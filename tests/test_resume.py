@@ -4,14 +4,15 @@ import json
 import os
 import shutil
 
-import engine
 import numpy as np
 import pandas as pd
-import pictures
 import pytest
-import samplers
 from forked import EYES, ONE, SIGNALS, SMALL, load, same, same_runs, scalars, train, wait_for
 from forked import start as begin
+
+import engine
+import pictures
+import samplers
 
 FROZEN = [*ONE, "--no-fine-tune", "--optimizer", "sgd", "--scheduler", "linear"]
 CASES = {
