@@ -82,12 +82,11 @@ def line(name, plain, ours, unit=None, amount=1):
     return statistics.median(ratios)
 
 
-def ceiling(device, precision):
-    """Floating-point operations a second of a large matrix product in this precision: the machine's own limit."""
+def matrix_product(device, precision):
+    """(a large matrix product to time, its floating-point operations): the machine's own limit in this precision."""
     n = 8192 if device.type == "cuda" else 2048
     a, b = (torch.randn(n, n, device=device, dtype=engine.PRECISIONS[precision]) for _ in range(2))
-    a @ b
-    return 2 * n**3 / statistics.median(seconds(lambda: a @ b, device) for _ in range(7))
+    return lambda: [a @ b for _ in range(10)], 20 * n**3
 
 
 def trunk_operations(size):
@@ -139,16 +138,22 @@ def extraction(args, device):
     net.fc = torch.nn.Identity()
     images = torch.randn(args.pictures, 3, args.size, args.size, device=device)
     step = 16 if device.type == "cpu" else 256
-    peak, work = ceiling(device, precision), trunk_operations(args.size) * len(images)
-    print(f"ceiling: {peak / 1e9:.0f} GFLOP/s in {precision}, {work / len(images) / 1e9:.2f} GFLOP a picture")
+    work = trunk_operations(args.size) * len(images)
+    product, operations = matrix_product(device, precision)
     for compile in (False, True):
         fast = models.FastTrunk(net, engine.PRECISIONS[precision], compile).to(device)
+
+        def ours():
+            return [fast(part) for part in images.split(step)]  # noqa: B023
+
         with torch.inference_mode():
             first = seconds(lambda: fast(images[:step]), device)  # noqa: B023
-            plain, ours = in_turn(lambda: [net(part) for part in images.split(64)],
-                                  lambda: [fast(part) for part in images.split(step)], args.repeats, device)  # noqa: B023
-        line(f"extraction {'compiled' if compile else 'eager'} ({precision}, {args.size})", plain, ours, "pictures/s", len(images))
-        print(f"  share of the ceiling: {work / statistics.median(ours) / peak:.0%}; first call {first:.1f} s")
+            line(f"extraction {'compiled' if compile else 'eager'} ({precision}, {args.size})",
+                 *in_turn(lambda: [net(part) for part in images.split(64)], ours, args.repeats, device), "pictures/s", len(images))
+            limit, taken = in_turn(product, ours, 2 * args.repeats, device)
+        shares = [(work / b) / (operations / a) for a, b in zip(limit, taken, strict=True)]
+        print(f"  {work / statistics.median(taken) / 1e9:.0f} GFLOP/s, {statistics.median(shares):.0%} ({min(shares):.0%} to {max(shares):.0%}) of a "
+              f"matrix product's {operations / statistics.median(limit) / 1e9:.0f} in turn with it; first call {first:.1f} s", flush=True)
 
 
 def whole_run(args, device, experiments=("3",)):
@@ -176,7 +181,6 @@ def whole_run(args, device, experiments=("3",)):
             taken = time.perf_counter() - start
             line(f"experiment(s) {' '.join(experiments)}, {epochs} epochs, {'features kept' if again else 'from nothing'}",
                  [value * pictures * epochs for value in per_picture], [taken] * 3)
-    print(f"  peak memory of the largest run: {resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20:.2f} GiB")
 
 
 def experiment_flags(number):
@@ -232,8 +236,10 @@ def sampler(args, device):
             row = rng.choice(members[rng.choice(np.flatnonzero(counts == counts.min()))])
             counts += labels[row]
 
-    a, b = in_turn(plain, lambda: samplers.LabelBalancedSampler(labels, 0).order(0), args.repeats, device)
-    line("balanced sampler, 1 000 000 rows, 8 labels", [value * 50 for value in a], b)
+    ours, setting_up = timed(samplers.LabelBalancedSampler, labels)
+    a, b = in_turn(plain, lambda: ours.order(0), args.repeats, device)
+    line("balanced sampler, an epoch of 1 000 000 rows, 8 labels", [value * 50 for value in a], b)
+    print(f"  setting it up: {setting_up:.2f} s (the plain loop's lists of rows by label are not counted either)")
     probs = rng.random((1_000_000, 8))
     print(f"  all per-label and challenge scores of 1 000 000 patients: "
           f"{seconds(lambda: [metrics.scores(f, labels, probs) for f in ('per label', 'challenge')], device):.1f} s")

@@ -41,7 +41,9 @@ def get_args_parser():
 def rows_per_label(saved, run, args):
     """The first --per-label rows of the split that carry each label -> (their table, [labels of each row])."""
     root, labels = args.data or saved["data"]["root"], saved["labels"]
-    table, _, notes = dataset.read(run.dataset, root, labels if run.dataset in ("retina", "mrnet") else None)
+    table, found, notes = dataset.read(run.dataset, root, labels if run.dataset in ("retina", "mrnet") else None)
+    if found != labels:
+        raise InputError(f"{root} has the classes {', '.join(found)}; this network was trained on {', '.join(labels)}")
     for note in notes:
         print(f"note: {note}")
     table = checkpoint.choose_rows(table, saved, args.split, args.data)
