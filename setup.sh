@@ -3,7 +3,7 @@
 
 has_all() {
     "$1" -c 'import importlib.util, sys
-names = "torch torchvision efficientnet_pytorch numpy pandas sklearn PIL openpyxl tensorboard matplotlib tqdm pytest".split()
+names = "torch torchvision efficientnet_pytorch numpy pandas sklearn PIL openpyxl tensorboard matplotlib tqdm pytest xdist".split()
 missing = [name for name in names if importlib.util.find_spec(name) is None]
 sys.exit("not installed: " + ", ".join(missing) if missing else 0)'
 }

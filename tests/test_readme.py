@@ -36,7 +36,8 @@ def checkout(tmp_path_factory):
         if file.suffix in (".py", ".sh", ".csv", ".html", ".txt", ".toml", ".md"):
             shutil.copy(file, folder)
     shutil.copytree(ROOT / "tests", folder / "tests", ignore=shutil.ignore_patterns("__pycache__"))
-    subprocess.run([sys.executable, "render_data.py", "data/rendered/odir", "--patients", "24", "--size", "96"], cwd=folder, check=True)
+    render = [sys.executable, "render_data.py", "data/rendered/odir", "--dataset", "odir", "--patients", "24", "--size", "96"]
+    subprocess.run(render, cwd=folder, check=True)
     for side in ("left", "right"):
         picture = next((folder / "data/rendered/odir/images").glob(f"*_{side}.jpg"))
         shutil.copy(picture, folder / f"{side.upper()}.jpg")
