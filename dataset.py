@@ -8,6 +8,7 @@ split to us) and either one 0/1 column per label (multi-label) or `target` (mult
 """
 
 import json
+import re
 import zipfile
 from pathlib import Path
 
@@ -209,8 +210,8 @@ def read_dr(root, labels):
 
 
 def patients_of(names):
-    """`10_left` and `10_right` (with or without a suffix or folder) -> patient `10`."""
-    return [Path(name).name.rsplit("_", 1)[0] if "_" in Path(name).name else Path(name).stem for name in names]
+    """`10_left` and `10_right` (with or without a suffix or folder; OD, OS, l, r too) -> patient `10`; else the name."""
+    return [re.sub(r"[_-](left|right|od|os|l|r)$", "", Path(name).name.removesuffix(Path(name).suffix), flags=re.IGNORECASE) for name in names]
 
 
 def read_retina(root, labels):
@@ -308,6 +309,8 @@ def split_grouped(table, val, test, seed):
     from sklearn.model_selection import train_test_split
     grade = table.groupby("patient", sort=False)["target"].max()
     sizes = round(val * len(grade)), round(test * len(grade))
+    if not sizes[0]:
+        raise InputError(f"{len(grade)} patient(s) leave none for validation at a share of {val:.3g}: more pictures or a larger --val-fraction")
     rest, names = grade, []
     for size in sizes:
         taken = rest.iloc[:0]
@@ -315,7 +318,8 @@ def split_grouped(table, val, test, seed):
             try:
                 rest, taken = train_test_split(rest, test_size=size, random_state=seed, stratify=rest)
             except ValueError as error:
-                raise InputError(f"{len(grade)} patients cannot be split into parts of {sizes} with every class in each: {error}") from error
+                raise InputError(f"{len(grade)} patients cannot be split into parts of {sizes} with every class in each: {error} "
+                                 "More pictures, or a larger --val-fraction") from error
         names.append(taken.index)
     return table[table.patient.isin(rest.index)], *(table[table.patient.isin(part)] for part in names)
 

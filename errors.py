@@ -30,6 +30,9 @@ def guard(main, *args):
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # the reader of our output, `| head` say, has gone
+        sys.stdout = None
+        return 141
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

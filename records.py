@@ -125,10 +125,10 @@ class RunRecords:
             print(f"stopped in epoch {state['epoch']} after step {len(state['record'])}; everything is saved. Go on with:\n"
                   f"    python train.py --resume {self.folder}")
             return
-        print(f"{self.folder}: best epoch {best['epoch']} of {state['epoch']}, validation loss {best['loss']:.4f}, {self.data.family} scores: "
-              + ", ".join(f"{name} {value:.4f}" for name, value in best["scores"].items()))
         for sentence in metrics.undefined_scores(self.data.val_targets, best["probs"].numpy(), self.data.labels, self.data.family):
             print(f"undefined: {sentence}")
+        print(f"{self.folder}: best epoch {best['epoch']} of {state['epoch']}, validation loss {best['loss']:.4f}, {self.data.family} scores: "
+              + ", ".join(f"{name} {value:.4f}" for name, value in best["scores"].items()))
 
 
 def log_scalars(writer, row):

@@ -54,6 +54,12 @@ demo_flags() { # what makes experiment $1 small; later flags win over the line's
     esac
 }
 
+testing="" tested=""
+finish_test() { # wait for the test under way
+    [ -z "$testing" ] || wait "$testing" || { failed+=("test of $tested"); tail -n 3 "$tested/test.log" >&2; }
+    testing=""
+}
+
 run() { # run NAME FLAGS...: train where it is not finished, then test
     local name=$1 study=${1%%-*}; shift
     is_chosen "$name" || return 0
@@ -79,9 +85,12 @@ run() { # run NAME FLAGS...: train where it is not finished, then test
                 "$PYTHON" train.py --name "$full" --dataset "$study" "$@" "${small[@]}" "${extra[@]}" "${seed[@]}" || status=$?
             fi
         fi
-        # APTOS was published on its test part, the others on validation
-        local part=val; [ "$study" != aptos ] || part=test
-        [ "$status" -ne 0 ] || "$PYTHON" test.py --ckpt "$folder/best.pt" --split $part --out "$folder" "${test_extra[@]}" > "$folder/test.log" 2>&1 || { status=$?; tail -n 3 "$folder/test.log" >&2; }
+        finish_test
+        if [ "$status" -eq 0 ]; then # the test runs beside the next training
+            local part=val; [ "$study" != aptos ] || part=test # APTOS was published on its test part, the others on validation
+            "$PYTHON" test.py --ckpt "$folder/best.pt" --split $part --out "$folder" "${test_extra[@]}" > "$folder/test.log" 2>&1 &
+            testing=$! tested=$folder
+        fi
         [ "$status" -lt 128 ] || exit "$status" # Ctrl-C: the next call goes on here
         [ "$status" -eq 0 ] || { failed+=("$full"); echo "== $full: FAILED with status $status" >&2; }
     done
@@ -142,5 +151,6 @@ run mrnet-abnormal $knee --labels abnormal
 run mrnet-acl      $knee --labels acl
 run mrnet-meniscus $knee --labels meniscus
 
+finish_test
 "$PYTHON" report.py || exit 2
 if [ ${#failed[@]} -gt 0 ]; then echo "FAILED: ${failed[*]}" >&2; exit 1; fi

@@ -179,7 +179,7 @@ def find_data(name, given):
     print(f"{line}\n!! There is no data/{name}. This run takes RENDERED STAND-INS from {root}:\n"
           f"!! its scores say nothing about real eyes or knees. Real data: README, Data.\n{line}", flush=True)
     script = Path(__file__).parent / "render_data.py"
-    if not dataset.is_rendered(root) and subprocess.run([sys.executable, script, root, "--dataset", name]).returncode:
+    if not dataset.is_rendered(root) and subprocess.run([sys.executable, script, root, "--dataset", name, "--patients", "160"]).returncode:
         raise InputError(f"the stand-ins could not be rendered into {root}")
     return root
 
