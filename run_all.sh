@@ -22,13 +22,20 @@ while [ $# -gt 0 ]; do
         -h|--help) sed -n '2,/^cd /{/^cd /d;s/^# \{0,1\}//p;}' "$0"; exit 0 ;;
         [0-9]|[0-9][0-9]) chosen+=("$(printf 'odir-%02d' "$((10#$1))")") ;;
         odir*|aptos*|dr*|retina*|mrnet*) chosen+=("$1") ;;
-        --*) # a flag and its values
+        --runs|--name|--resume|--dataset|--runs=*|--name=*|--resume=*|--dataset=*)
+            echo "run_all.sh: $1 is set by each line of this script" >&2; exit 2 ;;
+        --weighted-loss|--fine-tune|--compile|--drop-last|--feature-cache|--shuffle-labels|--no-*) extra+=("$1") ;; # these take no value
+        --*=*) set -- "${1%%=*}" "${1#*=}" "${@:2}"; continue ;;
+        --*) # a flag and its values: experiments come before it
             flag=("$1"); while [ $# -gt 1 ] && [[ "$2" != --* ]]; do flag+=("$2"); shift; done
             extra+=("${flag[@]}")
             case "${flag[0]}" in --data|--missing|--workers) test_extra+=("${flag[@]}") ;; esac ;;
         *) echo "run_all.sh: unknown experiment '$1': a number 0-17, odir, aptos, dr, retina, mrnet or a run's name" >&2; exit 2 ;;
     esac
     shift
+done
+for name in "${chosen[@]}"; do
+    grep -qE "^run $name(-| )" "$0" || { echo "run_all.sh: unknown experiment '$name'" >&2; exit 2; }
 done
 [[ "$seeds" =~ ^[1-9][0-9]*$ ]] || { echo "run_all.sh: --seeds $seeds is no number" >&2; exit 2; }
 [ -z "$control" ] || { prefix="control-$prefix"; extra+=(--shuffle-labels); }
@@ -75,11 +82,11 @@ run() { # run NAME FLAGS...: train where it is not finished, then test
         local full="$prefix$name" seed=()
         [ "$number" -eq 0 ] || { full+="-seed$((42 + number))"; seed=(--seed $((42 + number))); }
         local folder="runs/$full" status=0
-        if [ -f "$folder/test_scores.json" ]; then echo "== $full: finished before"; continue; fi
+        if [ -f "$folder/test_scores.json" ]; then echo "== $full: finished before (delete $folder to run it again)"; continue; fi
         echo "== $full"
         if ! grep -qs '"status": "finished"' "$folder/run.json"; then
             if [ -f "$folder/last.pt" ]; then
-                "$PYTHON" train.py --resume "$folder" || status=$?
+                "$PYTHON" train.py --resume "$folder" "${extra[@]}" || status=$?
             else
                 rm -rf "$folder" # made by a run that ended before its first epoch: nothing in it
                 "$PYTHON" train.py --name "$full" --dataset "$study" "$@" "${small[@]}" "${extra[@]}" "${seed[@]}" || status=$?
@@ -91,7 +98,7 @@ run() { # run NAME FLAGS...: train where it is not finished, then test
             "$PYTHON" test.py --ckpt "$folder/best.pt" --split $part --out "$folder" "${test_extra[@]}" > "$folder/test.log" 2>&1 &
             testing=$! tested=$folder
         fi
-        [ "$status" -lt 128 ] || exit "$status" # Ctrl-C: the next call goes on here
+        case "$status" in 130|143) exit "$status" ;; esac # Ctrl-C: the next call goes on here
         [ "$status" -eq 0 ] || { failed+=("$full"); echo "== $full: FAILED with status $status" >&2; }
     done
 }
@@ -152,5 +159,6 @@ run mrnet-acl      $knee --labels acl
 run mrnet-meniscus $knee --labels meniscus
 
 finish_test
+mkdir -p runs
 "$PYTHON" report.py || exit 2
 if [ ${#failed[@]} -gt 0 ]; then echo "FAILED: ${failed[*]}" >&2; exit 1; fi

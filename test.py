@@ -85,6 +85,9 @@ def print_scores(result):
 def main(argv=None):
     args = get_args_parser().parse_args(argv)
 
+    if not 0 <= args.threshold <= 1 or args.resamples < 1:
+        raise InputError(f"--threshold {args.threshold} --resamples {args.resamples}: expected 0 to 1, and 1 or more")
+
     # The run, from its checkpoint alone
     device = engine.pick_device(args.device)
     saved, run, model = models.open_checkpoint(args.ckpt, device)
@@ -121,8 +124,11 @@ def main(argv=None):
     from sklearn.metrics import classification_report
     names = dict(zip(dataset.ODIR_LABELS, dataset.ODIR_NAMES, strict=True)) if run.dataset == "odir" else {}
     predictions = probs > args.threshold if task == "multilabel" else probs.argmax(1)
-    text = classification_report(targets.astype(int), predictions.astype(int), labels=range(len(labels)), zero_division=0, digits=4,
-                                 target_names=[f"{label} {names.get(label, '')}".strip() for label in labels])
+    rows_of = (targets.astype(int), predictions.astype(int))
+    if task == "multilabel" and len(labels) == 1:  # scikit-learn takes one column for two classes: the label is class 1
+        rows_of = tuple(column.ravel() for column in rows_of)
+    text = classification_report(*rows_of, labels=[1] if rows_of[0].ndim == 1 and task == "multilabel" else range(len(labels)), digits=4,
+                                 zero_division=0, target_names=[f"{label} {names.get(label, '')}".strip() for label in labels])
     print(text)
     print_scores(result)
 

@@ -46,7 +46,7 @@ PUBLISHED = {
                   fine_tune=True, augment="knee", weighted_loss=True, preprocess="none"),
 }
 # A resumed run keeps these: they decide shapes, the rows, or what the optimiser and the schedule hold.
-FIXED = ("dataset", "model", "labels", "size", "crop", "preprocess", "fine_tune", "bn", "weights", "optimizer", "scheduler",
+FIXED = ("dataset", "freeze_epochs", "model", "labels", "size", "crop", "preprocess", "fine_tune", "bn", "weights", "optimizer", "scheduler",
          "split_seed", "val_fraction", "test_fraction", "pseudo_labels", "min_confidence", "shuffle_labels", "name", "runs")
 SCHEDULE_FLAGS = ("lr", "momentum", "weight_decay", "schedule_epochs", "gamma", "max_lr")
 ORDER_FLAGS = ("batch", "sampler", "drop_last", "seed")  # a cut epoch is ended as it was begun
@@ -151,7 +151,8 @@ def check_args(args):
     if args.dataset not in models.MODELS[args.model]:
         takes = ", ".join(name for name, sets in models.MODELS.items() if args.dataset in sets)
         raise InputError(f"--model {args.model} does not take {args.dataset}; these do: {takes}")
-    for name, least in (("size", 16), ("batch", 1), ("epochs", 1), ("patience", 1), ("freeze_epochs", 0), ("views", 0), ("seed", 0), ("lr", 1e-12)):
+    for name, least in (("size", 16), ("batch", 1), ("epochs", 1), ("patience", 1), ("freeze_epochs", 0), ("views", 0), ("seed", 0), ("lr", 1e-12),
+                        ("weight_decay", 0), ("momentum", 0), ("split_seed", 0)):
         if not getattr(args, name) >= least:
             raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected {least:g} or more")
     if args.crop and (args.augment == "none" or not 16 <= args.crop <= args.size or args.dataset == "mrnet"):
@@ -161,6 +162,19 @@ def check_args(args):
         raise InputError(f"--augment {args.augment}: {args.dataset} takes {' or '.join(recipes)}")
     if args.dataset == "mrnet" and args.size > 256:
         raise InputError(f"--size {args.size}: MRNet's slices are 256 x 256")
+    for name, least in (("schedule_epochs", 1), ("workers", 0)):
+        if getattr(args, name) is not None and getattr(args, name) < least:
+            raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected {least} or more")
+    if args.gamma is not None and not 0 < args.gamma < 1:
+        raise InputError(f"--gamma {args.gamma}: expected a factor between 0 and 1")
+    if args.dataset == "mrnet" and args.size < 64:
+        raise InputError(f"--size {args.size} is too small for MRNet's AlexNet trunks: 64 or more")
+    if args.views and args.augment == "none":
+        raise InputError("--views needs --augment: without it every epoch sees the same pictures")
+    if args.sampler == "weighted" and dataset.DATASETS[args.dataset]["task"] != "multiclass":
+        raise InputError(f"--sampler weighted needs one class a picture; {args.dataset} has several labels a row: use balanced")
+    if args.labels and len(set(args.labels)) < len(args.labels):
+        raise InputError(f"--labels {' '.join(args.labels)}: a label is named twice")
     if args.pseudo_labels and args.dataset != "retina":
         raise InputError("--pseudo-labels belongs to --dataset retina")
     if args.freeze_epochs and not args.fine_tune:
