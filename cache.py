@@ -52,9 +52,8 @@ def replace_file(path, write, mode="wb"):
         with open(temporary, mode) as stream:
             write(stream)
         os.replace(temporary, path)
-    except BaseException:  # also on Ctrl-C: nothing half-written stays; the exception goes on
-        temporary.unlink(missing_ok=True)
-        raise
+    finally:
+        temporary.unlink(missing_ok=True)  # on an error or Ctrl-C nothing half-written stays; after the rename it is gone
 
 
 def remove_leftovers(folder, name="*"):
