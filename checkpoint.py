@@ -162,13 +162,6 @@ def save_json(path, value):
     replace_file(path, lambda stream: json.dump(plain(value), stream, indent=1, allow_nan=False), "w")
 
 
-def load_json(path):
-    try:
-        return json.loads(Path(path).read_text())
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read: {error}") from error
-
-
 def versions():
     import torchvision
     return {"python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__,
