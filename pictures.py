@@ -252,9 +252,9 @@ def pictures_of(source, row):
 
 
 def first_of_each(targets, num_labels, task):
-    """The first row that carries each label (a label that nobody carries has none), without repeats."""
+    """The first row that carries each label (a label that nobody carries has none), without repeats; where no row carries any, the first row."""
     carried = targets == 1 if task == "multilabel" else targets[:, None] == np.arange(num_labels)
-    return list(dict.fromkeys(int(column.argmax()) for column in carried.T if column.any()))
+    return list(dict.fromkeys(int(column.argmax()) for column in carried.T if column.any())) or [0]
 
 
 def examples(source, targets, probs, labels, task):
