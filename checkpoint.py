@@ -162,6 +162,14 @@ def save_json(path, value):
     replace_file(path, lambda stream: json.dump(plain(value), stream, indent=1, allow_nan=False), "w")
 
 
+def is_finished(folder):
+    """Whether run.json says that the run came to its end."""
+    try:
+        return json.loads((Path(folder) / "run.json").read_text())["status"] == "finished"
+    except (OSError, ValueError, LookupError, TypeError):  # missing or damaged: the end is written again
+        return False
+
+
 def versions():
     import torchvision
     return {"python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__,

@@ -37,6 +37,12 @@ DATASETS = {
 }
 
 
+def full_names(name, labels):
+    """Labels as people read them: ODIR's letters with their words."""
+    words = dict(zip(ODIR_LABELS, ODIR_NAMES, strict=True)) if name == "odir" else {}
+    return [f"{label} {words.get(label, '')}".strip() for label in labels]
+
+
 # ---------------------------------------------------------------- reading tables
 
 def read(name, root, labels=None):
@@ -217,6 +223,8 @@ def patients_of(names):
 def read_retina(root, labels):
     """train.csv: `filename`, then one 0/1 column per pathology; rows with none or several of `labels` are left out."""
     path = root / "train.csv"
+    if len(labels) < 2:
+        raise InputError(f"--labels {labels[0]}: retina pictures carry exactly one of the chosen labels, so name two or more")
     sheet = read_sheet(path, dtype={"filename": str})
     check_columns(path, sheet, ["filename", *labels])
     names = check_names(path, sheet["filename"], "filename")

@@ -6,10 +6,21 @@ import sys
 
 
 class Formatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Help with the defaults that there are, and the description as it is laid out."""
+    """Help with the defaults that there are in brackets, short names for numbers, and the description as it is laid out."""
+
+    def __init__(self, prog):
+        super().__init__(prog, max_help_position=24)
+
+    def _get_default_metavar_for_optional(self, action):
+        return {int: "N", float: "X"}.get(action.type) or super()._get_default_metavar_for_optional(action)
+
+    def _format_action_invocation(self, action):
+        name = action.option_strings[0] if isinstance(action, argparse.BooleanOptionalAction) else ""
+        return name.replace("--", "--[no-]", 1) or super()._format_action_invocation(action)
 
     def _get_help_string(self, action):
-        return action.help if action.default in (None, argparse.SUPPRESS) else super()._get_help_string(action)
+        bare = action.default in (None, argparse.SUPPRESS) or not action.option_strings
+        return action.help if bare else f"{action.help} [%(default)s]"
 
     def _fill_text(self, text, width, indent):
         return text.strip()
@@ -41,6 +52,12 @@ def guard(main, *args):
             raise
         print(f"error: cannot write {error.filename or 'the output'}: {error.strerror}. Nothing that was there before "
               "is lost; free some space or choose another folder, then give the same command again.", file=sys.stderr)
+        return 2
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        print("error: BatchNorm cannot normalise a batch of one picture this small: take a larger --batch or --size, --drop-last, "
+              "or --bn fitted", file=sys.stderr)
         return 2
     except FloatingPointError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -11,7 +11,8 @@ import textwrap
 import numpy as np
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
-from sklearn.metrics import auc, confusion_matrix, roc_curve
+
+from metrics import confusion_matrix
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#333333")  # Okabe-Ito without its yellow
 LINES = [{"color": colour, "ls": style, "lw": 1.6} for style in ("-", "--", "-.", ":") for colour in COLOURS]
@@ -21,6 +22,12 @@ SHARES = LinearSegmentedColormap.from_list("shares", ("#FFFFFF", "#0072B2"))
 def plain(text, width=60):
     """`text` wrapped and as it stands: a `$` in a label would otherwise start a formula, and an odd one would raise."""
     return textwrap.fill(str(text), width).replace("$", r"\$")
+
+
+def mark_rendered(fig, text="RENDERED stand-ins, not patients"):
+    """Say over a figure what is drawn and not real about it; returns it."""
+    fig.suptitle(text, color="#A84300", fontsize=10, weight="bold")
+    return fig
 
 
 def tidy(ax, epochs=False):
@@ -48,7 +55,7 @@ def confusion(y_true, y_prob, labels, task, threshold=0.5):
     counts with the share of their row. multiclass: y_true (n,), y_prob (n, K), counts beside row-normalised."""
     y_true, y_prob = np.asarray(y_true), np.asarray(y_prob)
     if task == "multiclass":
-        counts = confusion_matrix(y_true, y_prob.argmax(1), labels=range(len(labels)))
+        counts = confusion_matrix(y_true, y_prob.argmax(1), len(labels))
         side = max(3.4, 0.75 * len(labels) + 1)
         fig = Figure((2 * side, side), layout="constrained")
         draw_matrix(fig.add_subplot(1, 2, 1), counts, labels, "counts")
@@ -57,37 +64,46 @@ def confusion(y_true, y_prob, labels, task, threshold=0.5):
     columns, rows = min(4, len(labels)), math.ceil(len(labels) / 4)
     fig = Figure((2.3 * columns + 0.6, 2.5 * rows + 0.2), layout="constrained")
     for k, label in enumerate(labels):
-        counts = confusion_matrix(y_true[:, k], y_prob[:, k] > threshold, labels=[0, 1])
+        counts = confusion_matrix(y_true[:, k].astype(int), (y_prob[:, k] > threshold).astype(int), 2)
         draw_matrix(fig.add_subplot(rows, columns, k + 1), counts, ("no", "yes"), label, "{count}\n{share:.0%}")
     return fig
 
 
 def roc(y_true, y_prob, labels, task):
-    """A ROC curve per label (multiclass: each class against the rest), AUC in the legend; shapes as in `confusion`.
-    A label with one class only has no curve and no AUC: it is listed as undefined."""
+    """A panel with the ROC curve of each label (multiclass: of each class against the rest), its AUC in the title; shapes
+    as in `confusion`. A label with one class only has no curve, and an undefined AUC."""
+    from sklearn.metrics import auc, roc_curve  # here, because training draws no ROC curve and starts a second sooner
     y_true = np.asarray(y_true) if task == "multilabel" else np.asarray(y_true)[:, None] == np.arange(len(labels))
-    fig = Figure((7.2, 4.6), layout="constrained")
-    ax = fig.subplots()
-    ax.plot([0, 1], [0, 1], color="#999999", lw=0.8, ls=":", label="chance  0.500")
+    columns, rows = min(4, len(labels)), math.ceil(len(labels) / 4)
+    fig = Figure((2.3 * columns + 0.6, 2.5 * rows + 0.2), layout="constrained")
     for k, label in enumerate(labels):
-        if len(np.unique(y_true[:, k])) < 2:
-            ax.plot([], [], " ", label=f"{plain(label, 22)}  undefined")
-            continue
-        fpr, tpr, _ = roc_curve(y_true[:, k], np.asarray(y_prob)[:, k])
-        ax.plot(fpr, tpr, label=f"{plain(label, 22)}  {auc(fpr, tpr):.3f}", **LINES[k % 28])
-    ax.set(xlabel="false positive rate", ylabel="true positive rate", xlim=(-0.01, 1.01), ylim=(-0.01, 1.01), aspect=1)
-    tidy(ax)
-    ax.legend(title="AUC", loc="upper left", bbox_to_anchor=(1.02, 1), frameon=False, fontsize=9, alignment="left")
+        ax, found = fig.add_subplot(rows, columns, k + 1), "AUC undefined"
+        ax.plot([0, 1], [0, 1], color="#999999", lw=0.8, ls=":")
+        if len(np.unique(y_true[:, k])) == 2:
+            fpr, tpr, _ = roc_curve(y_true[:, k], np.asarray(y_prob)[:, k])
+            ax.plot(fpr, tpr, color=COLOURS[0], lw=1.6)
+            found = f"AUC {auc(fpr, tpr):.3f}"
+        ax.set(xlabel="false positive rate", ylabel="true positive rate", xlim=(-0.01, 1.01), ylim=(-0.01, 1.01), aspect=1)
+        ax.set_title(f"{plain(label, 22)}\n{found}", fontsize=10)
+        tidy(ax)
     return fig
 
 
-def show(ax, picture, cam=None, title=""):
-    """A picture uint8 (H, W) or (H, W, 3) into `ax`; over it a class-activation map (h, w) in 0..1 of any size."""
-    ax.imshow(picture, cmap="gray", vmin=0, vmax=255)
+def show(ax, picture, cam=None, title="", place=None):
+    """A picture uint8 (H, W) or (H, W, 3) into `ax`; over it a class-activation map (h, w) in 0..1 of any size.
+    `place` (left, top, side): where in an axes that holds several; without it the axes is the picture's own."""
+    height, width = picture.shape[:2]
+    left, top, side = place or (-0.5, -0.5, max(height, width))
+    extent = (left, left + side * width / max(height, width), top + side * height / max(height, width), top)
+    ax.imshow(picture, cmap="gray", vmin=0, vmax=255, extent=extent)
     if cam is not None:
-        ax.imshow(cam, cmap="viridis", vmin=0, vmax=1, alpha=0.1 + 0.5 * np.clip(cam, 0, 1), interpolation="bilinear",
-                  extent=(-0.5, picture.shape[1] - 0.5, picture.shape[0] - 0.5, -0.5))
-    ax.set_title(plain(title, 20), fontsize=9)
+        ax.imshow(cam, cmap="viridis", vmin=0, vmax=1, alpha=0.1 + 0.5 * np.clip(cam, 0, 1), interpolation="bilinear", extent=extent)
+        if title and not np.any(cam):
+            title += " (no evidence)"
+    if place:
+        ax.text((left + extent[1]) / 2, top - 0.04, plain(title, 20), ha="center", va="bottom", fontsize=9)
+    else:
+        ax.set_title(plain(title, 20), fontsize=9)
     ax.axis("off")
 
 
@@ -124,11 +140,12 @@ def heatmaps(picture_list, cams, titles):
     rows, columns = len(picture_list), 1 + len(cams[0])
     if isinstance(titles[0], str):
         titles = [["picture", *titles]] + [[""] * columns] * (rows - 1)
-    fig = Figure((1.75 * columns, 2.1 * rows), layout="constrained")
-    lines = fig.subplots(rows, columns, squeeze=False)
-    for line, picture, maps, names in zip(lines, picture_list, cams, titles, strict=True):
-        for ax, cam, name in zip(line, [None, *maps], names, strict=True):
-            show(ax, picture, cam, name)
+    fig = Figure((1.75 * columns, 2.1 * rows))
+    ax = fig.add_axes((0, 0, 1, 0.98))  # one for all: a hundred axes would take seconds
+    for i, (picture, maps, names) in enumerate(zip(picture_list, cams, titles, strict=True)):
+        for j, (cam, name) in enumerate(zip([None, *maps], names, strict=True)):
+            show(ax, picture, cam, name, (1.75 * j + 0.05, 2.1 * i + 0.4, 1.65))
+    ax.set(xlim=(0, 1.75 * columns), ylim=(2.1 * rows, 0), aspect="equal")
     return fig
 
 

@@ -39,7 +39,7 @@ def get_args_parser():
 
 
 def rows_per_label(saved, run, args):
-    """The first --per-label rows of the split that carry each label -> (their table, [labels of each row])."""
+    """The first --per-label rows of the split that carry each label -> (their table, [labels of each row], truth (n, K))."""
     root, labels = args.data or saved["data"]["root"], saved["labels"]
     table, found, notes = dataset.read(run.dataset, root, labels if run.dataset in ("retina", "mrnet") else None)
     if found != labels:
@@ -54,7 +54,7 @@ def rows_per_label(saved, run, args):
         if not count:
             print(f"nobody in this part carries {label}")
     wanted = chosen.any(1)
-    return table[wanted].reset_index(drop=True), [[label for label, yes in zip(labels, row, strict=True) if yes] for row in chosen[wanted]]
+    return table[wanted].reset_index(drop=True), [[label for label, yes in zip(labels, row, strict=True) if yes] for row in chosen[wanted]], carried[wanted]
 
 
 def file_names(ids, labels_of):
@@ -71,13 +71,14 @@ def file_names(ids, labels_of):
     return names
 
 
-def draw(model, source, row, run, saved):
-    """The figure of one row: a line per picture, eye or plane, the picture first, then every class with its probability."""
+def draw(model, source, row, run, saved, truth):
+    """The figure of one row: a line per picture, eye or plane, the picture first, then every class with its probability.
+    What is true, where that is known, stands in brackets."""
     names, shown, maps, logits = models.explain(model, pictures.single_batch(source, row, run.crop or run.size))
     probs = engine.Criterion(saved["task"]).probs(logits[None])[0].tolist()
-    titles = [[f"{source[1]['ID'][row]} {name}".strip(), *(f"{label} {prob:.2f}" for label, prob in zip(saved["labels"], probs, strict=True))]
-              for name in names]
-    return figures.heatmaps(shown, maps, titles)
+    classes = [f"[{label}] {prob:.2f}" if yes else f"{label} {prob:.2f}" for label, prob, yes in zip(saved["labels"], probs, truth, strict=True)]
+    figure = figures.heatmaps(shown, maps, [[f"{source[1]['ID'][row]} {name}".strip(), *classes] for name in names])
+    return figures.mark_rendered(figure, "a network trained on RENDERED pictures") if saved["data"]["rendered"] else figure
 
 
 def main(argv=None):
@@ -89,10 +90,10 @@ def main(argv=None):
     device = engine.pick_device(args.device)
     saved, run, model = models.open_checkpoint(args.ckpt, device)
     if args.split:
-        table, labels_of = rows_per_label(saved, run, args)
+        table, labels_of, truth = rows_per_label(saved, run, args)
     else:
         table, _ = pictures.given_rows(run.dataset, args.given)
-        labels_of = [[""]] * len(table)
+        labels_of, truth = [[""]] * len(table), np.zeros((len(table), len(saved["labels"])), bool)
     out = Path(args.out) if args.out else checkpoint.home_of(run, args.ckpt) / "heatmaps"
     print(f"{run.name} ({run.dataset}, {run.model}{', trained on RENDERED pictures' if saved['data']['rendered'] else ''}): {len(table)} rows")
 
@@ -104,7 +105,7 @@ def main(argv=None):
             raise InputError(f"{len(faults)} of {len(table)} cannot be read: " + "; ".join(list(faults.values())[:5]))
         written = 0
         for row, names in engine.progress(enumerate(file_names(rows["ID"], labels_of)), "heat maps", total=len(rows)):
-            figure = draw(model, (part, rows), row, run, saved)
+            figure = draw(model, (part, rows), row, run, saved, truth[row])
             for name in names:
                 replace_file(out / name, lambda stream, figure=figure: figure.savefig(stream, dpi=110, format="png", bbox_inches="tight"))
                 written += 1

@@ -117,10 +117,10 @@ def open_part(table, kind, size, cache, workers, missing):
 # ---------------------------------------------------------------- pictures that somebody names, outside a data set
 
 GIVEN = {  # data set -> what is asked for, and the columns of a table of them
-    "odir": ("LEFT RIGHT, a folder of <id>_left.* and <id>_right.*, or a CSV", (["Left-Fundus", "Right-Fundus"], ["LEFT", "RIGHT"])),
-    "mrnet": ("an exam's folder (axial.npy, coronal.npy, sagittal.npy), its three files in this order, a folder of the folders axial/, "
+    "odir": ("eye pairs: LEFT RIGHT, a folder of <id>_left.* and <id>_right.*, or a CSV", (["Left-Fundus", "Right-Fundus"], ["LEFT", "RIGHT"])),
+    "mrnet": ("knees: an exam's folder (axial.npy, coronal.npy, sagittal.npy), its three files in this order, a folder of the folders axial/, "
               "coronal/ and sagittal/, or a CSV", (PLANES,)),
-    "": ("pictures, a folder of pictures, or a CSV", (["file"],)),
+    "": ("single photographs: pictures, a folder of pictures, or a CSV", (["file"],)),
 }
 
 
@@ -132,20 +132,20 @@ def given_rows(name, given):
     paths = [Path(path) for path in given]
     wanted, columns = GIVEN.get(name, GIVEN[""])
     first, several = paths[0], len(paths) > 1
-    if len(set(paths)) < len(paths):
-        raise InputError(f"{' '.join(map(str, paths))}: the same one twice; expected {wanted}")
     if not several and first.suffix.lower() in (".csv", ".xlsx"):
         return rows_of_table(first, columns), True
     if not several and first.is_dir() and not (name == "mrnet" and (first / "axial.npy").exists()):
         rows = rows_of_folder(name, first)
         if not rows:
-            raise InputError(f"{first} holds nothing to predict. Expected {wanted}")
+            raise InputError(f"{first} holds nothing to predict. This network takes {wanted}")
         return pd.DataFrame(sorted(rows), columns=["ID", "files"]), True
     if name == "mrnet" and not several and first.is_dir():
         return pd.DataFrame({"ID": [first.resolve().name], "files": [tuple(str(first / f"{plane}.npy") for plane in PLANES)]}), False
     per_row = {"odir": 2, "mrnet": 3}.get(name, 1)
     if any(path.is_dir() for path in paths) or per_row > 1 and len(paths) != per_row:
-        raise InputError(f"{' '.join(map(str, paths))}: expected {wanted}")
+        raise InputError(f"{' '.join(map(str, paths))}: this network takes {wanted}")
+    if len(set(paths)) < len(paths):
+        raise InputError(f"{' '.join(map(str, paths))}: the same one twice; this network takes {wanted}")
     if per_row == 1:
         names = [path.name for path in paths]
         return pd.DataFrame({"ID": names if len(set(names)) == len(names) else list(map(str, paths)), "files": [(str(p),) for p in paths]}), several
@@ -170,7 +170,8 @@ def rows_of_folder(name, folder):
 
 
 def rows_of_table(path, columns):
-    """The rows of a CSV whose paths are relative to it; without a column ID the first path is the ID."""
+    """The rows of a CSV whose paths are relative to it, or, as in the official layout, to images/ beside it; without a
+    column ID the first path is the ID."""
     sheet = read_sheet(path, dtype=str)
     chosen = next((names for names in columns if names[0] in sheet.columns), columns[0])
     check_columns(path, sheet, chosen)
@@ -178,7 +179,10 @@ def rows_of_table(path, columns):
         check_rows(path, sheet[column].isna() | (sheet[column].str.strip() == ""), f"empty {column}")
     ids = check_names(path, sheet["ID"], "ID") if "ID" in sheet.columns else sheet[chosen[0]].str.strip()
     check_rows(path, ids.duplicated(), "doubled ID")
-    return pd.DataFrame({"ID": ids, "files": [tuple(str(path.parent / file.strip()) for file in files) for files in sheet[chosen].to_numpy()]})
+    files = [[file.strip() for file in row] for row in sheet[chosen].to_numpy()]
+    official = "Left-Fundus" in chosen and not (path.parent / files[0][0]).exists() and (path.parent / "images").is_dir()
+    folder = path.parent / "images" if official else path.parent
+    return pd.DataFrame({"ID": ids, "files": [tuple(str(folder / file) for file in row) for row in files]})
 
 
 def open_given(table, kind, size, cache, workers=None):
@@ -257,12 +261,12 @@ def first_of_each(targets, num_labels, task):
     return list(dict.fromkeys(int(column.argmax()) for column in carried.T if column.any())) or [0]
 
 
-def examples(source, targets, probs, labels, task):
+def examples(source, targets, probs, labels, task, threshold=0.5):
     """A row for every label, as figures.samples takes them; `source` = (Pictures or None, table)."""
     rows = []
     for row in first_of_each(targets, len(labels), task):
         truth = [name for name, t in zip(labels, targets[row], strict=True) if t] if task == "multilabel" else [labels[targets[row]]]
-        shown = np.flatnonzero(probs[row] > 0.5) if task == "multilabel" else [probs[row].argmax()]
+        shown = np.flatnonzero(probs[row] > threshold) if task == "multilabel" else [probs[row].argmax()]
         rows.append({"title": str(source[1]["ID"].iloc[row]), "pictures": pictures_of(source, row), "truth": truth,
                      "prediction": [(labels[i], float(probs[row, i])) for i in shown]})
     return rows

@@ -21,7 +21,7 @@ import models
 import pictures
 from augment import prepare_batch
 from cache import replace_file
-from dataset import ODIR_LABELS, ODIR_NAMES
+from dataset import full_names
 from errors import Formatter, InputError, guard
 from features import live_data, loader_workers
 from samplers import Batches
@@ -104,8 +104,7 @@ def main(argv=None):
 
         # One: a table and a picture
         if not many:
-            full = dict(zip(ODIR_LABELS, ODIR_NAMES, strict=True)) if run.dataset == "odir" else {}
-            names = [f"{label} {full.get(label, '')}".strip() for label in labels]
+            names = full_names(run.dataset, labels)
             threshold = args.threshold if task == "multilabel" else None
             print(f"{rows['ID'][0]}, by {run.name} ({run.dataset}, {run.model}):")
             print_table(names, probs[0], chosen[0], threshold)

@@ -7,6 +7,7 @@ import time
 import pandas as pd
 
 import checkpoint
+import dataset
 import engine
 import metrics
 import pictures
@@ -81,8 +82,9 @@ class RunRecords:
         data, best = self.data, self.state["best"]
         probs = best["probs"].numpy()
         examples = pictures.examples((data.val, data.parts["val"]), data.val_targets, probs, data.labels, data.task)
-        self.tensorboard.add_figure("confusion", figures.confusion(data.val_targets, probs, data.labels, data.task), best["epoch"])
-        self.tensorboard.add_figure("samples", figures.samples(examples), best["epoch"])
+        names = dataset.full_names(self.args.dataset, data.labels)
+        for name, figure in (("confusion", figures.confusion(data.val_targets, probs, names, data.task)), ("samples", figures.samples(examples))):
+            self.tensorboard.add_figure(name, figures.mark_rendered(figure) if data.facts["rendered"] else figure, best["epoch"])
         flags = {name: value if isinstance(value, bool | int | float | str) else str(value) for name, value in vars(self.args).items()}
         self.tensorboard.add_hparams(flags, {f"best/{name}": value for name, value in best["scores"].items()}, run_name=".")
         self.tensorboard.close()

@@ -32,6 +32,7 @@ SCORES = {"accuracy": "accuracy", "kappa": "Cohen kappa", "quadratic_kappa": "qu
           "auc_meniscus": "AUC meniscus"}
 MAIN_CURVES = ("val_final_score", "val_accuracy", "val_auc")  # a study's main score: the first that its runs have
 PICTURES = {"confusion": "Confusion matrices", "roc": "ROC curves", "samples": "Samples", "heatmaps": "Heat maps"}
+OWN = ("own run", "shuffled-label control: has to fall to chance")  # what has no line in published.csv
 ENTRY = ["study", "experiment", "title", "note"]  # published.csv; its other columns are scores
 CELL = dict.fromkeys(("published", "measured", "std", "low", "high"))
 # What flipped bytes make json, zip, XML, openpyxl, pandas and Pillow raise (SyntaxError: a broken PNG or XML).
@@ -124,7 +125,7 @@ def make_row(entry, published, runs):
     done = [run for run in runs if run["status"] == "finished"]
     first = (done or runs or [{"status": "not run", "data": "", "texts": {}, "seconds": None, "intervals": {},
                                 "parts": {}, "left_out": 0, "shuffled": False}])[0]
-    row = {**entry, "runs": runs, "first": first, "n": len(done), "data": first["data"], "scores": {},
+    row = {**entry, "published": bool(entry["title"] not in OWN), "runs": runs, "first": first, "n": len(done), "data": first["data"], "scores": {},
            "status": "rendered" if done and first["data"] == "rendered" else first["status"],
            "part": ", ".join(sorted({run["part"] for run in done})),
            "problems": [f"{run['name']}: {text}" for run in runs for text in run["problems"]]
@@ -150,7 +151,7 @@ def make_rows(published, runs):
     left = [run for run in runs if run["name"] not in taken]
     for base in dict.fromkeys(run["base"] for run in left):
         own = [run for run in left if run["base"] == base]
-        title = "shuffled-label control: has to fall to chance" if own[0]["shuffled"] else "own run"
+        title = OWN[own[0]["shuffled"]]
         rows.append(make_row({"study": own[0]["study"], "experiment": base, "title": title, "note": ""}, {}, own))
     return rows
 
@@ -180,6 +181,10 @@ def make_study(key, rows):
 
 def show(value, digits=4):
     return "–" if value is None else "undefined" if value != value else f"{value:.{digits}f}"
+
+
+def duration(seconds):
+    return "–" if seconds is None or seconds != seconds else f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
 
 
 def print_table(study):
@@ -221,7 +226,7 @@ def main():
         "note": "; ".join(filter(None, [row["note"], *row["problems"]]))} for row in rows])
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True,
                                      trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
-    environment.filters["show"] = show
+    environment.filters.update(show=show, duration=duration)
     template = environment.get_template("report_template.html")
     page = template.render(studies=studies, rows=rows, scores=SCORES, empty=CELL)
     for name, text in (("results.csv", table.to_csv(index=False, float_format="%.6g")), ("report.html", page)):

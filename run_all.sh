@@ -26,10 +26,12 @@ while [ $# -gt 0 ]; do
             echo "run_all.sh: $1 is set by each line of this script" >&2; exit 2 ;;
         --weighted-loss|--fine-tune|--compile|--drop-last|--feature-cache|--shuffle-labels|--no-*) extra+=("$1") ;; # these take no value
         --*=*) set -- "${1%%=*}" "${1#*=}" "${@:2}"; continue ;;
-        --*) # a flag and its values: experiments come before it
-            flag=("$1"); while [ $# -gt 1 ] && [[ "$2" != --* ]]; do flag+=("$2"); shift; done
-            extra+=("${flag[@]}")
-            case "${flag[0]}" in --data|--missing|--workers) test_extra+=("${flag[@]}") ;; esac ;;
+        --labels) flag=("$1"); while [ $# -gt 1 ] && [[ "$2" != --* ]]; do flag+=("$2"); shift; done; extra+=("${flag[@]}") ;; # takes all that follow
+        --*)
+            [ $# -gt 1 ] || { echo "run_all.sh: $1 needs a value" >&2; exit 2; }
+            extra+=("$1" "$2")
+            case "$1" in --data|--missing|--workers) test_extra+=("$1" "$2") ;; esac
+            shift ;;
         *) echo "run_all.sh: unknown experiment '$1': a number 0-17, odir, aptos, dr, retina, mrnet or a run's name" >&2; exit 2 ;;
     esac
     shift
@@ -82,7 +84,9 @@ run() { # run NAME FLAGS...: train where it is not finished, then test
         local full="$prefix$name" seed=()
         [ "$number" -eq 0 ] || { full+="-seed$((42 + number))"; seed=(--seed $((42 + number))); }
         local folder="runs/$full" status=0
-        if [ -f "$folder/test_scores.json" ]; then echo "== $full: finished before (delete $folder to run it again)"; continue; fi
+        if [ -f "$folder/test_scores.json" ]; then
+            echo "== $full: finished before${extra[*]:+, with the flags it had then} (delete $folder to run it again)"; continue
+        fi
         echo "== $full"
         if ! grep -qs '"status": "finished"' "$folder/run.json"; then
             if [ -f "$folder/last.pt" ]; then
@@ -106,7 +110,9 @@ run() { # run NAME FLAGS...: train where it is not finished, then test
 spread() { # label the unlabelled pictures with the model of run $1
     is_chosen "$2" || is_chosen "$3" || return 0
     local folder="runs/$prefix$1"
-    [ ! -f "$folder/best.pt" ] || [ -f "$folder/pseudo_labels.csv" ] || "$PYTHON" spread_labels.py --ckpt "$folder/best.pt" || failed+=("spread of $1")
+    if [ ! -f "$folder/best.pt" ] || [ -f "$folder/pseudo_labels.csv" ]; then return 0; fi
+    local status=0; "$PYTHON" spread_labels.py --ckpt "$folder/best.pt" || status=$?
+    case "$status" in 0) ;; 130|143) exit "$status" ;; *) failed+=("spread of $1") ;; esac
 }
 
 # ---- ODIR-5K, two photographs a patient: the write-up's experiments 0-12

@@ -116,11 +116,12 @@ def epoch_order(kind, targets, seed, epoch):
     return torch.multinomial(torch.from_numpy(weights), len(weights), replacement=True, generator=generator).numpy()
 
 
-def pos_weight(targets):
-    """Negatives / positives (L,) float32 of targets (n, L) 0/1; InputError for a label without positives."""
+def pos_weight(targets, labels=None):
+    """Negatives / positives (L,) float32 of targets (n, L) 0/1; InputError for a label without positives, by its name."""
     positives = np.asarray(targets).sum(axis=0, dtype=np.int64)
     if not positives.all():
-        raise InputError(f"label {int(np.argmin(positives))} has no positives among {len(targets)} rows: no pos_weight")
+        empty = int(np.argmin(positives))
+        raise InputError(f"label {labels[empty] if labels else empty} has no positives among {len(targets)} rows: no pos_weight")
     return ((len(targets) - positives) / positives).astype(np.float32)
 
 

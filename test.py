@@ -41,15 +41,16 @@ def get_args_parser():
     return parser
 
 
-def draw_heatmaps(model, source, targets, labels, task, args, size):
-    """A row of class-activation maps for the first patient of every label."""
-    rows = pictures.first_of_each(targets, len(labels), task)
+def draw_heatmaps(model, source, targets, labels, task, size):
+    """A row of class-activation maps for the first patient of every label; what is true stands in brackets."""
     shown, maps, titles = [], [], []
-    for row in rows:
+    for row in pictures.first_of_each(targets, len(labels), task):
         names, panels, cams, _ = models.explain(model, pictures.single_batch(source, row, size))
+        true = targets[row] == 1 if task == "multilabel" else np.arange(len(labels)) == targets[row]
         shown += panels
         maps += cams
-        titles += [[f"{source[1]['ID'].iloc[row]} {name}", *labels] for name in names]
+        titles += [[f"{source[1]['ID'].iloc[row]} {name}", *(f"[{label}]" if yes else label for label, yes in zip(labels, true, strict=True))]
+                   for name in names]
     return figures.heatmaps(shown, maps, titles)
 
 
@@ -92,6 +93,8 @@ def main(argv=None):
     device = engine.pick_device(args.device)
     saved, run, model = models.open_checkpoint(args.ckpt, device)
     labels, task = saved["labels"], saved["task"]
+    if task == "multiclass" and args.threshold != 0.5:
+        raise InputError(f"--threshold {args.threshold}: the classes {', '.join(labels)} exclude each other, the strongest is predicted")
     run.cache, run.workers = args.cache or run.cache, args.workers
     precision = engine.pick_precision(args.precision or run.precision, device, run.model)
     size = run.crop or run.size
@@ -122,13 +125,13 @@ def main(argv=None):
     result = {"split": args.split, "n": len(rows), "rendered": rendered, "loss": loss, "checkpoint": str(args.ckpt),
               **report_scores(families, targets, probs, labels, np.array(saved["prior"]), args)}
     from sklearn.metrics import classification_report
-    names = dict(zip(dataset.ODIR_LABELS, dataset.ODIR_NAMES, strict=True)) if run.dataset == "odir" else {}
+    names = dataset.full_names(run.dataset, labels)
     predictions = probs > args.threshold if task == "multilabel" else probs.argmax(1)
     rows_of = (targets.astype(int), predictions.astype(int))
     if task == "multilabel" and len(labels) == 1:  # scikit-learn takes one column for two classes: the label is class 1
         rows_of = tuple(column.ravel() for column in rows_of)
     text = classification_report(*rows_of, labels=[1] if rows_of[0].ndim == 1 and task == "multilabel" else range(len(labels)), digits=4,
-                                 zero_division=0, target_names=[f"{label} {names.get(label, '')}".strip() for label in labels])
+                                 zero_division=0, target_names=names)
     print(text)
     print_scores(result)
 
@@ -145,10 +148,13 @@ def main(argv=None):
         prob_sheet.to_csv(out / "submission.csv", index=False)
     (out / "classification_report.txt").write_text(text)
     source = (part, rows)
-    figures.confusion(targets, probs, labels, task).savefig(out / "confusion.png", dpi=120)
-    figures.roc(targets, probs, labels, task).savefig(out / "roc.png", dpi=120)
-    figures.samples(pictures.examples(source, targets, probs, labels, task)).savefig(out / "samples.png", dpi=120)
-    draw_heatmaps(model, source, targets, labels, task, run, size).savefig(out / "heatmaps.png", dpi=110)
+    for file, figure in (("confusion.png", figures.confusion(targets, probs, names, task, args.threshold)),
+                         ("roc.png", figures.roc(targets, probs, names, task)),
+                         ("samples.png", figures.samples(pictures.examples(source, targets, probs, labels, task, args.threshold))),
+                         ("heatmaps.png", draw_heatmaps(model, source, targets, labels, task, size))):
+        if rendered:
+            figures.mark_rendered(figure)
+        figure.savefig(out / file, dpi=110)
     checkpoint.save_json(out / "test_scores.json", result)
     print(f"\n{out}/: probs.xlsx, ground_truth.xlsx, classification_report.txt, confusion.png, roc.png, samples.png, heatmaps.png, test_scores.json"
           + (", submission.csv" if run.dataset == "odir" else ""))

@@ -9,6 +9,7 @@ train_results.xlsx, TensorBoard events) and a copy of best.pt here; ends with th
 
 import argparse
 import functools
+import math
 import subprocess
 import sys
 import time
@@ -48,73 +49,76 @@ PUBLISHED = {
 # A resumed run keeps these: they decide shapes, the rows, or what the optimiser and the schedule hold.
 FIXED = ("dataset", "freeze_epochs", "model", "labels", "size", "crop", "preprocess", "fine_tune", "bn", "weights", "optimizer", "scheduler",
          "split_seed", "val_fraction", "test_fraction", "pseudo_labels", "min_confidence", "shuffle_labels", "name", "runs")
+LEAST = {"size": 16, "batch": 1, "epochs": 1, "patience": 1, "freeze_epochs": 0, "views": 0, "seed": 0, "split_seed": 0, "lr": 1e-12, "max_lr": 1e-12,
+         "weight_decay": 0, "momentum": 0, "min_confidence": 0, "schedule_epochs": 1, "workers": 0}
 SCHEDULE_FLAGS = ("lr", "momentum", "weight_decay", "schedule_epochs", "gamma", "max_lr")
 ORDER_FLAGS = ("batch", "sampler", "drop_last", "seed")  # a cut epoch is ended as it was begun
 
 
 def get_args_parser(dataset_name="odir"):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Formatter, usage="python train.py [--flag value ...]")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Formatter, usage="python train.py [--flag value ...]",
+                                     epilog="In square brackets: the default; in round ones: where it comes from.")
     yes_no = argparse.BooleanOptionalAction
 
     group = parser.add_argument_group("data")
     group.add_argument("--dataset", choices=dataset.DATASETS, default="odir", help="data set; sets the published defaults below")
-    group.add_argument("--data", help="its folder; without it data/<dataset>, or rendered stand-ins where that is missing")
-    group.add_argument("--missing", choices=["stop", "drop"], default="stop", help="what to do about missing or unreadable pictures")
-    group.add_argument("--labels", nargs="+", help="retina, mrnet: the labels to use (default: the study's)")
-    group.add_argument("--val-fraction", type=float, help="share of patients in validation (published: 0.2; aptos 733/3662)")
-    group.add_argument("--test-fraction", type=float, help="share kept away from training (published: 0; aptos 583/3662)")
+    group.add_argument("--data", help="its folder (default: data/<dataset>, else rendered stand-ins)")
+    group.add_argument("--missing", choices=["stop", "drop"], default="stop", help="missing pictures: stop, or drop their rows")
+    group.add_argument("--labels", nargs="+", help="retina, mrnet: which labels (default: the study's)")
+    group.add_argument("--val-fraction", type=float, help="validation patients (published: 0.2; aptos 733/3662)")
+    group.add_argument("--test-fraction", type=float, help="patients kept away (published: 0; aptos 583/3662)")
     group.add_argument("--split-seed", type=int, default=42, help="seed of the split (write-up)")
-    group.add_argument("--shuffle-labels", action="store_true", help="control: shuffle the labels among the training patients")
-    group.add_argument("--pseudo-labels", help="retina: CSV from spread_labels.py whose pictures join the training part")
-    group.add_argument("--min-confidence", type=float, default=0.0, help="least confidence of a pseudo-label to be used")
+    group.add_argument("--shuffle-labels", action="store_true", help="control: the training patients' labels, shuffled")
+    group.add_argument("--pseudo-labels", metavar="FILE", help="retina: spread_labels.py's CSV joins the training part")
+    group.add_argument("--min-confidence", type=float, default=0.0, help="least confidence of a pseudo-label")
 
     group = parser.add_argument_group("pictures")
     group.add_argument("--preprocess", choices=["fov", "none", "centre"], default="fov",
                        help="fov: the eye alone (write-up); centre: shorter side, centre crop")
     group.add_argument("--size", type=int, default=224, help="pixels a side (write-up)")
-    group.add_argument("--crop", type=int, help="random crop of a training view; evaluation resizes to it (experiments 14-17, dr)")
+    group.add_argument("--crop", type=int, help="pixels a side of a random crop in training; evaluation resizes to it")
     group.add_argument("--augment", choices=["none", *augment.RECIPES], default="none",
                        help="eyes: experiments 8, 9; pair: 14-17; lab: dr; knee: mrnet")
-    group.add_argument("--views", type=int, default=0, help="cycle through this many augmented views; 0 draws a fresh one per epoch (write-up)")
+    group.add_argument("--views", type=int, default=0, help="cycle through N augmented views; 0: a fresh one per epoch (write-up)")
 
     group = parser.add_argument_group("network")
     group.add_argument("--model", choices=models.MODELS, default="v0", help="v0, v1, v2: heads on the dual ResNet-50")
-    group.add_argument("--weights", default="imagenet", help="imagenet, none, or a file (best.pt or a library's state_dict)")
-    group.add_argument("--fine-tune", action=yes_no, default=False, help="train the trunk too (experiments 13-17 and the other studies)")
-    group.add_argument("--freeze-epochs", type=int, default=0, help="with --fine-tune: epochs that train the head alone first (dr lab: 5)")
-    group.add_argument("--bn", choices=["fitted", "pretrained", "batch"], help="BatchNorm: statistics fitted once, the weights' own, or "
-                       "moving with each batch (default: fitted for a frozen trunk, batch with --fine-tune)")
+    group.add_argument("--weights", default="imagenet", help="imagenet, none, or a best.pt or state_dict")
+    group.add_argument("--fine-tune", action=yes_no, default=False, help="train the trunk too (13-17, the other studies)")
+    group.add_argument("--freeze-epochs", type=int, default=0, help="of --fine-tune: the head alone first (dr lab: 5)")
+    group.add_argument("--bn", choices=["fitted", "pretrained", "batch"], help="BatchNorm statistics: fitted once (default), the weights' "
+                       "own, or moving with each batch (default with --fine-tune)")
 
     group = parser.add_argument_group("optimisation")
     group.add_argument("--optimizer", choices=["sgd", "adam"], default="sgd", help="(write-up)")
-    group.add_argument("--lr", type=float, default=0.05, help="learning rate (experiment 3); cyclic: its lower end")
+    group.add_argument("--lr", type=float, default=0.05, help="learning rate (experiment 3); cyclic: lower end")
     group.add_argument("--momentum", type=float, default=0.9, help="of sgd (write-up)")
     group.add_argument("--weight-decay", type=float, default=0.0, help="(write-up: none)")
     group.add_argument("--scheduler", choices=SCHEDULES, default="linear", help="stepped once an epoch (experiment 3)")
-    group.add_argument("--schedule-epochs", type=int, help="linear: length (50); cyclic: epochs up (10); step: period (1); plateau: patience (3)")
-    group.add_argument("--gamma", type=float, help="linear: last factor (0.1); step (0.7) and plateau (0.3): factor")
+    group.add_argument("--schedule-epochs", type=int, help="linear: length (50); cyclic: rise (10); step: period (1); plateau: wait (3)")
+    group.add_argument("--gamma", type=float, help="factor: linear (0.1), step (0.7), plateau (0.3)")
     group.add_argument("--max-lr", type=float, default=0.1, help="cyclic: upper end (experiment 4)")
-    group.add_argument("--batch", type=int, default=32, help="rows of one step, over all processes (write-up)")
+    group.add_argument("--batch", type=int, default=32, help="rows of one step, all processes (write-up)")
     group.add_argument("--epochs", type=int, default=100, help="at most (write-up)")
-    group.add_argument("--patience", type=int, default=20, help="epochs without a lower validation loss before it stops (write-up)")
-    group.add_argument("--weighted-loss", action=yes_no, default=False, help="pos_weight or class weights from the training part (experiment 11)")
+    group.add_argument("--patience", type=int, default=20, help="epochs without a lower loss (write-up)")
+    group.add_argument("--weighted-loss", action=yes_no, default=False, help="pos_weight or class weights of the training part (experiment 11)")
     group.add_argument("--sampler", choices=samplers.SAMPLERS, default="shuffle", help="balanced: experiment 12; weighted: aptos")
-    group.add_argument("--drop-last", action=yes_no, default=False, help="leave out an incomplete last batch (dr lab)")
+    group.add_argument("--drop-last", action=yes_no, default=False, help="leave out a short last batch (dr lab)")
 
     group = parser.add_argument_group("machine")
     group.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="where it runs")
     group.add_argument("--precision", choices=["auto", *engine.PRECISIONS], default="auto",
-                       help="auto: the fastest that the hardware computes natively")
+                       help="auto: the fastest native one")
     group.add_argument("--compile", action=yes_no, default=False, help="torch.compile; pays off in long runs")
-    group.add_argument("--workers", type=int, help="processes that decode pictures and load batches (default: the cores allowed)")
+    group.add_argument("--workers", type=int, help="processes that read pictures (default: all cores)")
     group.add_argument("--feature-cache", action=yes_no, default=True, help="keep a frozen trunk's features on disk")
-    group.add_argument("--cache", default="cache", help="folder of kept pictures and features; may be deleted at any time")
+    group.add_argument("--cache", default="cache", help="folder of kept pictures and features")
 
     group = parser.add_argument_group("run")
     group.add_argument("--runs", default="runs", help="folder of the run folders")
-    group.add_argument("--name", help="name of the run folder (default: <dataset>-<model>-<number>)")
-    group.add_argument("--resume", metavar="RUN", help="go on with runs/<name>; other flags given here win over the stored ones")
-    group.add_argument("--seed", type=int, default=42, help="of weights, order, dropout and augmentation (write-up)")
+    group.add_argument("--name", help="of the run folder (default: a number)")
+    group.add_argument("--resume", metavar="RUN", help="go on with runs/<name>; flags given here win")
+    group.add_argument("--seed", type=int, default=42, help="of weights, order, dropout, views (write-up)")
     parser.set_defaults(**PUBLISHED[dataset_name])
     return parser
 
@@ -148,37 +152,37 @@ def get_args(argv=None):
 
 def check_args(args):
     """Flags that do not go together are refused, not ignored."""
-    if args.dataset not in models.MODELS[args.model]:
-        takes = ", ".join(name for name, sets in models.MODELS.items() if args.dataset in sets)
-        raise InputError(f"--model {args.model} does not take {args.dataset}; these do: {takes}")
-    for name, least in (("size", 16), ("batch", 1), ("epochs", 1), ("patience", 1), ("freeze_epochs", 0), ("views", 0), ("seed", 0), ("lr", 1e-12),
-                        ("weight_decay", 0), ("momentum", 0), ("split_seed", 0)):
-        if not getattr(args, name) >= least:
-            raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected {least:g} or more")
-    if args.crop and (args.augment == "none" or not 16 <= args.crop <= args.size or args.dataset == "mrnet"):
-        raise InputError(f"--crop {args.crop} needs --augment and a --size (here {args.size}) that it fits into")
-    recipes = {"odir": ("eyes", "pair"), "mrnet": ("knee",)}.get(args.dataset, ("eyes", "lab"))
-    if args.augment not in ("none", *recipes):
-        raise InputError(f"--augment {args.augment}: {args.dataset} takes {' or '.join(recipes)}")
-    if args.dataset == "mrnet" and args.size > 256:
-        raise InputError(f"--size {args.size}: MRNet's slices are 256 x 256")
-    for name, least in (("schedule_epochs", 1), ("workers", 0)):
-        if getattr(args, name) is not None and getattr(args, name) < least:
-            raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected {least} or more")
-    if args.gamma is not None and not 0 < args.gamma < 1:
-        raise InputError(f"--gamma {args.gamma}: expected a factor between 0 and 1")
-    if args.dataset == "mrnet" and args.size < 64:
-        raise InputError(f"--size {args.size} is too small for MRNet's AlexNet trunks: 64 or more")
-    if args.views and args.augment == "none":
-        raise InputError("--views needs --augment: without it every epoch sees the same pictures")
-    if args.sampler == "weighted" and dataset.DATASETS[args.dataset]["task"] != "multiclass":
-        raise InputError(f"--sampler weighted needs one class a picture; {args.dataset} has several labels a row: use balanced")
-    if args.labels and len(set(args.labels)) < len(args.labels):
-        raise InputError(f"--labels {' '.join(args.labels)}: a label is named twice")
-    if args.pseudo_labels and args.dataset != "retina":
-        raise InputError("--pseudo-labels belongs to --dataset retina")
-    if args.freeze_epochs and not args.fine_tune:
-        raise InputError("--freeze-epochs needs --fine-tune: without it the trunk is frozen all along")
+    for name, least in LEAST.items():
+        value = getattr(args, name)
+        if value is not None and not least <= value < math.inf:
+            raise InputError(f"--{name.replace('_', '-')} {value}: expected {least:g} or more")
+    name, task = args.dataset, dataset.DATASETS[args.dataset]["task"]
+    recipes = {"odir": ("eyes", "pair"), "mrnet": ("knee",)}.get(name, ("eyes", "lab"))
+    takes_schedule = [flag for flag, usual in zip(("schedule_epochs", "gamma"), SCHEDULES[args.scheduler], strict=True) if usual is not None]
+    for wrong, message in (
+        (name not in models.MODELS[args.model],
+         f"--model {args.model} does not take {name}; these do: {', '.join(model for model, sets in models.MODELS.items() if name in sets)}"),
+        (args.labels and len(set(args.labels)) < len(args.labels), f"--labels {' '.join(args.labels or [])}: a label is named twice"),
+        (args.pseudo_labels and name != "retina", "--pseudo-labels belongs to --dataset retina"),
+        (args.min_confidence and not args.pseudo_labels, "--min-confidence needs --pseudo-labels"),
+        (args.crop and (args.augment == "none" or not 16 <= args.crop <= args.size or name == "mrnet"),
+         f"--crop {args.crop} needs --augment and a --size (here {args.size}) that it fits into"),
+        (args.augment not in ("none", *recipes), f"--augment {args.augment}: {name} takes {' or '.join(recipes)}"),
+        (args.views and args.augment == "none", "--views needs --augment: without it every epoch sees the same pictures"),
+        (name == "mrnet" and args.size > 256, f"--size {args.size}: MRNet's slices are 256 x 256"),
+        (name == "mrnet" and args.size < 64, f"--size {args.size} is too small for MRNet's AlexNet trunks: 64 or more"),
+        (args.freeze_epochs and not args.fine_tune, "--freeze-epochs needs --fine-tune: without it the trunk is frozen all along"),
+        (args.sampler == "weighted" and task != "multiclass",
+         f"--sampler weighted needs one class a picture; {name} has several labels a row: use balanced"),
+        (args.schedule_epochs is not None and "schedule_epochs" not in takes_schedule, f"--schedule-epochs: --scheduler {args.scheduler} has none"),
+        (args.gamma is not None and "gamma" not in takes_schedule, f"--gamma: --scheduler {args.scheduler} has none"),
+        (args.gamma is not None and not 0 < args.gamma < 1, f"--gamma {args.gamma}: expected a factor between 0 and 1"),
+        (args.max_lr != 0.1 and args.scheduler != "cyclic", "--max-lr belongs to --scheduler cyclic"),
+        (args.scheduler == "cyclic" and args.lr >= args.max_lr, f"--lr {args.lr} is cyclic's lower end: expected less than --max-lr {args.max_lr}"),
+        (args.momentum != 0.9 and args.optimizer != "sgd", "--momentum belongs to --optimizer sgd"),
+    ):
+        if wrong:
+            raise InputError(message)
 
 
 # ---------------------------------------------------------------- data
@@ -272,11 +276,11 @@ def train_prior(targets, num_labels):
     return (targets.mean(0) if targets.ndim == 2 else np.bincount(targets, minlength=num_labels) / len(targets)).tolist()
 
 
-def loss_weight(args, task, targets, num_labels):
+def loss_weight(args, task, targets, labels):
     """pos_weight or class weights of the training part; None without --weighted-loss."""
     if not args.weighted_loss:
         return None
-    return samplers.pos_weight(targets) if task == "multilabel" else samplers.class_weights(targets, num_labels)
+    return samplers.pos_weight(targets, labels) if task == "multilabel" else samplers.class_weights(targets, len(labels))
 
 
 # ---------------------------------------------------------------- data, network, run folder
@@ -338,7 +342,7 @@ def build_learner(args, data, device, precision):
     optimizer = build_optimizer(args, model)
     return Learner(model, checkpoint.state_digest(model.backbone) if not args.fine_tune and args.bn != "batch" else None,
                    TrunkFeatures(model, precision, args.compile, device, args.cache),
-                   engine.Criterion(data.task, loss_weight(args, data.task, data.train_targets, len(data.labels)), device),
+                   engine.Criterion(data.task, loss_weight(args, data.task, data.train_targets, data.labels), device),
                    optimizer, build_scheduler(args, optimizer),
                    torch.amp.GradScaler(device.type, enabled=precision == "fp16" and args.fine_tune))
 
@@ -369,6 +373,10 @@ def epoch_batches(args, targets, epoch, start):
     return samplers.Batches(order, args.batch, start, engine.rank(), engine.world())
 
 
+def is_over(args, state):
+    return state["epoch"] >= args.epochs or state["stale"] >= args.patience
+
+
 # ---------------------------------------------------------------- main
 
 def main(argv=None):
@@ -381,6 +389,9 @@ def main(argv=None):
     records.print_data(args, data, device, precision)
     learner = build_learner(args, data, device, precision)
     folder, state = open_run(args, stored, data, learner, device)
+    if stored and not state["record"] and is_over(args, state) and checkpoint.is_finished(folder):
+        print(f"{folder} is finished: {state['epoch']} epochs, {state['stale']} of them since the best. To go on, raise --epochs or --patience")
+        return 0
     args.name = folder.name
     writer = records.RunRecords(folder, args, data, learner, state, device, precision) if engine.rank() == 0 else None
     val_criterion = engine.Criterion(data.task)
@@ -393,7 +404,7 @@ def main(argv=None):
     before = time.time() - state["seconds"]
     epochs = engine.progress(range(state["epoch"], args.epochs), folder.name, initial=state["epoch"], total=args.epochs)
     for epoch in epochs:
-        if state["stale"] >= args.patience:
+        if is_over(args, state):
             break
         frozen = not args.fine_tune or epoch < args.freeze_epochs
         learner.model.backbone.requires_grad_(not frozen)
@@ -434,8 +445,7 @@ def main(argv=None):
     epochs.close()
 
     # End: finished, or stopped by a signal
-    unfinished = state["record"] or state["epoch"] < args.epochs and state["stale"] < args.patience
-    status = "interrupted" if stop.number and unfinished else "finished"
+    status = "interrupted" if stop.number and (state["record"] or not is_over(args, state)) else "finished"
     if writer:
         writer.end(status, time.time() - started)
     return 128 + stop.number if status == "interrupted" else 0

@@ -66,12 +66,11 @@ def test_roc_names_what_is_undefined(answers, task):
     y_true, y_prob = answers
     figure = figures.roc(y_true if task == "multilabel" else y_true[:, 0], y_prob, LABELS, task)
     drawn(figure)
-    legend = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
-    assert legend[0].endswith("0.500") and legend[-1] == "<b>  undefined" and legend[3].startswith("a \\$label")
     auc = roc_auc_score(y_true[:, 0] == (task == "multilabel"), y_prob[:, 0])  # has label N, or is of class 0
-    assert len(legend) == 5 and legend[1] == f"N  {auc:.3f}"
-    curves = [line for line in figure.axes[0].lines[1:] if len(line.get_xdata())]
-    assert len(curves) == (3 if task == "multilabel" else 2), "a line for an undefined label"
+    titles = [ax.get_title() for ax in figure.axes]
+    assert len(titles) == 4 and titles[0] == f"N\nAUC {auc:.3f}" and titles[3] == "<b>\nAUC undefined" and titles[2].startswith("a \\$label")
+    curves = [len(ax.lines) - 1 for ax in figure.axes]  # besides the line of chance
+    assert curves == ([1, 1, 1, 0] if task == "multilabel" else [1, 1, 0, 0]), "a line for an undefined label"
 
 
 @pytest.mark.parametrize("planes", [1, 2, 3])
@@ -90,12 +89,13 @@ def test_heat_maps_of_any_size_lie_over_the_whole_picture():
     pictures = [np.zeros((64, 96, 3), np.uint8), np.zeros((64, 96), np.uint8)]
     cams = [[np.eye(7), np.zeros((3, 3))]] * 2
     figure = figures.heatmaps(pictures, cams, ["N 0.9", "D $0.1"])
-    drawn(figure)
-    assert [ax.get_title() for ax in figure.axes] == ["picture", "N 0.9", "D \\$0.1", "", "", ""]
-    assert [len(ax.images) for ax in figure.axes] == [1, 2, 2] * 2
-    assert all(image.get_extent() == figure.axes[1].images[0].get_extent() for ax in figure.axes for image in ax.images)
-    own = figures.heatmaps(pictures, cams, [["p1", "N", "D"], ["p2", "N", "D"]])
-    assert [ax.get_title() for ax in own.axes] == ["p1", "N", "D", "p2", "N", "D"]
+    assert texts(figure) == ["picture", "N 0.9", "D \\$0.1 (no evidence)", "", "", ""]
+    places = [tuple(image.get_extent()) for image in figure.axes[0].images]
+    assert len(places) == 10 and places[1] == places[2] and places[3] == places[4] and len(set(places)) == 6
+    left, right, bottom, top = places[0]
+    assert (right - left) / (bottom - top) == pytest.approx(96 / 64), "a picture keeps its shape"
+    assert places[1][0] > right and places[5][3] > bottom, "pictures lie over one another"
+    assert texts(figures.heatmaps(pictures, cams, [["p1", "N", "D"], ["p2", "N", "[D]"]]))[4:] == ["N", "[D] (no evidence)"]
 
 
 @pytest.mark.parametrize(("threshold", "marked"), [(0.5, ["0.70  ◀", "0.60  ◀"]), (None, ["0.70  ◀"])])
@@ -119,6 +119,11 @@ def test_curves_of_one_epoch_and_of_many_runs():
     assert len(loss) == 29 and len(score) == 28 and "no-score" not in score
     styles = {(line.get_color(), line.get_linestyle()) for line in figure.axes[1].lines if line.get_marker() == "None"}
     assert len(styles) == 28, "two of the runs look alike"
+
+
+def test_rendered_pictures_say_so():
+    figure = figures.mark_rendered(figures.confusion([0, 1], np.eye(2), ["a", "b"], "multiclass"))
+    assert "RENDERED" in figure.get_suptitle() and drawn(figure)[:12].std() > 5, "the words are not in the picture"
 
 
 def test_nothing_global_is_touched():

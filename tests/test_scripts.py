@@ -50,13 +50,13 @@ def flags(parser):
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help_is_complete_and_readable(script, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.setenv("COLUMNS", "80")  # two screens of 50 lines
     for parser in parsers(script):
         text = parser.format_help()
         assert len(text.splitlines()) <= 100, f"{script} --help has {len(text.splitlines())} lines"
         for action in flags(parser):
             assert action.help and action.help is not argparse.SUPPRESS, f"{script}: {action.dest} has no help"
-            name = max(action.option_strings, key=len, default=action.metavar or action.dest)
+            name = action.option_strings[0].removeprefix("--") if action.option_strings else action.metavar or action.dest
             assert name in text, f"{script}: {name} is not in the help"
 
 
@@ -135,7 +135,10 @@ def test_wrong_flags_are_refused_by_name(argv, words, capsys):
     (["--augment", "pair", "--crop", "300"], "--size"), (["--freeze-epochs", "2"], "needs --fine-tune"), (["--epochs", "0"], "1 or more"),
     (["--batch", "-1"], "1 or more"), (["--lr", "0"], "--lr"), (["--lr", "nan"], "--lr"), (["--pseudo-labels", "x.csv"], "retina"),
     (["--dataset", "mrnet", "--size", "300"], "256"), (["--dataset", "mrnet", "--crop", "200"], "--crop"),
-    (["--resume", "nowhere"], "nowhere"),
+    (["--resume", "nowhere"], "nowhere"), (["--lr", "inf"], "--lr"), (["--batch", "0"], "--batch"), (["--gamma", "0.5", "--scheduler", "none"], "--gamma"),
+    (["--gamma", "1.5"], "--gamma"), (["--schedule-epochs", "3", "--scheduler", "none"], "--schedule-epochs"), (["--max-lr", "0.2"], "cyclic"),
+    (["--scheduler", "cyclic", "--lr", "0.5"], "--max-lr 0.1"), (["--optimizer", "adam", "--momentum", "0.5"], "sgd"), (["--views", "2"], "--augment"),
+    (["--min-confidence", "0.5"], "--pseudo-labels"), (["--labels", "N", "N"], "twice"), (["--sampler", "weighted"], "use balanced"),
 ])
 def test_flags_that_do_not_go_together_are_refused(argv, words):
     from errors import InputError
