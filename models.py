@@ -94,7 +94,11 @@ def AlexNet(num_labels=3, size=224):  # noqa: N802 - SPEC's name
     backbone = nn.Sequential(GreenChannel(), *block(1, 96, 11, stride=4, pool=True), *block(96, 256, 5, padding=2, pool=True),
                              *block(256, 384, 3, padding=1), *block(384, 384, 3, padding=1),
                              *block(384, 256, 3, padding=1, pool=True), nn.Flatten())
-    net = SingleNet(backbone, nn.Linear(256 * side * side, num_labels), "backbone.15")
+    return he_normal(SingleNet(backbone, nn.Linear(256 * side * side, num_labels), "backbone.15"))
+
+
+def he_normal(net):
+    """Weights as He et al. (2015) draw them: what goes in keeps its scale from layer to layer."""
     for module in net.modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
             nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
@@ -112,7 +116,8 @@ class MRNet(nn.Module):
 
     def __init__(self, num_labels=3):
         super().__init__()
-        self.backbone = nn.ModuleList(torchvision.models.alexnet().features for _ in range(3))
+        # Without normalisation torchvision's own random weights fade to nothing: no lesson reaches the first layers.
+        self.backbone = he_normal(nn.ModuleList(torchvision.models.alexnet().features for _ in range(3)))
         self.classifier = nn.Linear(3 * 256, num_labels)
 
     def features(self, volumes, lengths):
@@ -137,7 +142,8 @@ def build_model(name, num_labels, weights="none", size=224):
     elif name == "alexnet":
         model = AlexNet(num_labels, size)
     elif name == "efficientnet-b1":
-        backbone = EfficientNet.from_name("efficientnet-b1")
+        # Its BatchNorm remembers 100 steps, ten times torch's: random weights would be validated on what it began with.
+        backbone = EfficientNet.from_name("efficientnet-b1", batch_norm_momentum=0.9 if weights == "none" else 0.99)
         features, dropout = backbone._fc.in_features, backbone._dropout.p
         # Dropout belongs to the head: kept features must not be dropped out.
         backbone._fc, backbone._dropout = nn.Identity(), nn.Identity()

@@ -54,12 +54,14 @@ demo_flags() { # what makes experiment $1 small; later flags win over the line's
     local study=${1%%-*}
     printf '%s\n' --data "data/demo/$study" --weights none
     case "$study" in
-        odir) printf '%s\n' --size 64 --epochs 6 ; [[ " $* " == *" --crop "* ]] && printf '%s\n' --crop 56
-              [[ " $* " == *" --fine-tune "* ]] && printf '%s\n' --epochs 3 ;;
-        aptos) printf '%s\n' --size 64 --epochs 5 --lr 0.001 ;;
-        dr) printf '%s\n' --size 64 --crop 56 --epochs 6 --freeze-epochs 2 --batch 16 --lr 0.01 ;;
+        odir) printf '%s\n' --size 64 --epochs 6; [[ " $* " == *" --crop "* ]] && printf '%s\n' --crop 56
+              # random weights take smaller steps
+              case "$*" in odir-16*) printf '%s\n' --epochs 3 --lr 0.004 ;; odir-17*) printf '%s\n' --epochs 3 --lr 0.001 ;;
+                  *" --fine-tune"*) printf '%s\n' --epochs 3 --lr 0.002 ;; *" --augment "*) printf '%s\n' --lr 0.005 ;; esac ;;
+        aptos) printf '%s\n' --size 64 --epochs 8 --lr 0.002 --batch 8 --gamma 0.9 ;;
+        dr) printf '%s\n' --size 64 --crop 56 --epochs 10 --freeze-epochs 2 --batch 16 --lr 0.003 ;;
         retina) printf '%s\n' --size 96 --epochs 6 ;;
-        mrnet) printf '%s\n' --size 96 --epochs 4 --batch 4 --lr 0.0003 ;;
+        mrnet) printf '%s\n' --size 96 --epochs 4 --batch 2 --lr 0.0001 ;;
     esac
 }
 

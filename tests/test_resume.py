@@ -122,7 +122,12 @@ def test_resuming_a_finished_run_changes_nothing(tmp_path, flags):
     train(flags(CASES["kept features"]), tmp_path)
     shutil.copytree(tmp_path / "runs/x", tmp_path / "before")
     train(["--resume", "runs/x"], tmp_path)
+    for file in (tmp_path / "before").iterdir():
+        assert file.read_bytes() == (tmp_path / "runs/x" / file.name).read_bytes(), file.name
+    (tmp_path / "runs/x/run.json").unlink()  # killed between its last epoch and its last files: they are written
+    train(["--resume", "runs/x"], tmp_path)
     same_runs(tmp_path / "before", tmp_path / "runs/x")
+    assert '"finished"' in (tmp_path / "runs/x/run.json").read_text()
 
 
 def test_a_missing_or_damaged_last_pt_is_refused_and_the_last_good_epoch_named(tmp_path, flags):
