@@ -1,11 +1,11 @@
 # Sourced by run_all.sh and tests/run.sh: sets $PYTHON to an interpreter that has requirements.txt.
 # An active environment, or a python3 that has everything (Colab), is used as it is; otherwise .venv is made here.
 
-has_all() {
+has_all() { # the tests set $also to what they need besides
     "$1" -c 'import importlib.util, sys
-names = "torch torchvision efficientnet_pytorch numpy pandas sklearn PIL openpyxl tensorboard matplotlib tqdm pytest xdist".split()
-missing = [name for name in names if importlib.util.find_spec(name) is None]
-sys.exit("not installed: " + ", ".join(missing) if missing else 0)'
+missing = [name for name in sys.argv[1:] if importlib.util.find_spec(name) is None]
+sys.exit("not installed: " + ", ".join(missing) if missing else 0)' \
+        torch torchvision efficientnet_pytorch numpy pandas sklearn PIL openpyxl tensorboard matplotlib tqdm ${also:-}
 }
 
 if [ -n "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ]; then

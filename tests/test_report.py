@@ -290,6 +290,19 @@ def test_page_in_a_browser_as_wide_as_a_telephone(made, tmp_path):
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
+def test_what_the_scripts_leave_in_a_browser(trained, script, tmp_path):
+    """Two studies as train.py and test.py leave them, under the demo's names: the whole page, with its real pictures."""
+    for name, run in (("odir", "demo-odir-03"), ("aptos", "demo-aptos-1")):
+        shutil.copytree(trained(name), tmp_path / "runs" / run)
+        script("test.py", "--ckpt", f"runs/{run}/best.pt", "--out", f"runs/{run}", "--resamples", 50, "--workers", 0, cwd=tmp_path, status=0)
+    script("report.py", cwd=tmp_path, status=0)
+    seen, console, urls = browse((tmp_path / "runs/report.html").read_text(), tmp_path)
+    assert not console and not urls and seen["scroll"] <= seen["width"] == 390
+    assert seen["pictures"] == seen["loaded"] == 2 * 5 + 2, "per run: curves, confusion, ROC, samples, heat maps; a study's curves"
+    assert seen["rows"] == [18, 18, 1, 5, 5, 4] and seen["start"][:2] == ["odir-00", "odir-01"] and seen["down"][0] == "odir-03"
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
 def test_the_browser_test_sees_a_broken_page(made, tmp_path):
     broken = made[2].replace("</h1>", '</h1><img src="data:image/png;base64,AAAA"><div style="width:900px">wide</div>'
                              '<script>undefined_name()</script><img src="http://127.0.0.1:9/x.png">', 1)
