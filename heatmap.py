@@ -54,7 +54,8 @@ def rows_per_label(saved, run, args):
         if not count:
             print(f"nobody in this part carries {label}")
     wanted = chosen.any(1)
-    return table[wanted].reset_index(drop=True), [[label for label, yes in zip(labels, row, strict=True) if yes] for row in chosen[wanted]], carried[wanted]
+    labels_of = [[label for label, yes in zip(labels, row, strict=True) if yes] for row in chosen[wanted]]
+    return table[wanted].reset_index(drop=True), labels_of, carried[wanted]
 
 
 def file_names(ids, labels_of):

@@ -52,7 +52,8 @@ is_chosen() { # is run $1 among the experiments asked for?
 
 demo_flags() { # what makes experiment $1 small; later flags win over the line's own
     local study=${1%%-*}
-    printf '%s\n' --data "data/demo/$study" --weights none
+    printf '%s\n' --data "data/demo/$study"
+    [[ " $* " == *" --weights runs/"* ]] || printf '%s\n' --weights none # but retina-2 goes on from retina-1
     case "$study" in
         odir) printf '%s\n' --size 64 --epochs 6; [[ " $* " == *" --crop "* ]] && printf '%s\n' --crop 56
               # random weights take smaller steps

@@ -18,6 +18,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+import learner  # noqa: E402
 import metrics  # noqa: E402
 import train  # noqa: E402
 
@@ -71,7 +72,7 @@ def test_help_as_typed():
 
 
 # Where else a script's `args` go, as `args` or, stored in a checkpoint, as `run`.
-HANDED_ON = {"train": ["records", "features"], "test": ["features"], "spread_labels": ["features"]}
+HANDED_ON = {"train": ["learner", "records", "features"], "test": ["features"], "spread_labels": ["features"]}
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -135,10 +136,12 @@ def test_wrong_flags_are_refused_by_name(argv, words, capsys):
     (["--augment", "pair", "--crop", "300"], "--size"), (["--freeze-epochs", "2"], "needs --fine-tune"), (["--epochs", "0"], "1 or more"),
     (["--batch", "-1"], "1 or more"), (["--lr", "0"], "--lr"), (["--lr", "nan"], "--lr"), (["--pseudo-labels", "x.csv"], "retina"),
     (["--dataset", "mrnet", "--size", "300"], "256"), (["--dataset", "mrnet", "--crop", "200"], "--crop"),
-    (["--resume", "nowhere"], "nowhere"), (["--lr", "inf"], "--lr"), (["--batch", "0"], "--batch"), (["--gamma", "0.5", "--scheduler", "none"], "--gamma"),
-    (["--gamma", "1.5"], "--gamma"), (["--schedule-epochs", "3", "--scheduler", "none"], "--schedule-epochs"), (["--max-lr", "0.2"], "cyclic"),
-    (["--scheduler", "cyclic", "--lr", "0.5"], "--max-lr 0.1"), (["--optimizer", "adam", "--momentum", "0.5"], "sgd"), (["--views", "2"], "--augment"),
-    (["--min-confidence", "0.5"], "--pseudo-labels"), (["--labels", "N", "N"], "twice"), (["--sampler", "weighted"], "use balanced"),
+    (["--resume", "nowhere"], "nowhere"), (["--lr", "inf"], "--lr"), (["--batch", "0"], "--batch"),
+    (["--gamma", "0.5", "--scheduler", "none"], "--gamma"), (["--gamma", "1.5"], "--gamma"),
+    (["--schedule-epochs", "3", "--scheduler", "none"], "--schedule-epochs"), (["--max-lr", "0.2"], "cyclic"),
+    (["--scheduler", "cyclic", "--lr", "0.5"], "--max-lr 0.1"), (["--optimizer", "adam", "--momentum", "0.5"], "sgd"),
+    (["--views", "2"], "--augment"), (["--min-confidence", "0.5"], "--pseudo-labels"), (["--labels", "N", "N"], "twice"),
+    (["--sampler", "weighted"], "use balanced"),
 ])
 def test_flags_that_do_not_go_together_are_refused(argv, words):
     from errors import InputError
@@ -173,8 +176,8 @@ def test_the_defaults_are_experiment_three_and_the_other_studies():
 ])
 def test_schedules(argv, expected):
     args, _ = train.get_args(argv)
-    optimizer = train.build_optimizer(args, argparse.Namespace(classifier=torch.nn.Linear(2, 2)))
-    scheduler, found = train.build_scheduler(args, optimizer), []
+    optimizer = learner.build_optimizer(args, argparse.Namespace(classifier=torch.nn.Linear(2, 2)))
+    scheduler, found = learner.build_scheduler(args, optimizer), []
     for _ in range(6):
         found.append(optimizer.param_groups[0]["lr"])
         optimizer.step()
