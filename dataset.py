@@ -52,7 +52,7 @@ def read(name, root, labels=None):
     """
     root = Path(root)
     if not root.is_dir():
-        raise InputError(f"--data {root} is no folder: give the folder that holds the {name} data set (README, Data)")
+        raise InputError(f"--data {root} is no folder, seen from {Path.cwd()}: give the folder that holds the {name} data set (README, Data)")
     labels = list(labels or DATASETS[name]["labels"])
     if name not in ("retina", "mrnet") and labels != DATASETS[name]["labels"]:
         raise InputError(f"--labels: {name} always has the labels {' '.join(DATASETS[name]['labels'])}")

@@ -48,10 +48,11 @@ def guard(main, *args):
         print("interrupted", file=sys.stderr)
         return 130
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT, errno.EFBIG):
+        if error.errno not in (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT, errno.EFBIG, errno.EEXIST, errno.ENOTDIR):
             raise
         print(f"error: cannot write {error.filename or 'the output'}: {error.strerror}. Nothing that was there before "
-              "is lost; free some space or choose another folder, then give the same command again.", file=sys.stderr)
+              "is lost; free some space or choose another folder, then give the same command again (a training that had begun: "
+              "--resume).", file=sys.stderr)
         return 2
     except ValueError as error:
         if "more than 1 value per channel" not in str(error):

@@ -65,7 +65,7 @@ def file_names(ids, labels_of):
         stem = re.sub(r"\.(png|jpe?g|tiff?|bmp)$", "", str(name), flags=re.IGNORECASE)
         row = []
         for label in labels:
-            plain = re.sub(r"[^\w.-]+", "_", f"{label}-{stem}" if label else stem)
+            plain = re.sub(r"[^\w.-]+", "_", f"{label}-{stem}" if label else stem).lstrip(".")
             taken[plain.lower()] = number = taken.get(plain.lower(), 0) + 1
             row.append(f"{plain}-{number}.png" if number > 1 else f"{plain}.png")
         names.append(row)

@@ -160,12 +160,17 @@ def rows_of_folder(name, folder):
     files = [file for file in folder.iterdir() if file.suffix.lower() in WRITES and not file.name.startswith(".")]
     if name != "odir":
         return [(file.name, (str(file),)) for file in files]
-    eyes = {}
+    eyes, others = {}, 0
     for file in files:
         patient, _, side = file.stem.rpartition("_")
-        if side in ("left", "right"):
+        side = side.lower()
+        if side not in ("left", "right"):
+            others += 1
+        else:
             if eyes.setdefault(patient, {}).setdefault(side, file) != file:
                 raise InputError(f"{file} and {eyes[patient][side].name}: two pictures of one eye")
+    if others:
+        print(f"note: {others} picture(s) in {folder} are named neither <id>_left nor <id>_right and are ignored")
     return [(patient, tuple(str(pair.get(side, folder / f"{patient}_{side}.*")) for side in ("left", "right"))) for patient, pair in eyes.items()]
 
 
@@ -193,7 +198,10 @@ def open_given(table, kind, size, cache, workers=None):
     if len(there):
         rows, pictures, _ = open_part(there, kind, size, cache, workers, "drop")
     left_out = table[~table["ID"].isin(rows["ID"])]
-    failed = pictures.failed if pictures else {file: volume_fault(file) for row in left_out["files"] for file in row if file not in absent}
+    if pictures or kind:
+        failed = pictures.failed if pictures else {}  # none where no row had all its files
+    else:
+        failed = {file: volume_fault(file) for row in left_out["files"] for file in row if file not in absent}
     why = {i: "; ".join(reason for file in files if (reason := absent.get(file) or failed.get(file)))
            for i, files in zip(left_out["ID"], left_out["files"], strict=True)}
     return rows.reset_index(drop=True), pictures, why

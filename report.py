@@ -75,6 +75,8 @@ def read_scores(path):
     tested = json.loads(path.read_text(encoding="utf-8"))
     if tested["split"] == "all":
         raise ValueError("--split all scores the training patients too; val or test is needed")
+    if tested.get("threshold", 0.5) != 0.5:
+        raise ValueError(f"tested at --threshold {tested['threshold']}; the published figures are for 0.5")
     return {"scores": flatten(tested["scores"]), "part": str(tested["split"]),
             "intervals": flatten(tested.get("intervals", {}), lambda pair: (number(pair[0]), number(pair[1]))),
             "labels": {score: flatten({"": values}) for score, values in tested.get("labels", {}).items()},

@@ -18,7 +18,7 @@ while [ $# -gt 0 ]; do
     case "$1" in
         --demo) demo=yes prefix=demo- ;;
         --control) control=yes ;;
-        --seeds) seeds=${2:?--seeds needs a number}; shift ;;
+        --seeds) seeds=${2:-none}; [ $# -lt 2 ] || shift ;;
         -h|--help) sed -n '2,/^cd /{/^cd /d;s/^# \{0,1\}//p;}' "$0"; exit 0 ;;
         [0-9]|[0-9][0-9]) chosen+=("$(printf 'odir-%02d' "$((10#$1))")") ;;
         odir*|aptos*|dr*|retina*|mrnet*) chosen+=("$1") ;;
@@ -37,7 +37,7 @@ while [ $# -gt 0 ]; do
     shift
 done
 for name in "${chosen[@]}"; do
-    grep -qE "^run $name(-| )" "$0" || { echo "run_all.sh: unknown experiment '$name'" >&2; exit 2; }
+    [[ "$name" != *[!a-z0-9-]* ]] && grep -qE "^run $name(-| )" "$0" || { echo "run_all.sh: unknown experiment '$name'" >&2; exit 2; }
 done
 [[ "$seeds" =~ ^[1-9][0-9]*$ ]] || { echo "run_all.sh: --seeds $seeds is no number" >&2; exit 2; }
 [ -z "$control" ] || { prefix="control-$prefix"; extra+=(--shuffle-labels); }

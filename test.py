@@ -116,13 +116,18 @@ def main(argv=None):
     print(f"{run.dataset}{' (RENDERED)' if rendered else ''}, {args.split}: {len(rows)} rows"
           + (f", {left_out + unreadable} left out" if left_out + unreadable else "") + f"; {run.model} on {device} in {precision}")
 
+    # Where the files go: what is no result of the study gets a folder of its own
+    home, usual = checkpoint.home_of(run, args.ckpt), args.split == "val" and not args.data and args.threshold == 0.5
+    out = Path(args.out) if args.out else home if usual else home / (f"test-{args.split}" + f"-{args.threshold:g}" * (args.threshold != 0.5))
+    out.mkdir(parents=True, exist_ok=True)
+
     # Probabilities
     features = TrunkFeatures(model, precision, run.compile, device, run.cache)
     loss, targets, probs = evaluate(run, model, features, part, rows, targets, engine.Criterion(task), precision, device)
 
     # Scores
     families = ["per label", "challenge"] if run.dataset == "odir" else [saved["family"]]
-    result = {"split": args.split, "n": len(rows), "rendered": rendered, "loss": loss, "checkpoint": str(args.ckpt),
+    result = {"split": args.split, "threshold": args.threshold, "n": len(rows), "rendered": rendered, "loss": loss, "checkpoint": str(args.ckpt),
               **report_scores(families, targets, probs, labels, np.array(saved["prior"]), args)}
     from sklearn.metrics import classification_report
     names = dataset.full_names(run.dataset, labels)
@@ -136,9 +141,6 @@ def main(argv=None):
     print_scores(result)
 
     # Files
-    home = checkpoint.home_of(run, args.ckpt)
-    out = Path(args.out) if args.out else home if args.split == "val" and not args.data else home / f"test-{args.split}"
-    out.mkdir(parents=True, exist_ok=True)
     ids = rows["ID"].reset_index(drop=True)
     truth = targets if task == "multilabel" else np.eye(len(labels), dtype=int)[targets]
     prob_sheet = pd.concat([ids, pd.DataFrame(probs.astype(np.float64), columns=labels)], axis=1)

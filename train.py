@@ -49,6 +49,7 @@ FIXED = ("dataset", "freeze_epochs", "model", "labels", "size", "crop", "preproc
          "split_seed", "val_fraction", "test_fraction", "pseudo_labels", "min_confidence", "shuffle_labels", "name", "runs")
 LEAST = {"size": 16, "batch": 1, "epochs": 1, "patience": 1, "freeze_epochs": 0, "views": 0, "seed": 0, "split_seed": 0, "lr": 1e-12, "max_lr": 1e-12,
          "weight_decay": 0, "momentum": 0, "min_confidence": 0, "schedule_epochs": 1, "workers": 0}
+MOST = {"momentum": 1, "min_confidence": 1}
 ORDER_FLAGS = ("batch", "sampler", "drop_last", "seed")  # a cut epoch is ended as it was begun
 
 
@@ -153,6 +154,8 @@ def check_args(args):
         value = getattr(args, name)
         if value is not None and not least <= value < math.inf:
             raise InputError(f"--{name.replace('_', '-')} {value}: expected {least:g} or more")
+        if value is not None and value > MOST.get(name, math.inf):
+            raise InputError(f"--{name.replace('_', '-')} {value}: expected {MOST[name]} or less")
     name, task = args.dataset, dataset.DATASETS[args.dataset]["task"]
     recipes = {"odir": ("eyes", "pair"), "mrnet": ("knee",)}.get(name, ("eyes", "lab"))
     takes_schedule = [flag for flag, usual in zip(("schedule_epochs", "gamma"), SCHEDULES[args.scheduler], strict=True) if usual is not None]
@@ -208,6 +211,8 @@ def load_parts(args):
         parts["train"], added = dataset.add_pseudo_labels(parts["train"], labels, root, args.pseudo_labels, args.min_confidence)
         if set(parts["train"]["ID"]) & (set(parts["val"]["ID"]) | set(parts["test"]["ID"])):
             raise InputError(f"{args.pseudo_labels} names pictures of the validation or test part: they must never be trained on")
+        if not added:
+            raise InputError(f"{args.pseudo_labels} holds no label of a confidence of {args.min_confidence} or more")
         notes.append(f"{added} pseudo-labelled picture(s) join the training part")
     parts, left_out = dataset.drop_missing(parts, args.missing)
     if left_out:

@@ -214,14 +214,22 @@ def write(path, text=""):
     return path
 
 
-def test_rows_of_folders_and_command_lines(tmp_path):
-    for name in ("7_left.jpg", "7_right.PNG", "08_left.jpg", "notes.txt", "other.jpg"):
+def test_a_picture_beside_a_missing_one_is_not_accused(tmp_path):
+    Image.fromarray(np.full((32, 32, 3), 90, np.uint8)).save(tmp_path / "a_left.jpg")
+    table, _ = pictures.given_rows("odir", [tmp_path / "a_left.jpg", tmp_path / "a_rihgt.jpg"])
+    rows, part, faults = pictures.open_given(table, "fov", 32, tmp_path / "cache", 0)
+    assert rows.empty and part is None and list(faults.values()) == [f"{tmp_path / 'a_rihgt.jpg'}: there is no such file"]
+
+
+def test_rows_of_folders_and_command_lines(tmp_path, capsys):
+    for name in ("7_LEFT.jpg", "7_right.PNG", "08_left.jpg", "notes.txt", "other.jpg"):
         write(tmp_path / "eyes" / name)
     table, many = pictures.given_rows("odir", [tmp_path / "eyes"])
     assert many and list(table["ID"]) == ["08", "7"]
-    assert table["files"][1] == (str(tmp_path / "eyes/7_left.jpg"), str(tmp_path / "eyes/7_right.PNG"))
+    assert table["files"][1] == (str(tmp_path / "eyes/7_LEFT.jpg"), str(tmp_path / "eyes/7_right.PNG"))
+    assert "1 picture(s)" in capsys.readouterr().out and table["files"][0][1].endswith("08_right.*")
     table, many = pictures.given_rows("aptos", [tmp_path / "eyes"])
-    assert many and list(table["ID"]) == ["08_left.jpg", "7_left.jpg", "7_right.PNG", "other.jpg"]
+    assert many and list(table["ID"]) == ["08_left.jpg", "7_LEFT.jpg", "7_right.PNG", "other.jpg"]
     table, many = pictures.given_rows("odir", ["a/5_left.jpg", "b/5_right.jpg"])
     assert not many and table["ID"][0] == "5" and table["files"][0] == ("a/5_left.jpg", "b/5_right.jpg")
     table, many = pictures.given_rows("dr", ["a/1.jpg", "b/1.jpg"])

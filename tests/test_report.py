@@ -177,6 +177,9 @@ def test_scores_of_training_patients_are_not_shown(tmp_path):
     run = report.read_run(folder)
     assert run["scores"]["final"] == 0.45 and "challenge_final" not in run["scores"]
     assert "training patients" in run["problems"][0]
+    (folder / "test_scores.json").write_text(json.dumps(tested | {"threshold": 0.3}))
+    run = report.read_run(folder)
+    assert run["scores"]["final"] == 0.45 and "challenge_final" not in run["scores"] and "--threshold 0.3" in run["problems"][0]
 
 
 @pytest.mark.parametrize("file", ["run.json", "test_scores.json", "train_results.xlsx", "confusion.png"])

@@ -117,7 +117,7 @@ def test_a_failure_is_named_and_the_others_run_but_ctrl_c_ends_it(run_all):
     assert names(calls) == ["retina-1"] and len(calls["spread_labels"]) == 1
 
 
-@pytest.mark.parametrize("arguments", ["18", "cifar", "odir-99", "--name x 3", "--resume=runs/x", "3 --lr", "--seeds two 3"])
+@pytest.mark.parametrize("arguments", ["18", "cifar", "odir-99", "--name x 3", "--resume=runs/x", "3 --lr", "--seeds two 3", "--seeds", "odir-0."])
 def test_arguments_that_mean_nothing_are_refused(run_all, arguments):
     calls, done = run_all(*arguments.split(), status=2)
     assert not calls["train"] and "run_all.sh: " in done.stderr

@@ -142,6 +142,7 @@ def test_wrong_flags_are_refused_by_name(argv, words, capsys):
     (["--scheduler", "cyclic", "--lr", "0.5"], "--max-lr 0.1"), (["--optimizer", "adam", "--momentum", "0.5"], "sgd"),
     (["--views", "2"], "--augment"), (["--min-confidence", "0.5"], "--pseudo-labels"), (["--labels", "N", "N"], "twice"),
     (["--sampler", "weighted"], "use balanced"),
+    (["--momentum", "5"], "--momentum 5.0"), (["--min-confidence", "2"], "--min-confidence 2.0"),
 ])
 def test_flags_that_do_not_go_together_are_refused(argv, words):
     from errors import InputError
