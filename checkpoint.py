@@ -193,8 +193,13 @@ def commit():
         return "unknown"
 
 
-def command_line():
-    return shlex.join(["python", *sys.argv])
+def command_line(folder):
+    """The command that began the run in `folder`, and, where it goes on, the one that did that last."""
+    command = shlex.join(["python", *sys.argv])
+    try:
+        return f"{json.loads((Path(folder) / 'run.json').read_text())['command'].split(' ; ')[0]} ; {command}"
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):  # a new run, or its run.json is damaged
+        return command
 
 
 def now():

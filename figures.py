@@ -62,7 +62,8 @@ def confusion(y_true, y_prob, labels, task, threshold=0.5):
         draw_matrix(fig.add_subplot(1, 2, 2), counts, labels, "share of the true class", "{share:.2f}")
         return fig
     columns, rows = min(4, len(labels)), math.ceil(len(labels) / 4)
-    fig = Figure((2.3 * columns + 0.6, 2.5 * rows + 0.2), layout="constrained")
+    fig = Figure((2.3 * columns + 0.6, 2.9 * rows + 0.2), layout="constrained")
+    fig.get_layout_engine().set(h_pad=0.12)  # inches
     for k, label in enumerate(labels):
         counts = confusion_matrix(y_true[:, k].astype(int), (y_prob[:, k] > threshold).astype(int), 2)
         draw_matrix(fig.add_subplot(rows, columns, k + 1), counts, ("no", "yes"), label, "{count}\n{share:.0%}")
@@ -75,7 +76,8 @@ def roc(y_true, y_prob, labels, task):
     from sklearn.metrics import auc, roc_curve  # here, because training draws no ROC curve and starts a second sooner
     y_true = np.asarray(y_true) if task == "multilabel" else np.asarray(y_true)[:, None] == np.arange(len(labels))
     columns, rows = min(4, len(labels)), math.ceil(len(labels) / 4)
-    fig = Figure((2.3 * columns + 0.6, 2.5 * rows + 0.2), layout="constrained")
+    fig = Figure((2.3 * columns + 0.6, 2.9 * rows + 0.2), layout="constrained")
+    fig.get_layout_engine().set(h_pad=0.12)  # inches
     for k, label in enumerate(labels):
         ax, found = fig.add_subplot(rows, columns, k + 1), "AUC undefined"
         ax.plot([0, 1], [0, 1], color="#999999", lw=0.8, ls=":")
@@ -140,8 +142,10 @@ def heatmaps(picture_list, cams, titles):
     rows, columns = len(picture_list), 1 + len(cams[0])
     if isinstance(titles[0], str):
         titles = [["picture", *titles]] + [[""] * columns] * (rows - 1)
-    fig = Figure((1.75 * columns, 2.1 * rows))
-    ax = fig.add_axes((0, 0, 1, 0.98))  # one for all: a hundred axes would take seconds
+    height = 2.1 * rows + 0.6  # inches: a line of words above and one below
+    fig = Figure((1.75 * columns, height))
+    fig.text(0.01, 0.08 / height, "[label]: true. No evidence: nothing in the picture speaks for it.", fontsize=8, color="#555555")
+    ax = fig.add_axes((0, 0.3 / height, 1, 2.1 * rows / height))  # one for all: a hundred axes would take seconds
     for i, (picture, maps, names) in enumerate(zip(picture_list, cams, titles, strict=True)):
         for j, (cam, name) in enumerate(zip([None, *maps], names, strict=True)):
             show(ax, picture, cam, name, (1.75 * j + 0.05, 2.1 * i + 0.4, 1.65))
@@ -209,7 +213,11 @@ def compare_curves(histories, columns):
                 best = history["val_loss"].idxmin()
                 ax.plot(history["epoch"][best], history[column][best], "o", ms=4, color=COLOURS[k % 7])
                 ends[line] = history[column].dropna().iloc[-1]
-        ax.set_title(plain(column.replace("val_", "validation ").replace("_", " ")), fontsize=11, loc="left")
+        title, high = plain(column.replace("val_", "validation ").replace("_", " ")), [h[column].max() for h in histories.values() if column in h]
+        if column == "val_loss" and max(high, default=0) > 5 * np.median(high):
+            ax.set_ylim(top=3 * np.median(high))  # one run that diverged would flatten all others
+            title += " (the highest cut off)"
+        ax.set_title(title, fontsize=11, loc="left")
         tidy(ax, epochs=True)
         ax.grid(axis="y", color="#E5E5E5", lw=0.6)
         ax.legend(handles=sorted(ends, key=ends.get, reverse=True), loc="upper left", bbox_to_anchor=(1.01, 1.03),

@@ -72,16 +72,19 @@ def undefined_scores(y_true, y_prob, labels, family="per label", threshold=0.5):
     return found
 
 
-def trivial_scores(y_true, prior, family, threshold=0.5):
-    """Scores of what needs no picture, {"all zeros": {...}, "class priors": {...}}, for "per label" and "challenge".
+def trivial_scores(y_true, prior, family, labels=None, threshold=0.5):
+    """Scores of what needs no picture, by name: {"all zeros": {...}, "class priors": {...}}.
 
-    y_true (n, L); "class priors" answers every patient with `prior` (L,), the labels' frequencies in the training part.
+    "class priors" answers every patient with `prior` (L,), the labels' frequencies in the training part; for "classes",
+    with y_true (n,) and prior (K,), that is always the largest class. "all zeros" stands for the eye pairs' families only.
     """
     y_true, prior = np.asarray(y_true), np.asarray(prior, dtype=np.float64)
-    if family not in FAMILIES[:2] or prior.shape != y_true.shape[1:]:
-        raise InputError(f"family {family!r} must be one of {FAMILIES[:2]}, prior {prior.shape} fit {y_true.shape}")
-    answers = {"all zeros": np.zeros(y_true.shape), "class priors": np.broadcast_to(prior, y_true.shape)}
-    return {name: scores(family, y_true, answer, threshold=threshold) for name, answer in answers.items()}
+    if prior.ndim != 1 or y_true.ndim == 2 and y_true.shape[1:] != prior.shape:
+        raise InputError(f"prior {prior.shape} does not fit y_true {y_true.shape}")
+    answers = {"all zeros": np.zeros(len(prior))} if family in FAMILIES[:2] else {}
+    answers["largest class" if family == "classes" else "class priors"] = prior
+    return {name: scores(family, y_true, np.broadcast_to(answer, (len(y_true), len(prior))), labels, threshold)
+            for name, answer in answers.items()}
 
 
 def bootstrap_intervals(family, y_true, y_prob, n_resamples=1000, seed=0, labels=None, level=0.95, threshold=0.5):

@@ -30,9 +30,10 @@ class RunRecords:
         self.folder, self.args, self.data, self.learner, self.state = folder, args, data, learner, state
         self.best_written = self.best_seconds = 0.0  # when best.pt was written last, and how long that took
         facts = {**data.facts, "repaired": len(data.facts["repaired"])}
-        self.about = {"name": folder.name, "dataset": args.dataset, "model": args.model, "args": vars(args), "command": checkpoint.command_line(),
-                      "commit": checkpoint.commit(), "versions": checkpoint.versions(), "device": checkpoint.describe_machine(device),
-                      "precision": precision, "processes": engine.world(), "labels": data.labels, "task": data.task, "data": facts,
+        self.about = {"name": folder.name, "dataset": args.dataset, "model": args.model, "args": vars(args),
+                      "command": checkpoint.command_line(folder), "commit": checkpoint.commit(),
+                      "versions": checkpoint.versions(), "device": checkpoint.describe_machine(device), "precision": precision,
+                      "processes": engine.world(), "labels": data.labels, "task": data.task, "data": facts,
                       "shuffled_labels": args.shuffle_labels, "started": checkpoint.now()}
         remove_leftovers(folder)
         split = [(i, part) for part, ids in data.rebuild["split"].items() for i in ids]

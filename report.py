@@ -32,7 +32,8 @@ SCORES = {"accuracy": "accuracy", "kappa": "Cohen kappa", "quadratic_kappa": "qu
           "auc_meniscus": "AUC meniscus"}
 MAIN_CURVES = ("val_final_score", "val_accuracy", "val_auc")  # a study's main score: the first that its runs have
 PICTURES = {"confusion": "Confusion matrices", "roc": "ROC curves", "samples": "Samples", "heatmaps": "Heat maps"}
-OWN = ("own run", "shuffled-label control: has to fall to chance")  # what has no line in published.csv
+OWN = ("own run", "shuffled-label control: kappa and AUC have to fall to chance")  # what has no line in published.csv
+HOW = ("seed", "name", "resume", "runs", "cache", "workers", "device", "precision", "compile", "bn")  # seeds of one run may differ in these
 ENTRY = ["study", "experiment", "title", "note"]  # published.csv; its other columns are scores
 CELL = dict.fromkeys(("published", "measured", "std", "low", "high"))
 # What flipped bytes make json, zip, XML, openpyxl, pandas and Pillow raise (SyntaxError: a broken PNG or XML).
@@ -62,13 +63,14 @@ def read_info(path):
     info = json.loads(path.read_text(encoding="utf-8"))
     if info["status"] not in ("running", "interrupted", "finished"):
         raise ValueError(f"status {info['status']!r}")
-    data, texts = info["data"], ("command", "commit", "device", "epochs_run", "best_epoch")
-    return {"status": info["status"], "study": str(info["dataset"]), "data": "rendered" if data["rendered"] else "real",
+    data, args, texts = info["data"], dict(info.get("args") or {}), ("command", "commit", "device", "epochs_run", "best_epoch")
+    status = "unfinished" if info["status"] == "running" else info["status"]
+    return {"status": status, "study": str(info["dataset"]), "data": "rendered" if data["rendered"] else "real",
             "texts": {key: str(info[key]) for key in texts if key in info}, "part": "val",
             "seconds": number(info.get("seconds")), "scores": flatten({"": info.get("scores") or {}}),
             "shuffled": bool(info.get("shuffled_labels")), "digest": str(data.get("digest")),
             "repaired": str(data.get("repaired")), "parts": dict(data.get("parts") or {}),
-            "left_out": int(data.get("left_out") or 0)}
+            "left_out": int(data.get("left_out") or 0), "args": {key: str(args[key]) for key in args if key not in HOW}}
 
 
 def read_scores(path):
@@ -106,7 +108,7 @@ def read_run(folder):
            "study": re.sub(r"^((demo|control)-)+", "", folder.name).split("-")[0], "shuffled": False, "part": "",
            "data": "rendered" if "demo-" in folder.name else "", "texts": {}, "scores": {}, "intervals": {},
            "labels": {}, "trivial": {}, "history": None, "pictures": [], "seconds": float("nan"), "parts": {},
-           "left_out": 0, "digest": "unknown", "repaired": "unknown"}
+           "left_out": 0, "digest": "unknown", "repaired": "unknown", "args": {}}
     readers = {"run.json": read_info, "test_scores.json": read_scores, "train_results.xlsx": read_history}
     for stem, caption in PICTURES.items():
         readers[f"{stem}.png"] = lambda path, caption=caption: {"pictures": [(caption, embed(path))]}
@@ -127,11 +129,16 @@ def make_row(entry, published, runs):
     done = [run for run in runs if run["status"] == "finished"]
     first = (done or runs or [{"status": "not run", "data": "", "texts": {}, "seconds": None, "intervals": {},
                                 "parts": {}, "left_out": 0, "shuffled": False}])[0]
+    other = sorted({key for run in done for key in {**run["args"], **done[0]["args"]} if run["args"].get(key) != done[0]["args"].get(key)})
     row = {**entry, "published": bool(entry["title"] not in OWN), "runs": runs, "first": first, "n": len(done), "data": first["data"], "scores": {},
            "status": "rendered" if done and first["data"] == "rendered" else first["status"],
            "part": ", ".join(sorted({run["part"] for run in done})),
            "problems": [f"{run['name']}: {text}" for run in runs for text in run["problems"]]
-           + [f"{run['name']} is {run['status']}: not counted" for run in runs if done and run["status"] != "finished"]}
+           + [f"{run['name']} is {run['status']}: not counted" for run in runs if done and run["status"] != "finished"]
+           + [f"these runs differ in {', '.join(other)}: their mean says little"] * bool(other),
+           "facts": [f"{first['texts'].get('epochs_run', '?')} epochs"] * bool(done)
+           + [f"{first['left_out']} rows left out"] * bool(first["left_out"])
+           + ["random weights"] * (first.get("args", {}).get("weights") == "none")}
     for score in dict.fromkeys([*published, *(score for run in done for score in run["scores"])]):
         values = [run["scores"][score] for run in done if score in run["scores"]]
         low, high = first["intervals"].get(score, (None, None)) if values else (None, None)

@@ -40,7 +40,7 @@ def get_args_parser():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Formatter)
     parser.add_argument("--ckpt", required=True, help="a best.pt of the retina study")
     parser.add_argument("--data", help="another folder of the same pictures (default: the one that was trained on)")
-    parser.add_argument("--missing", choices=["stop", "drop"], default="stop", help="what to do about missing or unreadable pictures")
+    parser.add_argument("--missing", choices=["stop", "drop"], help="missing or unreadable pictures: stop, or drop them (default: as in the run)")
     parser.add_argument("--out", help="folder for pseudo_labels.csv (default: the run's folder)")
     parser.add_argument("--kernel", choices=["knn", "rbf"], default="knn", help="who is near: knn needs no scale (ours; the study names none)")
     parser.add_argument("--neighbors", type=int, default=7, help="knn: the picture itself and its nearest ones (scikit-learn's)")
@@ -105,7 +105,7 @@ def main(argv=None):
     if run.dataset != "retina":
         raise InputError(f"{args.ckpt} was trained on {run.dataset}: only the retina data set has unlabelled pictures")
     labels, root = saved["labels"], args.data or saved["data"]["root"]
-    run.cache, run.workers = args.cache or run.cache, args.workers
+    run.cache, run.workers, run.missing = args.cache or run.cache, args.workers, args.missing or run.missing
     known = training_rows(saved, dataset.read("retina", root, labels)[0], run.pseudo_labels)
     unlabelled = dataset.unlabelled_pictures(root)
     if not unlabelled:
@@ -116,8 +116,8 @@ def main(argv=None):
     precision = engine.pick_precision(args.precision or run.precision, device, run.model)
     features, outputs, tables = TrunkFeatures(model, precision, run.compile, device, run.cache), [], []
     for table in (known, unknown):
-        rows, _ = dataset.drop_missing({"": table}, args.missing)
-        rows, part, left_out = pictures.open_part(rows[""], run.preprocess, run.crop or run.size, run.cache, args.workers, args.missing)
+        rows, _ = dataset.drop_missing({"": table}, run.missing)
+        rows, part, left_out = pictures.open_part(rows[""], run.preprocess, run.crop or run.size, run.cache, args.workers, run.missing)
         if rows.empty:
             raise InputError(f"none of {len(table)} pictures can be read")
         zeros = np.zeros(len(rows), np.int64)  # the loss is not looked at

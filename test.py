@@ -30,7 +30,7 @@ def get_args_parser():
     parser.add_argument("--ckpt", required=True, help="a best.pt")
     parser.add_argument("--split", choices=["val", "test", "all"], default="val", help="part of the run's own split; all: every row of the data set")
     parser.add_argument("--data", help="another folder of the same layout (default: the one that was trained on)")
-    parser.add_argument("--missing", choices=["stop", "drop"], default="stop", help="what to do about missing or unreadable pictures")
+    parser.add_argument("--missing", choices=["stop", "drop"], help="missing pictures: stop, or drop their rows (default: as in the run)")
     parser.add_argument("--out", help="folder for the files (default: the run's folder)")
     parser.add_argument("--threshold", type=float, default=0.5, help="a label is predicted above it (published)")
     parser.add_argument("--resamples", type=int, default=1000, help="bootstrap resamples of the patients")
@@ -61,9 +61,8 @@ def report_scores(families, targets, probs, labels, prior, args):
         result["scores"][family] = metrics.scores(family, targets, probs, labels, args.threshold)
         result["intervals"][family] = metrics.bootstrap_intervals(family, targets, probs, args.resamples, labels=labels, threshold=args.threshold)
         result["undefined"] += [s for s in metrics.undefined_scores(targets, probs, labels, family, args.threshold) if s not in result["undefined"]]
-        if family in ("per label", "challenge"):
-            for name, scores in metrics.trivial_scores(targets, prior, family, args.threshold).items():
-                result["trivial"].setdefault(name, {})[family] = scores
+        for name, scores in metrics.trivial_scores(targets, prior, family, labels, args.threshold).items():
+            result["trivial"].setdefault(name, {})[family] = scores
     if targets.ndim == 2:
         per_label = metrics.per_label_scores(targets, probs, args.threshold)
         result["labels"] = {score: dict(zip(labels, per_label[score], strict=True)) for score in ("f1", "auc")}
@@ -95,7 +94,7 @@ def main(argv=None):
     labels, task = saved["labels"], saved["task"]
     if task == "multiclass" and args.threshold != 0.5:
         raise InputError(f"--threshold {args.threshold}: the classes {', '.join(labels)} exclude each other, the strongest is predicted")
-    run.cache, run.workers = args.cache or run.cache, args.workers
+    run.cache, run.workers, run.missing = args.cache or run.cache, args.workers, args.missing or run.missing
     precision = engine.pick_precision(args.precision or run.precision, device, run.model)
     size = run.crop or run.size
 
@@ -106,15 +105,17 @@ def main(argv=None):
         raise InputError(f"{root} has the classes {', '.join(found)}; this network was trained on {', '.join(labels)}")
     for note in notes:
         print(f"note: {note}")
-    rows, left_out = dataset.drop_missing({"": checkpoint.choose_rows(table, saved, args.split, args.data, args.missing)}, args.missing)
+    rows, left_out = dataset.drop_missing({"": checkpoint.choose_rows(table, saved, args.split, args.data, run.missing)}, run.missing)
     kind = None if run.dataset == "mrnet" else run.preprocess
-    rows, part, unreadable = pictures.open_part(rows[""], kind, size, run.cache, run.workers, args.missing)
+    rows, part, unreadable = pictures.open_part(rows[""], kind, size, run.cache, run.workers, run.missing)
     if rows.empty:
         raise InputError("no row is left to evaluate")
     targets = dataset.targets_of(rows, labels)
     rendered = dataset.is_rendered(root)
     print(f"{run.dataset}{' (RENDERED)' if rendered else ''}, {args.split}: {len(rows)} rows"
           + (f", {left_out + unreadable} left out" if left_out + unreadable else "") + f"; {run.model} on {device} in {precision}")
+    if args.split == "all" and not args.data:
+        print("note: all rows include those it was trained on: these scores are no measure of it")
 
     # Where the files go: what is no result of the study gets a folder of its own
     home, usual = checkpoint.home_of(run, args.ckpt), args.split == "val" and not args.data and args.threshold == 0.5

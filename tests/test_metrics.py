@@ -237,6 +237,13 @@ def test_bootstrap_of_a_score_undefined_everywhere_is_nan():
     assert np.isnan(got["auc"]).all() and np.isnan(got["kappa"]).all() and got["f1"] == [0, 0]
 
 
+def test_trivial_answers_of_classes_and_knees():
+    got = metrics.trivial_scores([0, 1, 1, 2], [0.2, 0.5, 0.3], "classes")["largest class"]
+    assert got["accuracy"] == 0.5 and got["kappa"] == 0 and got["f1"] == pytest.approx((2 / 3) / 3)
+    got = metrics.trivial_scores([[0, 1], [1, 0]], [0.2, 0.5], "auc", ["acl", "meniscus"])
+    assert got == {"class priors": {"auc_acl": 0.5, "auc_meniscus": 0.5, "auc": 0.5}}
+
+
 def test_trivial_answers():
     y_true = np.array([[1, 0], [1, 0], [1, 1], [0, 0]])
     got = metrics.trivial_scores(y_true, [.75, .25], "challenge")
@@ -278,7 +285,7 @@ def test_other_bad_input():
         (lambda: metrics.bootstrap_intervals("challenge", *good, n_resamples=0), "n_resamples 0"),
         (lambda: metrics.bootstrap_intervals("challenge", *good, level=95), "level 95"),
         (lambda: metrics.trivial_scores(good[0], [.5], "challenge"), r"\(1,\)"),
-        (lambda: metrics.trivial_scores(good[0], [.5, .5], "auc"), "'auc'"),
+        (lambda: metrics.trivial_scores(good[0], [.5, .5], "auc"), "labels"),
         (lambda: metrics.confusion_matrix([0, 3], [0, 1], 3), "0..2"),
         (lambda: metrics.confusion_matrix([0, 1], [0], 3), r"\(1,\)"),
     ]:

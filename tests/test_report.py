@@ -170,6 +170,20 @@ def test_shuffled_run_under_a_published_name_is_not_a_result(tmp_path):
     assert rows[3]["status"] == "not run"
 
 
+def test_seeds_that_were_not_run_alike_are_named(tmp_path):
+    for name, more in (("odir-03", {}), ("odir-03-seed43", {}), ("odir-03-seed44", {"epochs": 1})):
+        fake_run(tmp_path, name, tested=False, args={"seed": name, "name": name, "epochs": 100, "weights": "none"} | more)
+    runs = [report.read_run(tmp_path / name) for name in ("odir-03", "odir-03-seed43", "odir-03-seed44")]
+    entry = {"study": "odir", "experiment": "odir-03", "title": "", "note": ""}
+    assert report.make_row(entry, {}, runs[:2])["problems"] == []
+    assert report.make_row(entry, {}, runs)["problems"] == ["these runs differ in epochs: their mean says little"]
+    assert report.make_row(entry, {}, runs)["facts"] == ["6 epochs", "3 rows left out", "random weights"]
+
+
+def test_a_run_that_did_not_end_is_unfinished(tmp_path):
+    assert report.read_run(fake_run(tmp_path, "odir-03", status="running"))["status"] == "unfinished"
+
+
 def test_scores_of_training_patients_are_not_shown(tmp_path):
     folder = fake_run(tmp_path, "odir-03")
     tested = json.loads((folder / "test_scores.json").read_text())

@@ -128,6 +128,10 @@ def test_resuming_a_finished_run_changes_nothing(tmp_path, flags):
     train(["--resume", "runs/x"], tmp_path)
     same_runs(tmp_path / "before", tmp_path / "runs/x")
     assert '"finished"' in (tmp_path / "runs/x/run.json").read_text()
+    train(["--resume", "runs/x", "--epochs", "9"], tmp_path)
+    train(["--resume", "runs/x", "--epochs", "10"], tmp_path)
+    first, *last = json.loads((tmp_path / "runs/x/run.json").read_text())["command"].split(" ; ")
+    assert len(last) == 1, "the command that began it and the last one that went on"
 
 
 def test_a_missing_or_damaged_last_pt_is_refused_and_the_last_good_epoch_named(tmp_path, flags):
