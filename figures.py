@@ -170,7 +170,7 @@ def prediction(pictures, cams, labels, probs, threshold, note):
     ax.barh(range(len(labels)), probs, color=["#D55E00" if y else "#B8C4CC" for y in yes], height=0.66)
     for k, prob in enumerate(probs):
         ax.text(prob + 0.015, k, f"{prob:.2f}{'  ◀' if yes[k] else ''}", va="center", fontsize=9,
-                weight="bold" if yes[k] else "normal", bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6})
+                color="#A84300" if yes[k] else "black", bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6})
     title = "strongest class" if threshold is None else f"above the threshold {threshold:g} (dashed)"
     if threshold is not None:
         ax.axvline(threshold, color="#333333", ls="--", lw=1, zorder=0.5)
