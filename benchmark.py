@@ -9,6 +9,7 @@ float32, contiguous, one process; every picture is decoded and goes through the 
 
 import argparse
 import copy
+import functools
 import json
 import resource
 import statistics
@@ -131,6 +132,10 @@ def plain_epoch(net, head, optimizer, files, args, device, train=True):
 
 # ---------------------------------------------------------------- the benchmarks
 
+def in_parts(net, images, size):
+    return [net(part) for part in images.split(size)]
+
+
 def extraction(args, device):
     """A frozen ResNet-50's features of pictures in memory: plain, folded in the fast precision, and compiled."""
     precision = engine.pick_precision("auto", device)
@@ -141,14 +146,11 @@ def extraction(args, device):
     work = trunk_operations(args.size) * len(images)
     for compile in (False, True):
         fast = models.FastTrunk(net, engine.PRECISIONS[precision], compile).to(device)
-
-        def ours():
-            return [fast(part) for part in images.split(step)]  # noqa: B023
-
+        ours = functools.partial(in_parts, fast, images, step)
         with torch.inference_mode():
-            first = seconds(lambda: fast(images[:step]), device)  # noqa: B023
+            first = seconds(functools.partial(fast, images[:step]), device)
             line(f"extraction {'compiled' if compile else 'eager'} ({precision}, {args.size})",
-                 *in_turn(lambda: [net(part) for part in images.split(64)], ours, args.repeats, device), "pictures/s", len(images))
+                 *in_turn(functools.partial(in_parts, net, images, 64), ours, args.repeats, device), "pictures/s", len(images))
             for n in (8192,) if device.type == "cuda" else (2048, 4096):  # the smaller one lies in a CPU's caches
                 product, operations = matrix_product(device, precision, n)
                 limit, taken = in_turn(product, ours, 4 * args.repeats, device)

@@ -162,12 +162,13 @@ def save_json(path, value):
     replace_file(path, lambda stream: json.dump(plain(value), stream, indent=1, allow_nan=False), "w")
 
 
-def is_finished(folder):
-    """Whether run.json says that the run came to its end."""
+def run_facts(folder):
+    """run.json as a dict; an empty one where it is missing or damaged: what it says can be written again."""
     try:
-        return json.loads((Path(folder) / "run.json").read_text())["status"] == "finished"
-    except (OSError, ValueError, LookupError, TypeError):  # missing or damaged: the end is written again
-        return False
+        facts = json.loads((Path(folder) / "run.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return facts if isinstance(facts, dict) else {}
 
 
 def versions():
@@ -195,11 +196,8 @@ def commit():
 
 def command_line(folder):
     """The command that began the run in `folder`, and, where it goes on, the one that did that last."""
-    command = shlex.join(["python", *sys.argv])
-    try:
-        return f"{json.loads((Path(folder) / 'run.json').read_text())['command'].split(' ; ')[0]} ; {command}"
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):  # a new run, or its run.json is damaged
-        return command
+    began = str(run_facts(folder).get("command", "")).split(" ; ")[0]
+    return " ; ".join([*([began] if began else []), shlex.join(["python", *sys.argv])])
 
 
 def now():

@@ -214,7 +214,7 @@ def compare_curves(histories, columns):
                 ax.plot(history["epoch"][best], history[column][best], "o", ms=4, color=COLOURS[k % 7])
                 ends[line] = history[column].dropna().iloc[-1]
         title, high = plain(column.replace("val_", "validation ").replace("_", " ")), [h[column].max() for h in histories.values() if column in h]
-        if column == "val_loss" and max(high, default=0) > 5 * np.median(high):
+        if column == "val_loss" and high and max(high) > 5 * np.median(high):
             ax.set_ylim(top=3 * np.median(high))  # one run that diverged would flatten all others
             title += " (the highest cut off)"
         ax.set_title(title, fontsize=11, loc="left")

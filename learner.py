@@ -35,7 +35,7 @@ def build(args, labels, rendered):
     """The network with its weights; random ones, loudly, where ImageNet's cannot be had and the data are rendered."""
     engine.seed_everything(args.seed)
     try:
-        return models.build_model(args.model, len(labels), args.weights, args.size if not args.crop else args.crop)
+        return models.build_model(args.model, len(labels), args.weights, args.crop or args.size)
     except InputError as error:
         if not (rendered and args.weights == "imagenet"):
             raise

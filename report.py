@@ -33,7 +33,7 @@ SCORES = {"accuracy": "accuracy", "kappa": "Cohen kappa", "quadratic_kappa": "qu
 MAIN_CURVES = ("val_final_score", "val_accuracy", "val_auc")  # a study's main score: the first that its runs have
 PICTURES = {"confusion": "Confusion matrices", "roc": "ROC curves", "samples": "Samples", "heatmaps": "Heat maps"}
 OWN = ("own run", "shuffled-label control: kappa and AUC have to fall to chance")  # what has no line in published.csv
-HOW = ("seed", "name", "resume", "runs", "cache", "workers", "device", "precision", "compile", "bn")  # seeds of one run may differ in these
+HOW = ("seed", "name", "resume", "runs", "cache", "workers", "device", "precision", "compile")  # seeds of one run may differ in these
 ENTRY = ["study", "experiment", "title", "note"]  # published.csv; its other columns are scores
 CELL = dict.fromkeys(("published", "measured", "std", "low", "high"))
 # What flipped bytes make json, zip, XML, openpyxl, pandas and Pillow raise (SyntaxError: a broken PNG or XML).
@@ -130,7 +130,7 @@ def make_row(entry, published, runs):
     first = (done or runs or [{"status": "not run", "data": "", "texts": {}, "seconds": None, "intervals": {},
                                 "parts": {}, "left_out": 0, "shuffled": False}])[0]
     other = sorted({key for run in done for key in {**run["args"], **done[0]["args"]} if run["args"].get(key) != done[0]["args"].get(key)})
-    row = {**entry, "published": bool(entry["title"] not in OWN), "runs": runs, "first": first, "n": len(done), "data": first["data"], "scores": {},
+    row = {**entry, "published": bool(published), "runs": runs, "first": first, "n": len(done), "data": first["data"], "scores": {},
            "status": "rendered" if done and first["data"] == "rendered" else first["status"],
            "part": ", ".join(sorted({run["part"] for run in done})),
            "problems": [f"{run['name']}: {text}" for run in runs for text in run["problems"]]

@@ -303,7 +303,7 @@ def main(argv=None):
     records.print_data(args, data, device, precision)
     learner = build_learner(args, data, device, precision)
     folder, state = open_run(args, stored, data, learner, device)
-    if stored and not state["record"] and is_over(args, state) and checkpoint.is_finished(folder):
+    if stored and not state["record"] and is_over(args, state) and checkpoint.run_facts(folder).get("status") == "finished":
         print(f"{folder} is finished: {state['epoch']} epochs, {state['stale']} of them since the best. To go on, raise --epochs or --patience")
         return 0
     args.name = folder.name
