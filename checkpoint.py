@@ -1,7 +1,7 @@
 """A run's folder and its files: written whole or not at all, read back only when they are whole.
 
-best.pt   complete in itself: weights, arguments, labels, split; `test.py` needs nothing else
-last.pt   what the next epoch needs: weights, optimiser, schedule, scaler, history, patience, and a cut epoch's record
+best.pt   complete in itself: weights, arguments, labels, split, targets; test.py needs nothing else
+last.pt   what the next epoch needs: weights, optimiser, schedule, scaler, averaged weights, history, patience
 run.json  how the run was made and what came out of it
 """
 
@@ -9,7 +9,6 @@ import datetime
 import functools
 import io
 import json
-import pickle
 import platform
 import shlex
 import subprocess
@@ -21,9 +20,9 @@ import numpy as np
 import torch
 
 from cache import digest, replace_file
-from errors import InputError
+from errors import InputError, reading
 
-FORMAT = 1
+FORMAT = 2
 
 
 def load_file(path):
@@ -31,18 +30,13 @@ def load_file(path):
     path = Path(path)
     if not path.is_file():
         raise InputError(f"{path}: there is no such checkpoint")
-    try:
+    with reading(path, "a checkpoint"):
         if zipfile.is_zipfile(path):  # torch does not compare the checksums that it writes
             with zipfile.ZipFile(path) as archive:
                 damaged = archive.testzip()
             if damaged:
                 raise InputError(f"{path} is damaged: the checksum of {damaged} differs")
         return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise InputError(f"{path} is refused: it holds code or is no checkpoint ({str(error)[:120].partition(chr(10))[0]})") from error
-    except (RuntimeError, ValueError, EOFError, OSError, KeyError, IndexError, AttributeError, TypeError, NotImplementedError,
-            UnicodeDecodeError, MemoryError, OverflowError, zipfile.BadZipFile, zipfile.zlib.error) as error:
-        raise InputError(f"{path} cannot be read as a checkpoint ({type(error).__name__}: {str(error)[:120].partition(chr(10))[0]})") from error
 
 
 def load_checkpoint(path, kind="best"):
@@ -56,7 +50,9 @@ def load_checkpoint(path, kind="best"):
 
 
 def load_last(folder):
-    """last.pt of a run; where it is missing or damaged, InputError names the epoch that best.pt still holds."""
+    """last.pt of a run; where it is missing or damaged, InputError names the epoch that best.pt still
+    holds.
+    """
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError(f"--resume {folder}: there is no such run folder")
@@ -66,9 +62,13 @@ def load_last(folder):
         try:
             epoch = load_checkpoint(folder / "best.pt")["epoch"]
         except InputError as other:
-            raise InputError(f"{error}. No epoch of this run can be trusted ({other}): delete {folder} and start it again") from error
-        raise InputError(f"{error}. The last good epoch is {epoch}, the best so far: {folder / 'best.pt'} holds it for test.py. "
-                         f"This run cannot go on; a new one can start from that epoch with --weights {folder / 'best.pt'}") from error
+            advice = f"delete {folder} and start it again"
+            raise InputError(f"{error}. No epoch of this run can be trusted ({other}): {advice}") from error
+        best = folder / "best.pt"
+        raise InputError(
+            f"{error}. The last good epoch is {epoch}, the best so far: {best} holds it for test.py. This run cannot "
+            f"go on; a new one can start from that epoch with --weights {best}"
+        ) from error
 
 
 def save_checkpoint(path, kind, **state):
@@ -86,8 +86,12 @@ def save_to(state, stream):
 
 
 def state_digest(*modules):
-    """Digest of all parameters and buffers."""
-    return digest(*(value.detach().cpu().numpy() for module in modules for value in module.state_dict().values()))
+    """Digest of all parameters and buffers of modules, or of the values of a state_dict."""
+    values = []
+    for module in modules:
+        state = module if isinstance(module, dict) else module.state_dict()
+        values += [value.detach().cpu().numpy() for value in state.values()]
+    return digest(*values)
 
 
 def cpu_state(module, copy=False):
@@ -95,54 +99,77 @@ def cpu_state(module, copy=False):
     return {key: value.detach().to("cpu", copy=copy) for key, value in module.state_dict().items()}
 
 
-# ---------------------------------------------------------------- what a checkpoint's run had
-
-def choose_rows(table, saved, split, given_data=None, missing="stop"):
-    """The rows of the asked part, in the order the run had them; `all` is every row of the table."""
-    if split == "all":
-        return table
-    wanted = saved["split"][split]
-    if not wanted:
-        raise InputError(f"this run has no {split} part: train with --test-fraction to keep one, or use --split val or all")
-    by_id = table.set_index(table["ID"].astype(str))
-    there = [i for i in wanted if i in by_id.index]
-    if len(there) < len(wanted) and (missing == "stop" or not there):
-        raise InputError(f"{len(wanted) - len(there)} of the {len(wanted)} rows of the run's {split} part are not in this data set. "
-                         + ("Use --split all for other patients, or --missing drop" if given_data else "The data have changed since training"))
-    return by_id.loc[there].reset_index(drop=True)
-
-
-def home_of(run, ckpt):
-    """Where the files about a run go: its folder, or, where that is elsewhere, a new one beside the checkpoint."""
-    home = Path(run.runs) / run.name
-    return home if home.is_dir() else Path(ckpt).with_name(f"test-{run.name}")
-
-
 # ---------------------------------------------------------------- the run folder
 
-def new_run_folder(runs, name, default):
-    """Make and return runs/<name>; without a name the first free runs/<default>-<number>. Never an existing one."""
-    runs = Path(runs)
+
+def find_checkpoint(path):
+    """A checkpoint, or the best.pt of a run's folder."""
+    path = Path(path)
+    return path / "best.pt" if (path / "best.pt").exists() else path
+
+
+def home_of(path):
+    """Where files about a checkpoint go: the folder it lies in where that is a run's, else one beside it.
+
+    No path that is stored in a checkpoint is ever written to.
+    """
+    path = Path(path)
+    return path.parent if (path.parent / "run.json").exists() else path.with_name(f"test-{path.stem}")
+
+
+def check_name(args):
+    """Refuse a --name that is taken, before anything is prepared."""
+    if not args.name or args.resume:
+        return
+    if Path(args.name).name != args.name:
+        raise InputError(f"--name {args.name}: expected a plain name, without folders")
+    folder = Path(args.runs) / args.name
+    if folder.exists():
+        advice = f"choose another --name, or go on with --resume {folder}"
+        raise InputError(f"{folder} exists and is never overwritten: {advice}")
+
+
+def new_run_folder(args):
+    """Make and return runs/<name>; without a name the first free number. Never an existing one."""
+    runs = Path(args.runs)
     try:
         runs.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"--runs {runs} cannot be made ({error.strerror}): name a folder that can be written") from error
-    if name:
-        if Path(name).name != name:
-            raise InputError(f"--name {name}: expected a plain name, without folders")
-        folder = runs / name
-        if folder.exists():
-            raise InputError(f"{folder} exists and is never overwritten: choose another --name, or go on with --resume {folder}")
-        folder.mkdir(parents=True)
-        return folder
+        advice = "name a folder that can be written"
+        raise InputError(f"--runs {runs} cannot be made ({error.strerror}): {advice}") from error
+    check_name(args)
     number = 1
     while True:
-        folder = runs / f"{default}-{number:03d}"
+        folder = runs / (args.name or f"{args.dataset}-{args.model}-{number:03d}")
         try:
             folder.mkdir(parents=True)
             return folder
         except FileExistsError:
+            check_name(args)
             number += 1
+
+
+def lock_run(folder):
+    """Hold a run's folder for this process -> the open file. The system lets go when the process ends.
+
+    Raises InputError where another process trains in this folder.
+    """
+    stream = open(Path(folder) / ".lock", "w")
+    try:
+        if sys.platform == "win32":
+            import msvcrt
+
+            msvcrt.locking(stream.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        stream.close()
+        raise InputError(
+            f"{folder} is being trained by another process: wait for its end, or stop it"
+        ) from error
+    return stream
 
 
 def plain(value):
@@ -173,31 +200,39 @@ def run_facts(folder):
 
 def versions():
     import torchvision
-    return {"python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__,
-            "numpy": np.__version__}
+
+    names = {"torch": torch, "torchvision": torchvision, "numpy": np}
+    return {
+        "python": platform.python_version(),
+        **{name: module.__version__ for name, module in names.items()},
+    }
 
 
 def describe_machine(device):
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{device.type}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}, {platform.machine()}"
+    capability = torch.backends.cpu.get_cpu_capability()
+    return f"{device.type}, {torch.get_num_threads()} threads, {capability}, {platform.machine()}"
 
 
 def commit():
     """The commit of the code that runs, with + when files differ from it; "unknown" outside a git checkout."""
+    git = functools.partial(
+        subprocess.run, capture_output=True, text=True, check=True, cwd=Path(__file__).parent
+    )
     try:
-        git = ["git", "-C", str(Path(__file__).parent)]
-        head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True).stdout.strip()
-        return head + ("+" if changed else "")
+        head = git(["git", "rev-parse", "--short=12", "HEAD"]).stdout.strip()
+        changed = git(["git", "status", "--porcelain", "-uno"]).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
+    return f"{head}+" if changed else head
 
 
 def command_line(folder):
     """The command that began the run in `folder`, and, where it goes on, the one that did that last."""
     began = str(run_facts(folder).get("command", "")).split(" ; ")[0]
-    return " ; ".join([*([began] if began else []), shlex.join(["python", *sys.argv])])
+    now = shlex.join(["python", *sys.argv])
+    return f"{began} ; {now}" if began else now
 
 
 def now():
@@ -205,7 +240,21 @@ def now():
 
 
 def write_sheet(path, frame):
-    """A DataFrame as .xlsx, whole or not at all."""
+    """A DataFrame as .xlsx: first row frozen, numbers shown with four digits, text never taken for a
+    formula.
+    """
+    import pandas as pd
+
     buffer = io.BytesIO()  # a zip archive on a full disk complains twice
-    frame.to_excel(buffer, index=False, engine="openpyxl")
+    with pd.ExcelWriter(buffer, engine="openpyxl") as writer:
+        frame.to_excel(writer, index=False, freeze_panes=(1, 0))
+        for column in next(iter(writer.sheets.values())).columns:
+            column[0].parent.column_dimensions[column[0].column_letter].width = max(
+                9, len(str(column[0].value)) + 3
+            )
+            for cell in column[1:]:
+                if cell.data_type == "f":
+                    cell.data_type = "s"
+                if isinstance(cell.value, float):
+                    cell.number_format = "0.0000"
     replace_file(path, lambda stream: stream.write(buffer.getbuffer()))

@@ -1,387 +1,465 @@
-"""The five data sets: reading their tables, checking them, and splitting them by patient.
+"""Eye pairs, photographs and knees as torch data sets; the patient split; one `load` for every script.
 
-    table = dataset.read("odir", "data/odir")          # one row per patient, picture or exam
-    parts = dataset.split("odir", table)               # {"train": ..., "val": ..., "test": ...}
+    data = dataset.load(args)                 # args as train.py has them
+    images, target = data.train.dataset()[0]  # eye pairs: (2, 3, S, S) in 0..1, and 0/1 per label
 
-A table has the columns ID, patient, files (a tuple of paths per row), given_part ("" where the data set leaves the
-split to us) and either one 0/1 column per label (multi-label) or `target` (multi-class, a position in its labels).
+Pictures are decoded once, in parallel, and kept on disk as uint8.
 """
 
 import json
-import re
-import zipfile
+import subprocess
+import sys
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import torch
+import torch.nn.functional as F
 
+import tables
+from augment import draw
 from cache import digest
-from errors import InputError
+from decode import Pictures
+from engine import local_rank, together
+from errors import InputError, reading
+from split import drop_missing, set_aside, split, split_patients  # noqa: F401 - dataset.split_patients is SPEC's name
+from tables import DATASETS, PLANES, targets_of
 
-ODIR_LABELS = ["N", "D", "G", "C", "A", "H", "M", "O"]
-ODIR_NAMES = ["normal", "diabetes", "glaucoma", "cataract", "AMD", "hypertension", "myopia", "other"]
-GRADES = ["0", "1", "2", "3", "4"]
-PLANES = ["axial", "coronal", "sagittal"]
-PRETREATED = [*range(2174, 2183), 2957]  # ODIR patients whose backgrounds were already blacked out
-SUFFIXES = (".png", ".jpg", ".jpeg")
-PARTS = ("train", "val", "test")
-
-# What a data set is. Shares of val and test are the published ones; 0 test patients unless --test-fraction asks.
-DATASETS = {
-    "odir": {"task": "multilabel", "labels": ODIR_LABELS, "family": "per label", "val": 0.2, "test": 0.0},
-    "aptos": {"task": "multiclass", "labels": GRADES, "family": "classes", "val": 733 / 3662, "test": 583 / 3662},
-    "dr": {"task": "multiclass", "labels": GRADES, "family": "classes", "val": 0.2, "test": 0.0},
-    "retina": {"task": "multiclass", "labels": ["diabetic retinopathy", "glaucoma", "normal"], "family": "classes",
-               "val": 0.2, "test": 0.0},
-    "mrnet": {"task": "multilabel", "labels": ["abnormal", "acl", "meniscus"], "family": "auc", "val": 0.2, "test": 0.0},
-}
+# ---------------------------------------------------------------- the data sets
 
 
-def full_names(name, labels):
-    """Labels as people read them: ODIR's letters with their words."""
-    words = dict(zip(ODIR_LABELS, ODIR_NAMES, strict=True)) if name == "odir" else {}
-    return [f"{label} {words.get(label, '')}".strip() for label in labels]
+def as_keys(indices):
+    """Row numbers, or (row number, how often it came before in this epoch) -> the latter."""
+    return [index if isinstance(index, tuple) else (int(index), 0) for index in indices]
 
 
-# ---------------------------------------------------------------- reading tables
+class RowSet(torch.utils.data.Dataset):
+    """A data set whose `__getitems__([(index, repeat), ...])` gives a whole batch as a dict of tensors.
 
-def read(name, root, labels=None):
-    """Read data set `name` under `root` -> (table, labels, notes): notes are sentences on what was left out.
-
-    Raises InputError for anything that is not as its layout says, with the rows of the sheet it found it in.
+    `repeat` counts how often the row came before in the epoch: each time it gets another random view.
+    `view`: number of the random views, None for none.
     """
-    root = Path(root)
-    if not root.is_dir():
-        raise InputError(f"--data {root} is no folder, seen from {Path.cwd()}: give the folder that holds the {name} data set (README, Data)")
-    labels = list(labels or DATASETS[name]["labels"])
-    if name not in ("retina", "mrnet") and labels != DATASETS[name]["labels"]:
-        raise InputError(f"--labels: {name} always has the labels {' '.join(DATASETS[name]['labels'])}")
-    return READERS[name](root, labels)
+
+    on_device = False  # whether batches come from a GPU's memory
+
+    def __init__(self, targets, seed=0, view=None):
+        self.targets, self.seed, self.view = torch.as_tensor(targets), seed, view
+
+    def __len__(self):
+        return len(self.targets)
 
 
-def read_sheet(path, **kwargs):
-    """A .xlsx or .csv file as a DataFrame; InputError where it cannot be read or holds no row."""
-    path = Path(path)
+class PictureSet(RowSet):
+    """Eye pairs or photographs: batches {"images": uint8 (B, P, S, S, 3), "targets", "uniforms"}.
+
+    An integer index gives (images float32 (P, 3, S, S) in 0..1, target).
+    """
+
+    def __init__(self, pictures, targets, seed=0, view=None, device=None):
+        super().__init__(targets, seed, view)
+        self.pictures = pictures
+        self.on_device = device is not None and pictures.on(device) is not None
+        if self.on_device:
+            self.targets = self.targets.to(device)
+
+    def __getitems__(self, keys):
+        keys = as_keys(keys)
+        index = [i for i, _ in keys]
+        places = self.pictures.rows[index]
+        if self.on_device:
+            images = self.pictures.resident[torch.from_numpy(places).to(self.targets.device)]
+        else:
+            images = torch.from_numpy(self.pictures.array()[places])
+        batch = {"images": images, "targets": self.targets[index]}
+        if self.view is not None and keys:
+            batch["uniforms"] = draw(self.seed, self.view, keys, places.shape[1])
+        return batch
+
+    def __getitem__(self, index):
+        batch = self.__getitems__([index])
+        return batch["images"][0].permute(0, 3, 1, 2) / 255, batch["targets"][0]
+
+
+class FeatureSet(RowSet):
+    """Kept features (n, D): batches {"features": (B, D), "targets"}. An integer index gives (features,
+    target).
+
+    `place`: {(row, repeat): number of its features}, for augmented views; else row i has features i.
+    """
+
+    def __init__(self, features, targets, place=None):
+        super().__init__(targets)
+        self.features, self.place = features, place
+        self.targets = self.targets.to(features.device)
+        self.on_device = features.device.type != "cpu"
+
+    def __getitems__(self, keys):
+        keys = as_keys(keys)
+        rows = [self.place[key] for key in keys] if self.place else [row for row, _ in keys]
+        index = torch.tensor(rows, dtype=torch.long, device=self.features.device)
+        return {"features": self.features[index], "targets": self.targets[index]}
+
+    def __getitem__(self, index):
+        return self.features[index], self.targets[index]
+
+
+class VolumeSet(RowSet):
+    """Knees: batches {"volumes": three uint8 (sum of slices, S, S), "lengths": slices of each exam,
+    "targets"}.
+
+    `how`: "crop" cuts the centre S x S of the 256 x 256 slices (published: 224), "none" scales them to S x
+    S. An integer index gives ([three uint8 (slices, S, S)], target).
+    """
+
+    def __init__(self, files, targets, size, how="crop", seed=0, view=None):
+        super().__init__(targets, seed, view)
+        self.files, self.size, self.how = list(files), size, how
+
+    def read(self, file):
+        volume = torch.from_numpy(read_volume(file))
+        if self.how == "crop":
+            low = (256 - self.size) // 2
+            return volume[:, low : low + self.size, low : low + self.size]
+        scaled = F.interpolate(volume[None].float(), (self.size, self.size), mode="bilinear", antialias=True)
+        return scaled[0].round().clamp(0, 255).to(torch.uint8)
+
+    def __getitems__(self, keys):
+        keys = as_keys(keys)
+        empty = torch.zeros((0, self.size, self.size), dtype=torch.uint8)
+        volumes, lengths = [], []
+        for plane in range(len(PLANES)):
+            exams = [self.read(self.files[i][plane]) for i, _ in keys]
+            volumes.append(torch.cat([empty, *exams]))
+            lengths.append([len(exam) for exam in exams])
+        batch = {"volumes": volumes, "lengths": lengths, "targets": self.targets[[i for i, _ in keys]]}
+        if self.view is not None and keys:
+            batch["uniforms"] = draw(self.seed, self.view, keys, 0)
+        return batch
+
+    def __getitem__(self, index):
+        batch = self.__getitems__([index])
+        return batch["volumes"], batch["targets"][0]
+
+
+def read_volume(file):
+    """One plane of an exam, mapped from disk: uint8 (slices, 256, 256). Never unpickles anything."""
+    with reading(file, "a plain .npy array"):
+        volume = np.load(file, mmap_mode="c", allow_pickle=False)
+    right = isinstance(volume, np.ndarray) and volume.dtype == np.uint8 and volume.ndim == 3
+    if not right or volume.shape[1:] != (256, 256) or not len(volume):
+        found = f"{volume.dtype} {volume.shape}" if isinstance(volume, np.ndarray) else type(volume).__name__
+        raise InputError(f"{file}: {found}; expected uint8 (slices, 256, 256)")
+    # A damaged header can claim fewer slices than there are.
+    if volume.offset + volume.nbytes != Path(file).stat().st_size:
+        raise InputError(f"{file}: the header claims {len(volume)} slices, but the file's length is another")
+    return volume
+
+
+def volume_fault(file):
+    """Why a volume cannot be used; an empty string when it can."""
     try:
-        # Blank lines are kept, so that row numbers stay those of the file.
-        sheet = pd.read_excel(path, **kwargs) if path.suffix == ".xlsx" else pd.read_csv(path, skip_blank_lines=False, **kwargs)
-    except FileNotFoundError:
-        raise InputError(f"{path} is missing") from None
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError, SyntaxError, OSError, ImportError, zipfile.BadZipFile,
-            zipfile.LargeZipFile, pd.errors.ParserError, EOFError, NotImplementedError, zipfile.zlib.error) as error:
-        raise InputError(f"{path} cannot be read as a table ({type(error).__name__}: {str(error)[:100]})") from error
-    filled = np.flatnonzero(sheet.notna().any(axis=1))
-    if not len(filled):
-        raise InputError(f"{path} holds no row")
-    return sheet.iloc[:filled[-1] + 1]  # blank lines at the end are nothing
+        read_volume(file)
+    except InputError as error:
+        return str(error)
+    return ""
 
 
-def check_rows(path, bad, what, first_row=2):
-    """Raise InputError naming the sheet rows where the boolean array `bad` is true."""
-    rows = np.flatnonzero(np.asarray(bad))
-    if len(rows):
-        shown = ", ".join(str(row + first_row) for row in rows[:5])
-        raise InputError(f"{path}: {what} in {len(rows)} row(s), first in sheet row(s) {shown}")
+# ---------------------------------------------------------------- a part, and all parts of a run
 
 
-def check_columns(path, sheet, columns):
-    missing = [column for column in columns if column not in sheet.columns]
-    doubled = [column for column in columns if f"{column}.1" in sheet.columns]  # pandas' name for a second one
-    if missing or doubled:
-        raise InputError(f"{path}: " + "; ".join(
-            ([f"column(s) missing: {', '.join(missing)} (found: {', '.join(map(str, sheet.columns[:20]))})"] if missing else [])
-            + ([f"column(s) twice: {', '.join(doubled)}"] if doubled else [])))
-
-
-def check_zero_one(path, sheet, labels, first_row=2):
-    """The label columns as float32 (n, L); InputError for anything but 0 and 1."""
-    values = sheet[labels].apply(pd.to_numeric, errors="coerce").to_numpy(dtype=np.float64, na_value=np.nan)
-    for column, label in enumerate(labels):
-        check_rows(path, ~np.isin(values[:, column], (0, 1)), f"label {label!r} other than 0 or 1", first_row)
-    return values.astype(np.float32)
-
-
-def check_names(path, names, what, first_row=2, unique=True):
-    """A column of names as stripped strings; InputError for empty ones, and for doubled ones where `unique`."""
-    check_rows(path, names.isna() | (names.astype(str).str.strip() == ""), f"empty {what}", first_row)
-    names = names.astype(str).str.strip()
-    # A table must not reach outside its own folder.
-    check_rows(path, names.str.contains(r"(?:^|[/\\])\.\.(?:[/\\]|$)|^[/\\]|^\.$|\0", regex=True), f"{what} that leaves the data folder", first_row)
-    if unique:
-        check_rows(path, names.duplicated(), f"doubled {what}", first_row)
-    return names
-
-
-def as_integers(path, values, what, allowed=None, first_row=2):
-    """A column as int64; InputError for anything that is no whole number, or not in `allowed`."""
-    numbers = pd.to_numeric(values, errors="coerce").to_numpy(dtype=np.float64, na_value=np.nan)
-    wrong = ~np.isfinite(numbers) | (numbers != np.floor(numbers)) | (np.abs(numbers) >= 2**53)
-    if allowed is not None:
-        wrong |= ~np.isin(numbers, allowed)
-    check_rows(path, wrong, f"{what} that is {'not one of ' + str(list(allowed)) if allowed is not None else 'no whole number'}", first_row)
-    return numbers.astype(np.int64)
-
-
-def make_table(ids, patients, files, given_part, targets):
-    """A table as the top of this file describes; `targets` is a dict of columns."""
-    return pd.DataFrame({"ID": ids, "patient": patients, "files": files, "given_part": given_part, **targets})
-
-
-def read_odir(root, labels):
-    """Official annotations.xlsx (one row per patient) or Kaggle's full_df.csv (one row per eye, folded to patients)."""
-    path = root / "annotations.xlsx"
-    if not path.exists() and (root / "full_df.csv").exists():
-        path = root / "full_df.csv"
-    sheet = read_sheet(path)
-    columns = ["ID", "Left-Fundus", "Right-Fundus", *labels]
-    check_columns(path, sheet, columns)
-    ids = as_integers(path, sheet["ID"], "an ID")
-    left = check_names(path, sheet["Left-Fundus"], "Left-Fundus", unique=False)
-    right = check_names(path, sheet["Right-Fundus"], "Right-Fundus", unique=False)
-    values = check_zero_one(path, sheet, labels)
-    folder = root / "images"
-    files = [(str(folder / a), str(folder / b)) for a, b in zip(left, right, strict=True)]
-    table = make_table(ids, ids, files, "", dict(zip(labels, values.T, strict=True)))
-    if path.suffix == ".csv":
-        once = table.drop_duplicates()  # the two eyes of a patient repeat the same patient columns
-        check_rows(path, once.duplicated("ID").reindex(table.index, fill_value=False), "a patient's eyes with different labels")
-        table = once.sort_values("ID").reset_index(drop=True)  # the official order
-    check_rows(path, table.duplicated("ID"), "doubled ID")
-    empty = int((table[labels].sum(axis=1) == 0).sum())
-    return table, labels, [f"{empty} patient(s) carry no label at all"] if empty else []
-
-
-def find_files(folder, names):
-    """Paths of `names` in `folder`, with or without one of SUFFIXES; a name without a file keeps its own path."""
-    there = {entry.name for entry in folder.iterdir()} if folder.is_dir() else set()
-    return [(str(folder / next((name + suffix for suffix in ("", *SUFFIXES, ".JPG", ".JPEG", ".PNG") if name + suffix in there),
-                               name)),) for name in names]
-
-
-def read_aptos(root, labels):
-    """train.csv (id_code, diagnosis) with train_images/, or the ImageFolder layout {train,val,test}/<class>/."""
-    path = root / "train.csv"
-    if not path.exists() and (root / "train").is_dir():
-        return read_image_folder(root)
-    sheet = read_sheet(path, dtype={"id_code": str})
-    check_columns(path, sheet, ["id_code", "diagnosis"])
-    names = check_names(path, sheet["id_code"], "id_code")
-    target = as_integers(path, sheet["diagnosis"], "a diagnosis", range(len(labels)))
-    return make_table(names, names, find_files(root / "train_images", names), "", {"target": target}), labels, []
-
-
-def read_image_folder(root):
-    """{train,val,test}/<class>/picture: the classes are the folders' names, in sorted order."""
-    classes = sorted(folder.name for folder in (root / "train").iterdir() if folder.is_dir())
-    rows = []
-    for part in PARTS:
-        for folder in sorted((root / part).glob("*/")):
-            if folder.name not in classes:
-                raise InputError(f"{folder}: unknown class {folder.name!r}; {root / 'train'} has {', '.join(classes)}")
-            rows += [(f"{part}/{folder.name}/{file.name}", (str(file),), part, classes.index(folder.name))
-                     for file in sorted(folder.iterdir()) if file.suffix.lower() in SUFFIXES]
-    if not rows:
-        raise InputError(f"{root}: neither train.csv nor pictures in train/<class>/")
-    ids, files, parts, target = zip(*rows, strict=True)
-    return make_table(ids, ids, files, parts, {"target": target}), classes, []
-
-
-def read_dr(root, labels):
-    """trainLabels.csv (image, level), or the lab's headerless pairs train_img/train_label and test_img/test_label.
-
-    The lab's test file is what its accuracies were measured on and its best epoch chosen by: it is our `val`.
+@dataclass
+class Part:
+    """What is trained or evaluated on. `pictures` is None for knees, whose volumes are read as they are
+    needed.
     """
-    folder = next((root / name for name in ("train", "images") if (root / name).is_dir()), root)
-    path = root / "trainLabels.csv"
-    if path.exists() or not (root / "train_img.csv").exists():
-        sheet = read_sheet(path, dtype={"image": str})
-        check_columns(path, sheet, ["image", "level"])
-        names = check_names(path, sheet["image"], "image")
-        target = as_integers(path, sheet["level"], "a level", range(len(labels)))
-        return make_table(names, patients_of(names), find_files(folder, names), "", {"target": target}), labels, []
-    tables = []
-    for prefix, part in (("train", "train"), ("test", "val")):
-        image_path, label_path = root / f"{prefix}_img.csv", root / f"{prefix}_label.csv"
-        names = check_names(image_path, read_sheet(image_path, header=None, dtype=str).iloc[:, 0], "image", first_row=1)
-        levels = as_integers(label_path, read_sheet(label_path, header=None).iloc[:, 0], "a level (the file has no header)",
-                             range(len(labels)), first_row=1)
-        if len(names) != len(levels):
-            raise InputError(f"{image_path} has {len(names)} rows, {label_path} has {len(levels)}: they belong together row by row")
-        own = root / prefix if (root / prefix).is_dir() else root
-        tables.append(make_table(names, patients_of(names), find_files(own, names), part, {"target": levels}))
-    table = pd.concat(tables, ignore_index=True)
-    check_rows(root / "test_img.csv", table.ID.duplicated()[len(tables[0]):], "a picture that train_img.csv has too", 1)
-    straddling = len(set(tables[0].patient) & set(tables[1].patient))
-    return table, labels, [f"{straddling} patient(s) have one eye in the lab's training and one in its test part"] if straddling else []
+
+    table: pd.DataFrame  # ID, patient, files ...: a row per patient, photograph or exam
+    pictures: Pictures | None
+    targets: np.ndarray  # float32 (n, L) 0/1, or int64 (n,) class numbers
+    expected: int = 0  # rows that the part should have
+    size: int = 224
+    how: str = "fov"
+
+    def __len__(self):
+        return len(self.table)
+
+    def ids(self):
+        return [str(i) for i in self.table["ID"]]
+
+    def patients(self):
+        return self.table["patient"].to_numpy()
+
+    def subset(self, rows):
+        """The part with these rows (numbers) alone."""
+        pictures = self.pictures and self.pictures.chosen(self.pictures.rows[rows])
+        return Part(self.table.iloc[rows], pictures, self.targets[rows], len(rows), self.size, self.how)
+
+    def dataset(self):
+        """As a torch data set, without random views."""
+        if self.pictures is None:
+            return VolumeSet(self.table["files"], self.targets, self.size, self.how)
+        return PictureSet(self.pictures, self.targets)
+
+    def shown(self, row):
+        """The pictures of a row, uint8 (S, S, 3) each: both eyes, one photograph, or each plane's middle
+        slice.
+        """
+        if self.pictures is not None:
+            return list(self.pictures.array()[self.pictures.rows[row]])
+        volumes = [read_volume(file) for file in self.table["files"].iloc[row]]
+        return [np.repeat(volume[len(volume) // 2][:, :, None], 3, 2) for volume in volumes]
+
+    def aspect(self, row):
+        """Width by height of the photograph, where it was squashed into a square."""
+        if self.how != "none" or self.pictures is None:
+            return 1.0
+        from PIL import Image
+
+        with Image.open(self.table["files"].iloc[row][0]) as image:
+            return image.width / image.height
 
 
-def patients_of(names):
-    """`10_left` and `10_right` (with or without a suffix or folder; OD, OS, l, r too) -> patient `10`; else the name."""
-    return [re.sub(r"[_-](left|right|od|os|l|r)$", "", Path(name).name.removesuffix(Path(name).suffix), flags=re.IGNORECASE) for name in names]
+@dataclass
+class Data:
+    """The parts of a run that were asked for, and what is known of all its parts."""
+
+    parts: dict  # name -> Part
+    labels: list
+    task: str  # multilabel, multiclass
+    family: str  # of its scores
+    ordered: bool  # whether the classes are grades
+    facts: dict  # for run.json
+    frames: dict = field(default_factory=dict)  # name -> table of every part, opened or not
+
+    @property
+    def train(self):
+        return self.parts["train"]
+
+    @property
+    def val(self):
+        return self.parts["val"]
+
+    def prior(self):
+        """Share of the training rows that carry each label."""
+        targets = self.train.targets
+        if targets.ndim == 2:
+            return targets.mean(0).tolist()
+        return (np.bincount(targets, minlength=len(self.labels)) / len(targets)).tolist()
 
 
-def read_retina(root, labels):
-    """train.csv: `filename`, then one 0/1 column per pathology; rows with none or several of `labels` are left out."""
-    path = root / "train.csv"
-    if len(labels) < 2:
-        raise InputError(f"--labels {labels[0]}: retina pictures carry exactly one of the chosen labels, so name two or more")
-    sheet = read_sheet(path, dtype={"filename": str})
-    check_columns(path, sheet, ["filename", *labels])
-    names = check_names(path, sheet["filename"], "filename")
-    values = check_zero_one(path, sheet, labels)
-    chosen = values.sum(1) == 1
-    if not chosen.any():
-        raise InputError(f"{path}: no row carries exactly one of {', '.join(labels)}")
-    table = make_table(names, names, find_files(root / "train", names), "", {"target": values.argmax(1).astype(np.int64)})
-    left_out = int((~chosen).sum())
-    return (table[chosen].reset_index(drop=True), labels,
-            [f"{left_out} row(s) carry none or several of the chosen labels and are left out"] if left_out else [])
+def eval_size(args):
+    """Pixels a side that evaluation sees."""
+    return args.crop or args.size
 
 
-def read_mrnet(root, labels):
-    """{train,valid}-<label>.csv without header (id, label) and {train,valid}/<plane>/<four digits>.npy."""
-    unknown = [label for label in labels if label not in DATASETS["mrnet"]["labels"]]
-    if unknown:
-        raise InputError(f"--labels: mrnet has {', '.join(DATASETS['mrnet']['labels'])}, not {', '.join(unknown)}")
-    tables = []
-    for source, part in (("train", "train"), ("valid", "val")):
-        columns = {}
-        for label in labels:
-            path = root / f"{source}-{label}.csv"
-            sheet = read_sheet(path, header=None)
-            if sheet.shape[1] != 2:
-                raise InputError(f"{path}: {sheet.shape[1]} columns; expected two (id, label) and no header")
-            numbers = as_integers(path, sheet[0], "an exam id (the file has no header)", first_row=1)
-            check_rows(path, pd.Series(numbers).duplicated(), "doubled exam id", 1)
-            columns[label] = pd.Series(check_zero_one(path, sheet, [1], first_row=1)[:, 0], index=numbers)
-        numbers = columns[labels[0]].index
-        for label in labels[1:]:
-            other = set(numbers) ^ set(columns[label].index)
-            if other:
-                raise InputError(f"{root}/{source}-{label}.csv and {source}-{labels[0]}.csv do not hold the same exams: "
-                                 f"{len(other)} differ, first {sorted(other)[:5]}")
-        names = [f"{number:04d}" for number in numbers]
-        files = [tuple(str(root / source / plane / f"{name}.npy") for plane in PLANES) for name in names]
-        ids = [f"{source}-{name}" for name in names]
-        tables.append(make_table(ids, ids, files, part, {label: columns[label].reindex(numbers).to_numpy() for label in labels}))
-    return pd.concat(tables, ignore_index=True), labels, []
-
-
-READERS = {"odir": read_odir, "aptos": read_aptos, "dr": read_dr, "retina": read_retina, "mrnet": read_mrnet}
-
-
-def targets_of(table, labels):
-    """Targets of a table: float32 (n, L) for multi-label, int64 (n,) for multi-class."""
-    if "target" in table:
-        return table["target"].to_numpy(dtype=np.int64, copy=True)  # pandas hands out read-only views, torch wants its own
-    return table[labels].to_numpy(dtype=np.float32, copy=True)
-
-
-def unlabelled_pictures(root):
-    """The retina set's pictures in test/, which carry no label."""
-    return sorted(str(file) for file in (Path(root) / "test").glob("*") if file.suffix.lower() in SUFFIXES)
-
-
-def add_pseudo_labels(table, labels, root, path, min_confidence):
-    """Rows for unlabelled pictures from pseudo_labels.csv (filename, label, confidence) -> (table, number added)."""
-    sheet = read_sheet(path, dtype={"filename": str, "label": str})
-    check_columns(path, sheet, ["filename", "label", "confidence"])
-    names = check_names(path, sheet["filename"], "filename")
-    check_rows(path, ~sheet["label"].isin(labels), f"label that is not one of {labels}")
-    check_rows(path, names.isin(table["ID"].astype(str)), "a picture that is labelled already")
-    confidence = pd.to_numeric(sheet["confidence"], errors="coerce")
-    check_rows(path, ~confidence.between(0, 1), "confidence outside 0 to 1")
-    sure = (confidence >= min_confidence).to_numpy()
-    target = sheet["label"].map(labels.index).to_numpy(dtype=np.int64)
-    more = make_table(names, names, find_files(Path(root) / "test", names), "train", {"target": target})[sure]
-    return pd.concat([table, more], ignore_index=True), int(sure.sum())
-
-
-# ---------------------------------------------------------------- splitting
-
-def split_patients(annotations, val_fraction=0.2, seed=42):
-    """ODIR's published split: (train, val) data frames of `annotations` (one row per patient, column ID).
-
-    Without the ten pre-treated patients, then scikit-learn's train_test_split: on the official 3 500 rows 2 792 / 698
-    patients, validation beginning 296, 4308, 4556, 1710. Done before anything is dropped for a missing picture.
+def open_part(table, targets, args, size, missing):
+    """Decode what a part needs -> (Part, rows left out). An unreadable file stops, or leaves its row out
+    ("drop").
     """
-    from sklearn.model_selection import train_test_split
-    kept = annotations[~annotations["ID"].isin(PRETREATED)]
-    if len(kept) < 2:
-        raise InputError(f"{len(kept)} patient(s) cannot be split into a training and a validation part")
-    return train_test_split(kept, test_size=val_fraction, random_state=seed)
+    files = list(table["files"])
+    if args.dataset == "mrnet":
+        pictures, faults = None, {}
+        for file in (file for row in files for file in row):
+            if fault := volume_fault(file):
+                faults[file] = fault
+    else:
+        with together():  # one process of a machine decodes, the others find the result
+            if local_rank() == 0:
+                Pictures(files, args.preprocess, size, args.cache, args.workers)
+        pictures = Pictures(files, args.preprocess, size, args.cache, args.workers)
+        faults = pictures.failed
+    bad = np.array([any(file in faults for file in row) for row in files], dtype=bool)
+    if bad.any() and missing == "stop":
+        shown = "; ".join(list(faults.values())[:3])
+        advice = "Replace them, or leave these rows out with --missing drop"
+        raise InputError(f"{len(faults)} file(s) cannot be read, the first: {shown}. {advice}")
+    part = Part(table, pictures, targets, len(table), size, args.preprocess)
+    return part.subset(np.flatnonzero(~bad)) if bad.any() else part, int(bad.sum())
 
 
-def split_grouped(table, val, test, seed):
-    """(train, val, test) by patient, stratified by a patient's highest grade; sizes in patients, shares of all."""
-    from sklearn.model_selection import train_test_split
-    grade = table.groupby("patient", sort=False)["target"].max()
-    sizes = round(val * len(grade)), round(test * len(grade))
-    if not sizes[0]:
-        raise InputError(f"{len(grade)} patient(s) leave none for validation at a share of {val:.3g}: more pictures or a larger --val-fraction")
-    rest, names = grade, []
-    for size in sizes:
-        taken = rest.iloc[:0]
-        if size:
-            try:
-                rest, taken = train_test_split(rest, test_size=size, random_state=seed, stratify=rest)
-            except ValueError as error:
-                raise InputError(f"{len(grade)} patients cannot be split into parts of {sizes} with every class in each: {error} "
-                                 "More pictures, or a larger --val-fraction") from error
-        names.append(taken.index)
-    return table[table.patient.isin(rest.index)], *(table[table.patient.isin(part)] for part in names)
-
-
-def split(name, table, val=None, test=None, seed=42):
-    """Split a table by patient -> {"train", "val", "test"}: data frames. A split given by the data set is kept.
-
-    `val` and `test` are shares of the patients; None is the data set's published share.
+def find_data(name, given):
+    """The data folder: --data as given, data/<name>, or rendered stand-ins, drawn when they are wanted
+    first.
     """
-    given = table["given_part"]
-    if (given != "").all():
-        if val is not None or test:
-            raise InputError(f"this {name} data set brings its own split: --val-fraction and --test-fraction do not apply")
-        return {part: table[given == part] for part in PARTS}
-    val = DATASETS[name]["val"] if val is None else val
-    test = DATASETS[name]["test"] if test is None else test
-    if not (0 < val < 1 and 0 <= test < 1 and val + test < 1):
-        raise InputError(f"--val-fraction {val} and --test-fraction {test}: expected shares that leave something for training")
-    if name != "odir":
-        return dict(zip(PARTS, split_grouped(table, val, test, seed), strict=True))
-    train, validation = split_patients(table, val, seed)
-    rest = train.iloc[:0]
-    if test:  # cut from the training part, so that validation stays the published one
-        from sklearn.model_selection import train_test_split
-        train, rest = train_test_split(train, test_size=round(test * (len(train) + len(validation))), random_state=seed)
-    return {"train": train, "val": validation, "test": rest}
+    root = Path(given or Path("data") / name)
+    if given or root.is_dir():
+        return root
+    root, line = Path("data") / "rendered" / name, "!" * 78
+    print(f"{line}\n!! There is no data/{name}. This run takes RENDERED STAND-INS from {root}:")
+    print(f"!! its scores say nothing about real eyes or knees. Real data: docs/data.md.\n{line}", flush=True)
+    script = str(Path(__file__).parent / "render_data.py")
+    command = [sys.executable, script, str(root), "--dataset", name, "--patients", "160"]
+    if not tables.is_rendered(root) and subprocess.run(command).returncode:
+        raise InputError(f"the stand-ins could not be rendered into {root}")
+    return root
 
 
-def drop_missing(parts, missing):
-    """Leave rows whose files are not there out of `parts` (missing="drop"), or stop -> (parts, number left out)."""
-    folders = {}
+def load(args):
+    """Read, check, split and decode what a training run with these arguments trains and validates on -> Data.
 
-    def there(file):
-        folder, _, name = file.rpartition("/") if "/" in file else (".", "", Path(file).name)
-        if folder not in folders:
-            folders[folder] = {entry.name for entry in Path(folder).iterdir()} if Path(folder).is_dir() else set()
-        return name in folders[folder]
+    Raises InputError for everything that is not as its layout says, and where nothing is left to train on.
+    """
+    with together():
+        if local_rank() == 0:
+            find_data(args.dataset, args.data)
+    with together():
+        root = (
+            find_data(args.dataset, args.data)
+            if args.data or not local_rank()
+            else rendered_or_real(args.dataset)
+        )
+        table = tables.read(args.dataset, root, args.labels)
+        frames = split(args.dataset, table.frame, args.val_fraction, args.test_fraction, args.split_seed)
+        notes = list(table.notes)
+        if args.pseudo_labels:
+            frames["train"], added = tables.add_pseudo_labels(
+                frames, table.labels, root, args.pseudo_labels, args.min_confidence
+            )
+            notes.append(f"{added} pseudo-labelled picture(s) join the training part")
+        if args.calibration_fraction:
+            frames["train"], frames["calibration"] = set_aside(frames["train"], args)
+        expected = {name: len(frame) for name, frame in frames.items()}
+        frames, left_out = drop_missing(frames, args.missing)
+        if left_out:
+            notes.append(f"{left_out} row(s) without a picture are left out (--missing drop)")
+    parts, unreadable = {}, 0
+    for name in ("train", "val", *(["calibration"] if args.calibration_fraction else [])):
+        targets = targets_of(frames[name], table.labels)
+        size = args.size if name == "train" else eval_size(args)
+        parts[name], bad = open_part(frames[name], targets, args, size, args.missing)
+        parts[name].expected, frames[name] = expected[name], parts[name].table
+        unreadable += bad
+        if not len(parts[name]):
+            raise InputError(f"no row is left in the {name} part: there is nothing to train on")
+    repaired = {file for part in parts.values() if part.pictures for file in part.pictures.repaired}
+    duplicates = count_duplicates(parts["train"], parts["val"])
+    if duplicates and args.duplicates == "stop":
+        problem = f"{duplicates} validation row(s) hold a picture that is in training too: their scores say too much"
+        raise InputError(
+            f"{problem}. Remove one of each, or go on with --duplicates keep, which every output says"
+        )
+    facts = {
+        "root": str(root),
+        "rendered": tables.is_rendered(root),
+        "notes": notes,
+        "left_out": left_out,
+        "unreadable": unreadable,
+        "repaired": sorted(repaired),
+        "duplicates": duplicates,
+        "digest": data_digest(frames, table.labels),
+        "parts": {name: len(frame) for name, frame in frames.items()},
+        "patients": {name: frame["patient"].nunique() for name, frame in frames.items()},
+    }
+    if args.shuffle_labels:
+        order = np.random.default_rng(args.seed).permutation(len(parts["train"]))
+        parts["train"].targets = parts["train"].targets[order]
+    about = DATASETS[args.dataset]
+    return Data(parts, table.labels, about["task"], about["family"], table.ordered, facts, frames)
 
-    complete = {part: np.array([all(map(there, files)) for files in table["files"]], dtype=bool) for part, table in parts.items()}
-    absent = [next(f for f in files if not there(f)) for part, table in parts.items() for files in table["files"][~complete[part]]]
-    if absent and missing == "stop":
-        names = ", ".join(absent[:5])
-        raise InputError(f"{len(absent)} row(s) have no picture, the first: {names}. Complete the folder, or leave these "
-                         "patients out with --missing drop")
-    return {part: table[complete[part]] for part, table in parts.items()}, len(absent)
+
+def rendered_or_real(name):
+    root = Path("data") / name
+    return root if root.is_dir() else Path("data") / "rendered" / name
 
 
-# ---------------------------------------------------------------- what stands in when there is no data
+def count_duplicates(train, val):
+    """Validation rows of which a picture is in training too: the same bytes, or the same pixels after
+    decoding.
+    """
+    known = {content for files in row_contents(train) for content in files}
+    return sum(any(content in known for content in files) for files in row_contents(val))
 
-def is_rendered(root):
-    """Whether `root` was drawn by render_data.py (its marker file says so)."""
-    return (Path(root) / "rendered.json").exists()
+
+def row_contents(part):
+    """Per row the digests of its files; of a knee each plane's middle slice."""
+    if part.pictures is not None:
+        contents = part.pictures.contents
+        return [{content for place in row for content in contents[place]} for row in part.pictures.rows]
+    found = []
+    for files in part.table["files"]:
+        volumes = [read_volume(file) for file in files]
+        found.append({digest(volume[len(volume) // 2], volume.shape) for volume in volumes})
+    return found
 
 
-def data_digest(parts, labels):
-    """Digest of who is in which part with which targets: a resumed or tested run compares it."""
-    return digest(*(json.dumps([part, [str(i) for i in table.ID], targets_of(table, labels).tolist()]) for part, table in parts.items()))
+def data_digest(frames, labels):
+    """Digest of who is in which part with which targets: a resumed run compares it."""
+    pieces = []
+    for name, frame in frames.items():
+        pieces.append([name, [str(i) for i in frame["ID"]], targets_of(frame, labels).tolist()])
+    return digest(json.dumps(pieces))
+
+
+# ---------------------------------------------------------------- a part of a run that is finished
+
+
+def load_part(args, saved, split, root=None, missing="stop", pictures=True):
+    """The rows of a checkpoint's part in their order, opened -> (Part, facts). `all`: every row of the data
+    set.
+
+    facts: root, rendered, notes, own (whether these are the rows and labels that the run had), left_out.
+    Raises InputError where rows or labels are not the run's, unless `root` names another data set.
+    """
+    given, root = root, root or saved["data"]["root"]
+    table = tables.read(args.dataset, root, saved["labels"] if args.dataset in ("retina", "mrnet") else None)
+    if table.labels != saved["labels"]:
+        theirs = ", ".join(saved["labels"])
+        raise InputError(
+            f"{root} has the classes {', '.join(table.labels)}; this network was trained on {theirs}"
+        )
+    other = given is not None and Path(given).resolve() != Path(saved["data"]["root"]).resolve()
+    frame, expected = choose_rows(table.frame, saved, split, other, missing)
+    changed = changed_labels(frame, saved)
+    notes = list(table.notes)
+    if changed and not other:
+        raise InputError(
+            f"{len(changed)} row(s) of {root} have other labels than in training, the first: {', '.join(changed[:5])}. "
+            "Restore them, or name another data set with --data"
+        )
+    own = not changed and {str(i) for i in frame["ID"]} <= {i for ids in saved["split"].values() for i in ids}
+    if other:
+        same = "the rows and labels are the run's" if own else "these are other rows or labels than the run's"
+        notes.append(f"--data names another folder than the run's; {same}")
+    frames, left_out = drop_missing({split: frame}, missing)
+    part, unreadable = open_part(
+        frames[split], targets_of(frames[split], table.labels), args, eval_size(args), missing
+    )
+    if not len(part):
+        raise InputError("no row is left to evaluate")
+    part.expected = expected
+    facts = {"root": str(root), "rendered": tables.is_rendered(root), "notes": notes, "own": own}
+    return part, {**facts, "left_out": expected - len(part)}
+
+
+def choose_rows(frame, saved, split, other, missing):
+    """(rows of the asked part in the order the run had them, how many it should have)."""
+    if split == "all":
+        return frame, len(frame)
+    wanted = saved["split"].get(split)
+    if not wanted:
+        advice = "train with --test-fraction to keep one, or use --split val or all"
+        raise InputError(f"this run has no {split} part: {advice}")
+    by_id = frame.set_index(frame["ID"].astype(str))
+    there = [i for i in wanted if i in by_id.index]
+    if len(there) < len(wanted) and (missing == "stop" or not there):
+        advice = (
+            "Use --split all for other patients, or --missing drop"
+            if other
+            else "They have changed since training"
+        )
+        gone = len(wanted) - len(there)
+        raise InputError(
+            f"{gone} of the {len(wanted)} rows of the run's {split} part are not in this data set. {advice}"
+        )
+    return by_id.loc[there].reset_index(drop=True), len(wanted)
+
+
+def changed_labels(frame, saved):
+    """IDs of rows that carry other labels than the run's."""
+    stored = {}
+    for part, ids in saved["split"].items():
+        stored.update(zip(ids, saved["targets"][part].tolist(), strict=True))
+    now = targets_of(frame, saved["labels"]).tolist()
+    ids = [str(i) for i in frame["ID"]]
+    return [i for i, target in zip(ids, now, strict=True) if i in stored and stored[i] != target]

@@ -1,25 +1,30 @@
-"""One epoch of training and one pass of prediction, for every study; devices, precision, seeds, processes, signals."""
+"""One epoch of training and one pass of prediction, for every study; devices, precision, seeds, processes."""
 
+import contextlib
 import math
 import os
 import random
-import signal
 import sys
-from contextlib import nullcontext
 from datetime import timedelta
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torchvision.ops import sigmoid_focal_loss
 from tqdm.auto import tqdm
 
 from errors import InputError
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+PATIENT = timedelta(hours=12)  # the other processes wait this long while one decodes pictures
+SHORT = timedelta(minutes=10)  # and this long for a step
+_patient_group = None
 
 
 # ---------------------------------------------------------------- processes (one unless started by torchrun)
+
 
 def rank():
     return dist.get_rank() if dist.is_initialized() else 0
@@ -34,33 +39,31 @@ def local_rank():
     return int(os.environ.get("LOCAL_RANK", 0))
 
 
-def start_processes(device):
-    """The device of this process; under torchrun also its place among the others (nccl on GPUs, gloo on CPUs)."""
+def local_world():
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def start_processes(device, deterministic=False):
+    """The device of this process; under torchrun also its place among the others.
+
+    nccl adds up gradients on GPUs; gloo on the CPU carries messages, so that they never wait for a GPU.
+    """
+    global _patient_group
+    if device.type == "cuda" and "LOCAL_RANK" in os.environ:
+        device = torch.device("cuda", local_rank())
+        torch.cuda.set_device(device)
+    torch.backends.cudnn.benchmark = (
+        not deterministic
+    )  # sizes are fixed: the fastest algorithm is looked for once
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
     if "LOCAL_RANK" in os.environ and not dist.is_initialized():
-        if device.type == "cuda":
-            device = torch.device("cuda", local_rank())
-            torch.cuda.set_device(device)
-        # Hours, because the others wait while one decodes pictures for the first time.
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=12))
-        if rank():  # what there is to say is said once
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=SHORT)
+        _patient_group = dist.new_group(backend="gloo", timeout=PATIENT)
+        if rank():  # rank 0 speaks for all
             sys.stdout = open(os.devnull, "w")
     return device
-
-
-def rank0(function, *args, **kwargs):
-    """Run on rank 0 alone and give every rank its result; its InputError is raised everywhere."""
-    if world() == 1:
-        return function(*args, **kwargs)
-    box = [None, None]
-    if rank() == 0:
-        try:
-            box[0] = function(*args, **kwargs)
-        except InputError as error:
-            box[1] = str(error)
-    dist.broadcast_object_list(box)
-    if box[1] is not None:
-        raise InputError(box[1])
-    return box[0]
 
 
 def gather(value):
@@ -68,8 +71,36 @@ def gather(value):
     if world() == 1:
         return [value]
     values = [None] * world()
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group=_patient_group)
     return values
+
+
+@contextlib.contextmanager
+def together():
+    """A step of the set-up: an error of one process ends all of them, with its message.
+
+    The step itself must hold no exchange between processes.
+    """
+    problem = None
+    try:
+        yield
+    except Exception as error:
+        problem = error
+    messages = gather(None if problem is None else f"{type(problem).__name__}: {problem}")
+    if problem is not None:
+        raise problem
+    for number, message in enumerate(messages):
+        if message is not None:
+            raise InputError(f"process {number} of {world()} cannot go on: {message}")
+
+
+def from_rank0(function, *args):
+    """Run on rank 0 alone and give every rank its result or its error."""
+    result = None
+    with together():
+        if rank() == 0:
+            result = function(*args)
+    return gather(result)[0]
 
 
 def all_sum(tensor):
@@ -80,60 +111,54 @@ def all_sum(tensor):
 
 
 def share_buffers(module):
-    """Rank 0's buffers everywhere: BatchNorm statistics that moved apart on CPUs are validated as they are saved."""
+    """Rank 0's buffers everywhere: BatchNorm statistics that moved apart are validated as they are saved."""
     if world() > 1:
         for buffer in module.buffers():
             dist.broadcast(buffer, 0)
-
-
-def merge_record(record):
-    """A cut epoch's record over all ranks, step by step: what last.pt holds."""
-    ranks = gather([tuple(t.cpu() for t in step) for step in record])
-    return [(sum(losses), sum(weights), torch.cat(probs), torch.cat(targets))
-            for losses, weights, probs, targets in (zip(*steps, strict=True) for steps in zip(*ranks, strict=True))]
-
-
-def own_record(record, device):
-    """A stored record on this rank: rank 0 has all of it, the others as many steps without rows."""
-    return [tuple(t.to(device) if rank() == 0 else t.to(device) * 0 if t.ndim == 0 else t[:0].to(device) for t in step) for step in record]
 
 
 def distribute(module, device):
     """DistributedDataParallel around what trains, where there are several processes."""
     if world() == 1:
         return module
-    if device.type == "cuda" and any(isinstance(m, torch.nn.modules.batchnorm._BatchNorm) and m.training for m in module.modules()):
+    layers = [layer for layer in module.modules() if isinstance(layer, torch.nn.modules.batchnorm._BatchNorm)]
+    if device.type == "cuda" and any(layer.training for layer in layers):
         module = torch.nn.SyncBatchNorm.convert_sync_batchnorm(module)
-    return torch.nn.parallel.DistributedDataParallel(module, device_ids=[device.index] if device.type == "cuda" else None)
+    devices = [device.index] if device.type == "cuda" else None
+    return torch.nn.parallel.DistributedDataParallel(module, device_ids=devices)
 
 
 # ---------------------------------------------------------------- device, precision, seeds
 
+
 def pick_device(name):
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if name == "cuda" and not torch.cuda.is_available() or name == "mps" and not torch.backends.mps.is_available():
+        for found in ("cuda", "mps"):
+            if getattr(torch, found).is_available():
+                return torch.device(found)
+        return torch.device("cpu")
+    if name != "cpu" and not getattr(torch, name).is_available():
         raise InputError(f"--device {name}: this machine or this torch ({torch.__version__}) has none")
     return torch.device(name)
 
 
-def pick_precision(name, device, model=""):
-    """`auto`: bf16 where the hardware computes it natively, fp16 on older GPUs (with loss scaling), fp32 elsewhere.
+def pick_precision(name, device, network=""):
+    """`auto`: bf16 where the hardware computes it natively, fp16 with loss scaling on older GPUs, else fp32.
 
-    On a CPU EfficientNet stays in fp32: its depthwise convolutions are slower in bf16 there (0.6 of the speed, measured).
+    EfficientNet-B1 stays in fp32 on a CPU: it is slower there in bf16 (BENCHMARKS.md).
     """
     if name != "auto":
         return name
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    native = device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
-    if native and not model.startswith("efficientnet"):
+    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    if device.type == "cpu" and native and network != "efficientnet-b1":
         return "bf16"
     return "fp32"
 
 
-def autocast(device, precision):
-    return torch.autocast(device.type, PRECISIONS[precision], enabled=precision != "fp32")
+def autocast(device, precision, enabled=True):
+    return torch.autocast(device.type, PRECISIONS[precision], enabled=enabled and precision != "fp32")
 
 
 def seed_everything(seed):
@@ -143,66 +168,124 @@ def seed_everything(seed):
 
 
 def seed_dropout(seed, epoch, step, device):
-    """Seed the generator that dropout draws from. It depends on these and the rank alone: nothing to store for a resume."""
+    """Seed what dropout draws from. It depends on these and the rank alone, so a resume stores nothing."""
     number = int(np.random.SeedSequence((seed, epoch, step, rank())).generate_state(1, np.uint64)[0] >> 1)
     if device.type == "cuda":
         torch.cuda.manual_seed(number)
     elif device.type == "mps":
         torch.mps.manual_seed(number)
     else:
-        torch.default_generator.manual_seed(number)  # torch.manual_seed walks the stack for CUDA: a millisecond a step
-
-
-class StopSignal:
-    """Ctrl-C and SIGTERM ask the loop to stop after its step; a second one ends the process at once."""
-
-    def __init__(self):
-        self.number = 0
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.ask)
-
-    def ask(self, number, _):
-        self.number = number
-        signal.signal(number, signal.SIG_DFL)
-
-    def __call__(self):
-        """Whether any rank was asked."""
-        if world() > 1:
-            self.number = max(gather(self.number))
-        return self.number
+        torch.default_generator.manual_seed(number)  # torch.manual_seed takes a millisecond a step
 
 
 def progress(iterable, text, **kwargs):
     """tqdm on a terminal or in a notebook, silent in a log file and on other ranks."""
-    notebook = "ipykernel" in sys.modules
-    return tqdm(iterable, text, disable=True if rank() else False if notebook else None, leave=False, dynamic_ncols=True, **kwargs)
+    silent = None  # tqdm's word for: unless it is a terminal
+    if "ipykernel" in sys.modules:
+        silent = False
+    if rank():
+        silent = True
+    return tqdm(iterable, text, disable=silent, leave=False, dynamic_ncols=True, **kwargs)
 
 
 # ---------------------------------------------------------------- loss
 
+
 class Criterion:
     """Losses of a batch: (logits, targets) -> (loss of each row, its weight in the mean), both (B,).
 
-    Multi-label: binary cross-entropy with logits, mean over labels, `weight` = pos_weight (L,). Multi-class:
-    cross-entropy, `weight` = class weights (K,); the mean divides by the weights, as torch's own does.
+    Several labels: the mean over labels of binary cross-entropy, focal loss (Lin et al. 2017, gamma 2) or
+    asymmetric loss (Ridnik et al. 2021: gamma 4 for negatives, shifted by 0.05); `weight` = pos_weight (L,).
+    One class: cross-entropy, `weight` = class weights (K,); the mean divides by the weights, as torch's does.
     """
 
-    def __init__(self, task, weight=None, device="cpu"):
-        self.task = task
-        self.weight = None if weight is None else torch.as_tensor(weight, dtype=torch.float32, device=device)
+    def __init__(self, task, weight=None, device="cpu", loss="bce"):
+        self.task, self.loss, self.weight = task, loss, None
+        if weight is not None:
+            self.weight = torch.as_tensor(weight, dtype=torch.float32, device=device)
 
     def __call__(self, logits, targets):
         if self.task == "multilabel":
-            losses = F.binary_cross_entropy_with_logits(logits, targets, pos_weight=self.weight, reduction="none").mean(1)
+            losses = self.label_losses(logits, targets).mean(1)
             return losses, torch.ones_like(losses)
         losses = F.cross_entropy(logits, targets, weight=self.weight, reduction="none")
         return losses, torch.ones_like(losses) if self.weight is None else self.weight[targets]
+
+    def label_losses(self, logits, targets):
+        """(B, L)"""
+        if self.loss == "bce":
+            return F.binary_cross_entropy_with_logits(
+                logits, targets, pos_weight=self.weight, reduction="none"
+            )
+        if self.loss == "focal":
+            losses = sigmoid_focal_loss(logits, targets, alpha=-1, gamma=2)
+            return losses if self.weight is None else losses * torch.where(targets == 1, self.weight, 1.0)
+        probs = logits.sigmoid()
+        shifted = (probs - 0.05).clamp(min=0)
+        positive = targets * torch.log(probs.clamp(min=1e-8))
+        negative = (1 - targets) * torch.log((1 - shifted).clamp(min=1e-8)) * shifted**4
+        return -(positive + negative)
 
     def probs(self, logits):
         return logits.sigmoid() if self.task == "multilabel" else logits.softmax(1)
 
 
+class Outputs(Criterion):
+    """Lets `predict` hand back the outputs of the last dense layer themselves."""
+
+    def probs(self, logits):
+        return logits
+
+
+def check_finite(loss, epoch, step=" (validation)"):
+    if not math.isfinite(loss):
+        raise FloatingPointError(
+            f"the loss is {float(loss)} in epoch {epoch}{step}: lower --lr, or look at the data"
+        )
+
+
+class LossWatch:
+    """Raises FloatingPointError at a loss that is not finite, without waiting for a GPU.
+
+    A GPU's loss is copied beside the computation, and looked at once it has arrived.
+    """
+
+    def __init__(self, epoch):
+        self.epoch, self.waiting = epoch, []
+
+    def see(self, loss, step):
+        arrived = None
+        if loss.is_cuda:
+            host = torch.empty((), pin_memory=True)
+            host.copy_(loss, non_blocking=True)
+            arrived = torch.cuda.Event()
+            arrived.record()
+            loss = host
+        self.waiting.append((step, loss, arrived))
+        while self.waiting and (self.waiting[0][2] is None or self.waiting[0][2].query()):
+            self.check(*self.waiting.pop(0)[:2])
+
+    def finish(self):
+        for step, loss, arrived in self.waiting:
+            if arrived is not None:
+                arrived.synchronize()
+            self.check(step, loss)
+
+    def check(self, step, loss):
+        check_finite(loss, self.epoch, f", step {step}")
+
+
 # ---------------------------------------------------------------- the two passes
+
+
+class Step(NamedTuple):
+    """What a training step leaves for the epoch's own scores, on the device."""
+
+    loss: torch.Tensor  # sum over the rows
+    weight: torch.Tensor  # sum over the rows
+    targets: torch.Tensor
+    probs: torch.Tensor
+
 
 def train_mode(model, hold_batchnorm):
     """Training mode; with `hold_batchnorm` the BatchNorm statistics stay as they are."""
@@ -213,71 +296,76 @@ def train_mode(model, hold_batchnorm):
                 module.eval()
 
 
-def train_one_epoch(model, loader, prepare, optimizer, scaler, criterion, autocast, seed, epoch, record, stop=lambda: False):
-    """Train on the batches of `loader`; True when the epoch is complete, False when `stop()` ended it early.
+def train_one_epoch(module, loader, prepare, learner, epoch, precision):
+    """Train `module` on the batches of `loader` -> (mean loss, targets, probs) of the epoch, over all ranks.
 
-    `record` (a list, one entry (sum of losses, sum of weights, probs, targets) per step) goes on where it stands: a run
-    stopped in mid-epoch hands back its record and a loader of the remaining batches. Raises FloatingPointError with
-    epoch and step when a loss is not finite.
+    Raises FloatingPointError with epoch and step when a loss is not finite.
     """
-    previous = torch.zeros(())
-    for batch in progress(loader, f"epoch {epoch}"):
-        step = len(record)
+    steps, watch = [], LossWatch(epoch)
+    for step, batch in enumerate(progress(loader, f"epoch {epoch}")):
         inputs, targets = prepare(batch)
-        seed_dropout(seed, epoch, step, targets.device)
-        with autocast:
-            logits = model(*inputs)
-        losses, weights = criterion(logits.float(), targets)
-        # The mean over the global batch: DistributedDataParallel divides the sum of the gradients by the ranks.
-        loss = losses.sum() * world() / all_sum(weights.sum())
-        optimizer.zero_grad(set_to_none=True)
-        scaler.scale(loss).backward()
-        scaler.step(optimizer)
-        scaler.update()
-        record.append((losses.detach().sum(), weights.sum(), criterion.probs(logits.detach().float()), targets))
-        # The step before is looked at, so that a GPU is never waited for.
-        check_finite(previous, epoch, step - 1)
-        previous = loss.detach()
-        if stop():
-            break
-    check_finite(previous, epoch, len(record) - 1)
-    return len(record) == loader.sampler.start + len(loader.sampler)
+        seed_dropout(learner.seed, epoch, step, targets.device)
+        learner.set_rate(epoch, step, len(loader))
+        # A rank without rows computes in float32: SyncBatchNorm's statistics must have one type everywhere.
+        with autocast(targets.device, precision, enabled=len(targets) > 0):
+            logits = module(*inputs)
+        losses, weights = learner.criterion(logits.float(), targets)
+        # The mean over the global batch: DistributedDataParallel divides the sum of gradients by the ranks.
+        sums = all_sum(torch.stack([losses.detach().sum(), weights.sum()]))
+        loss = losses.sum() * world() / sums[1]
+        learner.optimizer.zero_grad(set_to_none=True)
+        learner.scaler.scale(loss).backward()
+        learner.scaler.step(learner.optimizer)
+        learner.scaler.update()
+        learner.average()
+        probs = learner.criterion.probs(logits.detach().float())
+        steps.append(Step(losses.detach().sum(), weights.sum(), targets, probs))
+        watch.see(sums[0] / sums[1], step)  # the global loss: every rank stops at the same one
+    watch.finish()
+    return summarise(steps)
 
 
-def check_finite(loss, epoch, step):
-    if not math.isfinite(loss):
-        raise FloatingPointError(f"the loss is {float(loss)} in epoch {epoch}, step {step}: lower --lr, or look at the data")
-
-
-def summarise(record):
-    """An epoch's record over all ranks -> (mean loss, targets, probs)."""
-    pieces = gather((sum(float(r[0]) for r in record), sum(float(r[1]) for r in record),
-                     torch.cat([r[3] for r in record]).cpu().numpy(), torch.cat([r[2] for r in record]).cpu().numpy()))
-    losses, weights, targets, probs = zip(*pieces, strict=True)
+def summarise(steps):
+    """An epoch's steps over all ranks -> (mean loss, targets, probs)."""
+    loss = sum(torch.stack([step.loss for step in steps]).tolist())
+    weight = sum(torch.stack([step.weight for step in steps]).tolist())
+    targets = torch.cat([step.targets for step in steps]).cpu().numpy()
+    probs = torch.cat([step.probs for step in steps]).cpu().numpy()
+    losses, weights, targets, probs = zip(*gather((loss, weight, targets, probs)), strict=True)
     return sum(losses) / sum(weights), np.concatenate(targets), np.concatenate(probs)
 
 
 @torch.inference_mode()
-def predict(model, loader, prepare, criterion, autocast=None):
-    """Evaluate a whole part, in the order of its rows: (mean loss, targets, probs (n, K) float32), on every rank."""
+def predict(model, loader, prepare, criterion):
+    """A whole part in the order of its rows -> (mean loss, probs (n, K) float32), on every rank."""
     model.eval()
-    rows = [index for batch in loader.sampler for index, _ in batch]
+    order = [index for batch in loader.batch_sampler for index, _ in batch]
     logits, targets = [], []
     for batch in progress(loader, "predicting"):
         inputs, target = prepare(batch)
-        with autocast or nullcontext():
-            logits.append(model(*inputs).float())
+        logits.append(model(*inputs).float())
         targets.append(target)
     logits, targets = torch.cat(logits), torch.cat(targets)
     losses, probs = criterion(logits, targets)[0], criterion.probs(logits)
-    pieces = gather((np.asarray(rows, dtype=np.int64), *(t.cpu().numpy() for t in (losses, targets, probs))))
-    rows, losses, targets, probs = (np.concatenate([piece[i] for piece in pieces]) for i in range(4))
-    order = np.argsort(rows)
-    return float(losses[order].mean(dtype=np.float64)), targets[order], probs[order]
+    pieces = gather((np.asarray(order, dtype=np.int64), losses.cpu().numpy(), probs.cpu().numpy()))
+    order, losses, probs = (np.concatenate(piece) for piece in zip(*pieces, strict=True))
+    back = np.argsort(order)
+    return float(losses[back].mean(dtype=np.float64)), probs[back]
+
+
+def as_it_is(batch):
+    return batch
 
 
 def make_loader(data, batches, workers=0, device=None):
-    """A DataLoader over `data` whose batches are `batches` (samplers.Batches): one indexing call per batch."""
-    pin = device is not None and device.type == "cuda"
-    return torch.utils.data.DataLoader(data, batch_size=None, sampler=batches, num_workers=workers, pin_memory=pin,
-                                       prefetch_factor=4 if workers else None, generator=torch.Generator())
+    """A DataLoader over `data` with these batches (samplers.Batches): one indexing call per batch."""
+    pin = device is not None and device.type == "cuda" and not data.on_device
+    return torch.utils.data.DataLoader(
+        data,
+        batch_sampler=batches,
+        collate_fn=as_it_is,  # a data set hands out whole batches
+        num_workers=workers,
+        pin_memory=pin,  # what lies on a GPU already cannot be pinned
+        prefetch_factor=4 if workers else None,
+        generator=torch.Generator(),
+    )

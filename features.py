@@ -3,170 +3,358 @@
 Also fits BatchNorm's statistics to the training pictures (`--bn fitted`), once, and keeps them.
 """
 
+import copy
 import functools
-from contextlib import nullcontext
+import shutil
+from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
+from torch.fx.proxy import TraceError
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from augment import prepare_batch
-from cache import Kept, digest
+import engine
+from augment import mirror_batch, prepare_batch
+from cache import digest, is_whole, kept_array
 from checkpoint import state_digest
-from engine import PRECISIONS, autocast, gather, make_loader, predict, progress, rank, rank0, world
+from dataset import FeatureSet, PictureSet, VolumeSet
 from errors import InputError
-from models import FastTrunk, with_fast_trunk
-from pictures import FeatureSet, PictureSet, VolumeSet
 from preprocess import default_workers
 from samplers import Batches
 
-EXTRACT_BATCH = 16  # pictures: small enough that a CPU's caches hold a layer; GPUs get EXTRACT_BATCH_GPU
-EXTRACT_BATCH_GPU = 256
+BatchNorm = nn.modules.batchnorm._BatchNorm
+EXTRACT_BATCH = {"cpu": 16, "cuda": 256}  # pictures of 224 pixels; a CPU's caches hold a layer of 16
 BN_PICTURES = 1024  # about what a running mean with momentum 0.1 over batches of 32 pairs remembers
 
 
-def batchnorms(model):
-    return [m for m in model.backbone.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
+# ---------------------------------------------------------------- a trunk as it is cheapest to run
 
 
-def fit_batchnorm(model, pictures, prepare, device, precision, cache, seed, trunk):
-    """Set the trunk's BatchNorm statistics to those of at most BN_PICTURES training pictures, drawn by `seed`.
+class Tracer(torch.fx.Tracer):
+    """Writes down who calls whom; convolutions and BatchNorms of any subclass stay whole."""
 
-    Layer by layer means over batches of 64 (torch's cumulative average). The result is kept under the digest `trunk` of
-    the weights it belongs to. Where the original's running statistics drifted to, without the drift.
+    def is_leaf_module(self, module, name):
+        return isinstance(module, nn.Conv2d | BatchNorm) or super().is_leaf_module(module, name)
+
+
+def fold_batchnorm(trunk):
+    """A copy in evaluation mode whose BatchNorms are folded into the convolutions before them.
+
+    A BatchNorm is folded where it is all that its convolution's output goes to. A network that cannot be
+    traced, and a BatchNorm that follows no convolution, stay as they are.
     """
-    layers = batchnorms(model)
+    trunk = copy.deepcopy(trunk).eval()
+    modules = dict(trunk.named_modules())
+    if not any(isinstance(module, BatchNorm) for module in modules.values()):
+        return trunk
+    try:
+        graph = Tracer().trace(trunk)
+    except (TraceError, TypeError, ValueError):  # the way through the network depends on the numbers
+        return trunk
+    calls = [node for node in graph.nodes if node.op == "call_module"]
+    for node in calls:
+        source = node.args[0] if node.args else None
+        if source not in calls or len(source.users) > 1:
+            continue
+        norm, conv = modules[node.target], modules[source.target]
+        if isinstance(norm, BatchNorm) and isinstance(conv, nn.Conv2d):
+            trunk.set_submodule(source.target, fuse_conv_bn_eval(conv, norm))
+            trunk.set_submodule(node.target, nn.Identity())
+    return trunk
+
+
+class FastTrunk(nn.Module):
+    """A frozen trunk: BatchNorm folded, reduced precision, channels last. (B, 3, H, W) in, float32 out."""
+
+    def __init__(self, trunk, precision="fp32", compile=False):
+        super().__init__()
+        self.dtype, self.compile, self.batch = engine.PRECISIONS[precision], compile, 0
+        self.net = fold_batchnorm(trunk).requires_grad_(False)
+        self.net.to(dtype=self.dtype, memory_format=torch.channels_last)
+        for module in self.net.modules():
+            if isinstance(module, BatchNorm):
+                module.float()  # what could not be folded keeps its precision
+        self.run = compiled(self.net) if compile else self.net
+
+    def train(self, mode=True):  # frozen means frozen, whatever the model around it does
+        return super().train(False)
+
+    def forward(self, images):
+        count = len(images)
+        # A compiled trunk is made for one batch size: a short last batch is filled up. So is an empty one.
+        self.batch = max(1, count, self.batch if self.compile else 0)
+        if count < self.batch and (self.compile or not count):
+            filler = images.new_zeros((self.batch - count, *images.shape[1:]))
+            images = torch.cat([images, filler])
+        images = images.to(dtype=self.dtype, memory_format=torch.channels_last)
+        return self.run(images).float()[:count]
+
+
+def with_fast_trunk(model, precision="fp32", compile=False):
+    """`model` with its trunk replaced by a FastTrunk; the classifier is shared, not copied."""
+    fast = copy.deepcopy(model)
+    fast.classifier = model.classifier
+    if isinstance(model.backbone, nn.ModuleList):
+        fast.backbone = nn.ModuleList(FastTrunk(trunk, precision, compile) for trunk in model.backbone)
+    else:
+        fast.backbone = FastTrunk(model.backbone, precision, compile)
+    return fast
+
+
+def compiled(module):
+    """`torch.compile(module)`, or an InputError where there is no compiler."""
+    import torch._inductor.config as inductor
+
+    compilers = (inductor.cpp.cxx[1] or "", "g++", "clang++", "cl")
+    if not next(module.parameters()).is_cuda and not any(map(shutil.which, compilers)):
+        raise InputError(
+            "--compile needs a C++ compiler (g++, clang++ or cl): install one or leave --compile out"
+        )
+    inductor.freezing = True  # weights of a frozen trunk may be packed once
+    return torch.compile(module)
+
+
+# ---------------------------------------------------------------- BatchNorm, fitted
+
+
+def fit_batchnorm(model, pictures, args, precision, device):
+    """Set the trunk's BatchNorm statistics to those of at most BN_PICTURES training pictures, drawn by the
+    seed.
+
+    Layer by layer means over batches of 64 (torch's cumulative average). Where the original's running
+    statistics drifted to, without the drift. Kept on disk.
+    """
+    layers = [module for module in model.backbone.modules() if isinstance(module, BatchNorm)]
     total = sum(2 * layer.num_features for layer in layers)
     if not total:
         return
-    chosen = np.sort(np.random.default_rng(seed).permutation(pictures.rows.size)[:BN_PICTURES])
+    rng = np.random.default_rng(args.seed)
+    chosen = np.sort(rng.permutation(pictures.rows.size)[:BN_PICTURES])
     rows = pictures.rows.reshape(-1, 1)[chosen]
+    trunk = state_digest(model.normalise, model.backbone)
+    key = digest(pictures.key, trunk, precision, args.seed, BN_PICTURES, "batchnorm-2")
 
-    def make(_):
-        for layer in layers:
-            layer.reset_running_stats()
-            layer.momentum = None  # cumulative average
-        model.backbone.to(memory_format=torch.channels_last).train()
-        data = PictureSet(pictures.array(), rows, np.zeros(len(rows)))
-        batches = Batches(np.random.default_rng(seed).permutation(len(rows)), 64)
-        with torch.no_grad(), autocast(device, precision):
-            for batch in progress(make_loader(data, batches, device=device), "fitting BatchNorm"):
-                if len(batch["images"]) > 1:
-                    model.backbone(prepare(batch)[0][0].flatten(0, 1))
-        for layer in layers:
-            layer.momentum = 0.1
-        yield torch.cat([torch.cat([layer.running_mean, layer.running_var]) for layer in layers]).float().cpu().numpy()
+    def fill(array):
+        run_batchnorm(model, layers, pictures.chosen(rows), args.seed, precision, device)
+        values = [torch.cat([layer.running_mean, layer.running_var]) for layer in layers]
+        array[:] = torch.cat(values).float().cpu().numpy()
 
-    kept = Kept(cache, "batchnorm", digest(pictures.key, trunk, precision, seed, BN_PICTURES, "batchnorm-1"), (total,), np.float32, make)
-    values = torch.from_numpy(rank0(kept.load))
+    path = Path(args.cache) / f"batchnorm-{key[:20]}.npy"
+    values = torch.from_numpy(np.array(engine.from_rank0(kept_array, path, (total,), np.float32, fill)))
     for layer in layers:
-        size = layer.num_features
-        layer.running_mean.copy_(values[:size])
-        layer.running_var.copy_(values[size:2 * size])
-        layer.num_batches_tracked.zero_()  # the same whether they were fitted now or kept: it is part of the trunk's digest
-        values = values[2 * size:]
+        mean, variance, values = values.split(
+            [layer.num_features, layer.num_features, len(values) - 2 * layer.num_features]
+        )
+        layer.running_mean.copy_(mean)
+        layer.running_var.copy_(variance)
+        layer.num_batches_tracked.zero_()  # the same whether fitted now or kept: it is part of the digest
+
+
+def run_batchnorm(model, layers, pictures, seed, precision, device):
+    """Send the pictures through the trunk with BatchNorm alone in training mode."""
+    model.backbone.to(memory_format=torch.channels_last).eval()
+    for layer in layers:
+        layer.reset_running_stats()
+        layer.momentum = None  # cumulative average
+        layer.train()
+    count = len(pictures.rows)
+    data = PictureSet(pictures, np.zeros(count, np.float32))
+    batches = Batches(np.random.default_rng(seed).permutation(count), 64)
+    with torch.no_grad(), engine.autocast(device, precision):
+        for batch in engine.progress(engine.make_loader(data, batches, device=device), "fitting BatchNorm"):
+            images = prepare_batch(batch, device)[0][0].flatten(0, 1)
+            if len(images) > 1:
+                model.backbone(model.normalise(images))
+    for layer in layers:
+        layer.momentum = 0.1
+
+
+# ---------------------------------------------------------------- kept features
 
 
 class TrunkFeatures:
-    """Features (n, P * D) of the rows of `pictures`, from disk where they are kept, else extracted and kept.
+    """Features (n, D) of the rows of some pictures, from disk where they are kept, else extracted and kept.
 
-    They depend on pictures, preprocessing, size, weights with their BatchNorm statistics, precision, and (`view`) the
-    random view's recipe, crop, seed and number.
+    They depend on pictures, preprocessing, size, weights with their BatchNorm statistics and normalisation,
+    precision, and (`view`) the random view's recipe, crop, seed and number.
     """
 
-    def __init__(self, model, precision, compile, device, cache):
-        self.model, self.precision, self.compile, self.device, self.cache = model, precision, compile, device, cache
-        self.digest = state_digest(model.backbone)
-        self.trunk = None  # built when something must be extracted
-        self.held = {}  # plain features stay in memory; augmented views come and go
+    def __init__(self, model, args, precision, device):
+        self.model, self.args, self.precision, self.device = model, args, precision, device
+        self.digest = state_digest(model.normalise, model.backbone)
+        self.fast = None  # built when something must be extracted
+        self.held = {}  # plain features stay; augmented views come and go
 
-    def __call__(self, pictures, recipe="none", size=None, seed=0, view=None):
-        """A float32 tensor (n, P * D) on the device."""
-        drawn = (recipe, size, seed, view) if recipe != "none" else None
-        key = digest(pictures.key, pictures.rows, self.digest, self.precision, self.compile, drawn, "features-1")
+    def __call__(self, pictures, view=None, keys=None):
+        """A float32 tensor (n, D): on the GPU where a quarter of its free memory holds it, else mapped from
+        disk.
+
+        `keys`: the (row, repeat) pairs of an augmented view that are wanted; every row once without them.
+        """
+        args, drawn = self.args, None
+        if view is not None:
+            drawn = (args.augment, args.crop or args.size, args.seed, view)
+        keys = [(row, 0) for row in range(len(pictures.rows))] if keys is None else keys
+        about = (self.digest, self.precision, args.compile, drawn, "features-2")
+        key = digest(pictures.key, pictures.rows, np.array(keys), *about)
         if key in self.held:
             return self.held[key]
-        rows, per_row = pictures.rows.shape
-        kept = Kept(self.cache, "features", key, (rows, per_row * self.width()), np.float32,
-                    lambda _: self.extract(pictures, recipe, size, seed, view))
-        if not rank0(kept.whole):  # all ranks make it again, or none
-            if rank() == 0:
-                kept.write()
+        path, shape = Path(args.cache) / f"features-{key[:20]}.npy", (len(keys), feature_width(self.model))
+        if not engine.from_rank0(is_whole, path, shape, np.dtype(np.float32)):
+            extract = functools.partial(self.extract, pictures, view, keys)
+            if engine.rank() == 0:
+                kept_array(path, shape, np.float32, extract)
             else:
-                for _ in self.extract(pictures, recipe, size, seed, view):
-                    pass
-        features = torch.from_numpy(rank0(kept.read)).to(self.device)
+                extract(None)
+        features = kept_array(path, shape, np.float32, None) if engine.rank() == 0 else None
+        if engine.world() > 1:  # the other machines do not see this disk
+            features = engine.gather(features)[0]
+        features = on_device(torch.from_numpy(features), self.device)
         if drawn is None:
             self.held[key] = features
         return features
 
-    def width(self):
-        last = [m for m in self.model.classifier.modules() if isinstance(m, torch.nn.Linear)][0]
-        return last.in_features // (2 if self.model.name in ("v0", "v1", "v2") else 1)
-
     @torch.inference_mode()
-    def extract(self, pictures, recipe, size, seed, view):
-        """Blocks of rows in order; every rank computes its share of each block and has the whole."""
-        if self.trunk is None:
-            self.trunk = FastTrunk(self.model.backbone, PRECISIONS[self.precision], self.compile).to(self.device)
-        n, per_row = pictures.rows.shape
-        size_of_batch = (EXTRACT_BATCH_GPU if self.device.type == "cuda" else EXTRACT_BATCH) // per_row
-        data = PictureSet(pictures.array(), pictures.rows, np.zeros(n), seed, view)
-        batches = Batches(np.arange(n), size_of_batch * world(), rank=rank(), world=world())
-        workers = 4 if self.device.type == "cuda" else 0
-        for batch in progress(make_loader(data, batches, workers, self.device), "extracting features"):
+    def extract(self, pictures, view, keys, array):
+        """Fill `array` with the features of `keys`; every rank computes its share, rank 0 holds the array."""
+        args = self.args
+        if self.fast is None:
+            self.fast = with_fast_trunk(self.model, self.precision, args.compile).to(self.device)
+        data = PictureSet(pictures, np.zeros(len(pictures.rows), np.float32), args.seed, view, self.device)
+        rows = extract_rows(pictures.size, pictures.rows.shape[1], self.device)
+        batches = KeyBatches(keys, rows * engine.world())
+        workers = loader_workers(args, self.device, data)
+        recipe, size = (args.augment, args.crop or args.size) if view is not None else ("none", None)
+        done = 0
+        for batch in engine.progress(
+            engine.make_loader(data, batches, workers, self.device), "extracting features"
+        ):
             images = prepare_batch(batch, self.device, recipe, size)[0][0]
-            features = self.trunk(images.flatten(0, 1)).reshape(len(images), -1).cpu().numpy()
-            shares = gather(features)
-            block = np.empty((sum(map(len, shares)), per_row * self.width()), np.float32)
-            for i, share in enumerate(shares):
-                block[i::world()] = share
+            shares = engine.gather(self.fast.features(images).cpu().numpy())
+            block = np.empty((sum(map(len, shares)), shares[0].shape[1]), np.float32)
+            for number, share in enumerate(shares):
+                block[number :: engine.world()] = share
             if not np.isfinite(block).all():
-                raise InputError(f"the trunk gives features that are not finite in {self.precision}: try --precision fp32")
-            yield block
+                raise InputError(
+                    f"the trunk's features are not finite in {self.precision}: try --precision fp32"
+                )
+            if array is not None:
+                array[done : done + len(block)] = block
+            done += len(block)
 
 
-# ---------------------------------------------------------------- what an epoch trains on, and how a part is evaluated
+class KeyBatches:
+    """Keys (row, repeat) in their order, for this rank, as samplers.Batches gives rows."""
+
+    def __init__(self, keys, batch):
+        self.keys, self.batch = keys, batch
+
+    def __iter__(self):
+        for start in range(0, len(self.keys), self.batch):
+            yield self.keys[start + engine.rank() : start + self.batch : engine.world()]
+
+    def __len__(self):
+        return -(-len(self.keys) // self.batch)
+
+
+def feature_width(model):
+    return next(module for module in model.classifier.modules() if isinstance(module, nn.Linear)).in_features
+
+
+def extract_rows(size, pictures_per_row, device):
+    """Rows of one batch of extraction: fewer of larger pictures, so that memory does not grow with the
+    size.
+    """
+    pictures = EXTRACT_BATCH.get(device.type, EXTRACT_BATCH["cpu"])
+    if size > 224:
+        pictures = int(pictures * (224 / size) ** 2)
+    return max(1, pictures // pictures_per_row)
+
+
+def on_device(tensor, device):
+    """On a GPU where a quarter of its free memory holds it, else where it is."""
+    if device.type == "cuda" and tensor.nbytes > torch.cuda.mem_get_info(device)[0] / 4:
+        return tensor
+    return tensor.to(device)
+
+
+# ---------------------------------------------------------------- training data, evaluation
+
 
 def loader_workers(args, device, data):
-    """Processes that load batches: none for kept features, and none where a CPU does the training itself."""
-    if isinstance(data, FeatureSet) or device.type == "cpu":
+    """Processes that load batches: none where they lie in memory, or a CPU does the training itself."""
+    if device.type == "cpu" or data.on_device:
         return 0
-    return min(8, default_workers()) if args.workers is None else args.workers
+    if args.workers is not None:
+        return args.workers
+    return min(8, default_workers() // engine.local_world())
 
 
-def has_frozen_features(args, pictures):
-    """Whether the trunk gives the same features in every epoch as long as it is frozen."""
-    return args.bn != "batch" and pictures is not None
+def live_data(args, part, device, view=None):
+    """The data set of a part whose pictures go through the network."""
+    if part.pictures is None:
+        return VolumeSet(part.table["files"], part.targets, args.size, args.preprocess, args.seed, view)
+    return PictureSet(part.pictures, part.targets, args.seed, view, device)
 
 
-def live_data(args, pictures, table, targets, view=None):
-    if pictures is None:
-        return VolumeSet(table["files"], targets, args.size, args.seed, view)
-    return PictureSet(pictures.array(), pictures.rows, targets, args.seed, view)
+def training_data(args, learner, part, epoch, batches):
+    """What an epoch trains on -> (data set, module to train, its precision).
 
-
-def training_data(args, frozen, epoch, model, features, pictures, table, targets, precision, device):
-    """What an epoch trains on: (data set, module to train, precision context).
-
-    A frozen trunk's features train the classifier alone, in float32; without the cache the same fast trunk runs in
-    front of it. Else the whole network runs in the machine's fast precision.
+    A frozen trunk's features train the classifier alone, in float32; without the cache the same fast trunk
+    runs in front of it. Else the whole network runs in the machine's fast precision.
     """
-    view = None if args.augment == "none" else epoch % args.views if args.views else epoch
-    if not (frozen and has_frozen_features(args, pictures)):
-        return live_data(args, pictures, table, targets, view), model.to(memory_format=torch.channels_last), autocast(device, precision)
+    view = None
+    if args.augment != "none":
+        view = epoch % args.views if args.views else epoch
+    frozen = not args.fine_tune or epoch < args.freeze_epochs
+    if not frozen or args.bn == "batch" or part.pictures is None:
+        model = learner.model.to(memory_format=torch.channels_last)
+        return live_data(args, part, learner.device, view), model, learner.precision
     if not args.feature_cache:
-        return live_data(args, pictures, table, targets, view), with_fast_trunk(model, precision).to(device), nullcontext()
-    kept = features(pictures, args.augment, args.crop or args.size, args.seed, view)
-    return FeatureSet(kept, targets), model.classifier, nullcontext()
+        fast = with_fast_trunk(learner.model, learner.precision).to(learner.device)
+        return live_data(args, part, learner.device, view), fast, "fp32"
+    head = learner.model.classifier
+    if view is None:
+        return FeatureSet(learner.features(part.pictures), part.targets), head, "fp32"
+    # Of an augmented view every drawn (row, repeat) is a picture of its own, with features at a place of
+    # their own.
+    keys = sorted(set(zip(batches.order.tolist(), batches.repeats.tolist(), strict=True)))
+    place = {key: number for number, key in enumerate(keys)}
+    features = learner.features(part.pictures, view, keys)
+    return FeatureSet(features, part.targets, place), head, "fp32"
 
 
-def evaluate(args, model, features, pictures, table, targets, criterion, precision, device):
-    """Loss, targets and probabilities of a part, through kept features where the trunk is frozen for good."""
-    if has_frozen_features(args, pictures) and not args.fine_tune and args.feature_cache:
-        data, module, batch = FeatureSet(features(pictures), targets), model.classifier, 4096
-    else:
-        data, module = live_data(args, pictures, table, targets), with_fast_trunk(model, precision).to(device)
-        batch = args.batch if pictures is None else max(args.batch, 32)
-    batches = Batches(np.arange(len(targets)), batch, 0, rank(), world())
-    loader = make_loader(data, batches, loader_workers(args, device, data), device)
-    return predict(module, loader, functools.partial(prepare_batch, device=device), criterion)
+class Mirrored(nn.Module):
+    """A network that looks at the mirrored pictures: of a pair the eyes change sides."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+
+    def forward(self, images, *lengths):
+        return self.network(mirror_batch(images), *lengths)
+
+
+def predict_live(args, fast, part, criterion, device, mirrored=False):
+    """(mean loss, probs (n, K)) of a part whose pictures go through `fast` (with_fast_trunk)."""
+    data = live_data(args, part, device)
+    rows = (
+        args.batch if part.pictures is None else extract_rows(part.size, part.pictures.rows.shape[1], device)
+    )
+    batches = Batches(np.arange(len(part.targets)), rows * engine.world(), engine.rank(), engine.world())
+    loader = engine.make_loader(data, batches, loader_workers(args, device, data), device)
+    prepare = functools.partial(prepare_batch, device=device)
+    return engine.predict(Mirrored(fast) if mirrored else fast, loader, prepare, criterion)
+
+
+def evaluate(args, model, features, part, criterion, precision, device):
+    """(mean loss, probs (n, K)) of a part, through kept features where the trunk is frozen for good."""
+    if not args.feature_cache or args.bn == "batch" or part.pictures is None or args.fine_tune:
+        return predict_live(args, with_fast_trunk(model, precision).to(device), part, criterion, device)
+    data = FeatureSet(features(part.pictures), part.targets)
+    batches = Batches(np.arange(len(part.targets)), 4096, engine.rank(), engine.world())
+    loader = engine.make_loader(data, batches, device=device)
+    return engine.predict(
+        model.classifier, loader, functools.partial(prepare_batch, device=device), criterion
+    )

@@ -1,184 +1,262 @@
-"""Every score as a pure function: arrays in, a dict of Python floats out (imports numpy only, so training starts fast).
+"""Every score as a pure function: arrays in, Python floats out (numpy only, so training starts fast).
 
-    python -c "import metrics; print(metrics.compute_challenge_metrics([[0, 1], [1, 0]], [[.2, .9], [.7, .4]]))"
+    python -c "import metrics; print(metrics.challenge_scores([[0, 1], [1, 0]], [[.2, .9], [.7, .4]]))"
 
-Four families, never under one name: "per label" and "challenge" (eye pairs), "classes" (one class a picture), "auc"
-(knees). Definitions: scikit-learn's, Cohen (1960) for kappa, the ODIR-5K challenge's evaluation script for "challenge".
-An undefined score (0/0: one class only) is NaN, makes every mean it enters NaN and is named by `undefined_scores`; only
-F1 has the published zero_division=0. InputError: shapes that differ, no rows, y_true not 0/1, y_prob not in 0-1.
-
-All is computed from weights, how often each patient counts: once for the score, as often as drawn for a bootstrap
-resample, so an interval cannot come from another formula than its score. n patients, L labels, K classes, B resamples.
+Definitions: scikit-learn's, Cohen (1960) for kappa, the ODIR-5K challenge's own script. An undefined score
+(0/0: one class only) is NaN, makes its means NaN and is named by `undefined_scores`; F1 is 0, as published.
+All is computed from weights, how often each row counts, so an interval has the formula of its score.
+n rows (pairs, photographs, exams), L labels, K classes, B resamples; `threshold` is a number, or (L,).
 """
 
 import numpy as np
 
 from errors import InputError
 
-FAMILIES = ("per label", "challenge", "classes", "auc")
-CHUNK = 4_000_000  # cells of one block of resamples: 32 MB, whatever the number of patients
+FAMILIES = ("per label", "challenge", "classes", "auc")  # never under one name
+CHUNK = 4_000_000  # cells of one block of resamples: 32 MB, whatever the number of rows
 
 
 def compute_challenge_metrics(y_true, y_prob, threshold=0.5):
-    """{"kappa", "f1", "auc", "final"} per label of y_true (n, L) 0/1, y_prob (n, L); predicted where prob > threshold.
-
-    kappa: unweighted mean of the labels' Cohen kappas; f1, auc: scikit-learn's average="weighted"; final: their mean.
-    A label of one class has no AUC, so auc and final are NaN (scikit-learn passes over a label that nobody has).
+    """{"kappa", "f1", "auc", "final"} of y_true (n, L) 0/1 and y_prob (n, L); predicted: y_prob > threshold.
+    kappa: unweighted mean over labels; f1, auc: scikit-learn's average="weighted"; final: mean of the three.
+    A label of one class has no AUC: auc and final are NaN (scikit-learn skips a label that nobody has).
     """
     return scores("per label", y_true, y_prob, threshold=threshold)
 
 
 def challenge_scores(y_true, y_prob, threshold=0.5):
-    """The same keys on the flattened (n, L) matrix (ODIR-5K challenge); f1 is micro F1, which is cell accuracy."""
+    """The same keys of the flattened matrix (ODIR-5K challenge); f1 is micro F1, which is cell accuracy."""
     return scores("challenge", y_true, y_prob, threshold=threshold)
 
 
-def compute_class_metrics(y_true, y_prob):
-    """{"accuracy", "kappa", "quadratic_kappa", "f1": macro over all K} of y_true (n,) and y_prob (n, K), by argmax."""
-    return scores("classes", y_true, y_prob)
-
-
-def compute_auc_metrics(y_true, y_prob, labels):
-    """{"auc_<label>" for each of the L labels, "auc": their mean} of y_true, y_prob (n, L)."""
-    return scores("auc", y_true, y_prob, labels)
-
-
-def scores(family, y_true, y_prob, labels=None, threshold=0.5):
-    """The scores of one of FAMILIES, as above; "auc" names its scores after `labels`."""
-    tables = _tables(family, y_true, y_prob, labels, threshold)
+def scores(family, y_true, y_prob, labels=None, threshold=0.5, ordered=True):
+    """Scores of one of FAMILIES: as above; "auc" (knees): {"auc_<label>" of all `labels`, "auc": their mean};
+    "classes" (y_true (n,), by argmax): {"accuracy", "kappa", "quadratic_kappa" (ordered), "f1": macro}.
+    """
+    tables = _tables(family, y_true, y_prob, labels, threshold, ordered)
     return {key: float(value[0]) for key, value in _weigh(tables, np.ones((1, len(y_true)))).items()}
 
 
 def per_label_scores(y_true, y_prob, threshold=0.5):
-    """{"kappa", "f1", "auc", "precision", "recall" (0/0 is NaN), "support" in patients}: a list of L floats each."""
-    tables = _tables("per label", y_true, y_prob, None, threshold)
-    each = _label_scores(tables, np.ones((1, len(y_true))))
+    """{"kappa", "f1", "auc", "precision", "recall" (0/0 is NaN), "support" in rows}: lists of L floats."""
+    each = _label_scores(_tables("per label", y_true, y_prob, None, threshold), np.ones((1, len(y_true))))
     return {key: each[key][0].tolist() for key in ("kappa", "f1", "auc", "precision", "recall", "support")}
 
 
 def undefined_scores(y_true, y_prob, labels, family="per label", threshold=0.5):
-    """What is NaN in `scores` and why, in words: ["auc of glaucoma: only one class among 12 patients"]."""
+    """What is NaN in `scores` and why, in words: ["auc of glaucoma: only one class among 12 rows"]."""
     y_true, y_prob = _checked(family, y_true, y_prob, labels)
-    predicted = np.argmax(y_prob, axis=1) if family == "classes" else y_prob > threshold
+    predicted = np.argmax(y_prob, axis=1) if family == "classes" else _above(y_prob, threshold)
     if family in ("challenge", "classes"):  # one score over everything
         y_true, predicted = y_true.reshape(-1, 1), predicted.reshape(-1, 1)
-        labels = ["all labels" if family == "challenge" else "all classes"]
-    found, among = [], f"among {len(y_true)} {'cells' if family == 'challenge' else 'patients'}"
+        labels = ["all classes"] if family == "classes" else ["all labels"]
+    among = f"among {len(y_true)} {'cells' if family == 'challenge' else 'rows'}"
+    found = []
     for label, truth, prediction in zip(labels, y_true.T, predicted.T, strict=True):
-        if (truth == truth[0]).all():
-            found += [f"auc of {label}: only one class {among}"] * (family != "classes")
-            if family != "auc" and (prediction == truth[0]).all():
-                found.append(f"kappa of {label}: truth and prediction are all {int(truth[0])} {among}")
+        one_class = (truth == truth[0]).all()
+        if one_class and family != "classes":
+            found.append(f"auc of {label}: only one class {among}")
+        if one_class and family != "auc" and (prediction == truth[0]).all():
+            found.append(f"kappa of {label}: truth and prediction are all {int(truth[0])} {among}")
     return found
 
 
-def trivial_scores(y_true, prior, family, labels=None, threshold=0.5):
-    """Scores of what needs no picture, by name: {"all zeros": {...}, "class priors": {...}}.
-
-    "class priors" answers every patient with `prior` (L,), the labels' frequencies in the training part; for "classes",
-    with y_true (n,) and prior (K,), that is always the largest class. "all zeros" stands for the eye pairs' families only.
+def trivial_scores(y_true, prior, family, labels=None, threshold=0.5, ordered=True):
+    """Scores of what needs no picture: {"all zeros": {...} (eye pairs), "class priors": {...}}.
+    The latter answers `prior` (L,), the labels' shares of the training part; classes: "largest class".
     """
     y_true, prior = np.asarray(y_true), np.asarray(prior, dtype=np.float64)
-    if prior.ndim != 1 or y_true.ndim == 2 and y_true.shape[1:] != prior.shape:
+    if prior.ndim != 1 or (y_true.ndim == 2 and y_true.shape[1:] != prior.shape):
         raise InputError(f"prior {prior.shape} does not fit y_true {y_true.shape}")
-    answers = {"all zeros": np.zeros(len(prior))} if family in FAMILIES[:2] else {}
-    answers["largest class" if family == "classes" else "class priors"] = prior
-    return {name: scores(family, y_true, np.broadcast_to(answer, (len(y_true), len(prior))), labels, threshold)
-            for name, answer in answers.items()}
+    answers = {"largest class" if family == "classes" else "class priors": prior}
+    if family in ("per label", "challenge"):
+        answers = {"all zeros": np.zeros(len(prior)), **answers}
+    for name, answer in answers.items():
+        y_prob = np.broadcast_to(answer, (len(y_true), len(prior)))
+        answers[name] = scores(family, y_true, y_prob, labels, threshold, ordered)
+    return answers
 
 
-def bootstrap_intervals(family, y_true, y_prob, n_resamples=1000, seed=0, labels=None, level=0.95, threshold=0.5):
-    """{score: [low, high]}: percentile bootstrap over patients, all labels of one together (Efron 1979); by seed.
-
-    Resamples in which a score is undefined are left out of its interval; undefined in all, it is [NaN, NaN].
+def bootstrap_intervals(family, y_true, y_prob, n_resamples=1000, seed=0, patients=None, level=0.95, **rules):
+    """{score: [low, high]}, percentile bootstrap (Efron 1979); rules: `scores`' labels, threshold, ordered.
+    `patients` (n,) are drawn with all their rows, for two eyes are alike. NaN only if all resamples are.
     """
-    if n_resamples < 1 or not 0 < level < 1:
-        raise InputError(f"n_resamples {n_resamples} must be 1 or more and level {level} between 0 and 1")
-    tables, n = _tables(family, y_true, y_prob, labels, threshold), len(y_true)
-    block, rng, blocks = max(1, CHUNK // np.asarray(y_prob).size), np.random.default_rng(seed), []
-    for start in range(0, n_resamples, block):
-        size = min(block, n_resamples - start)
-        drawn = rng.integers(n, size=(size, n)) + np.arange(size)[:, None] * n
-        weights = np.bincount(drawn.ravel(), minlength=size * n).reshape(size, n)
-        blocks.append(_weigh(tables, weights.astype(np.float64)))
-    intervals = {}
-    for key in blocks[0]:
-        values = np.concatenate([part[key] for part in blocks])
-        values = values[np.isfinite(values)] if np.isfinite(values).any() else [np.nan]
-        intervals[key] = np.quantile(values, [(1 - level) / 2, (1 + level) / 2]).tolist()
-    return intervals
+    return _bootstrap(_weigh, _tables(family, y_true, y_prob, **rules), n_resamples, seed, patients, level)
+
+
+def label_intervals(y_true, y_prob, threshold=0.5, n_resamples=1000, seed=0, patients=None, level=0.95):
+    """{"kappa", "f1", "auc", ...}: L intervals [low, high] each, of all that `per_label_scores` has."""
+    tables = _tables("per label", y_true, y_prob, None, threshold)
+    return _bootstrap(_label_scores, tables, n_resamples, seed, patients, level)
+
+
+def paired_bootstrap(family, y_true, prob_a, prob_b, n_resamples=1000, seed=0, patients=None, **rules):
+    """{score: {"difference": b - a, "low", "high": 95 %}}, same draws for both; or threshold=(a's, b's)."""
+    threshold = rules.pop("threshold", 0.5)
+    pair = threshold if isinstance(threshold, tuple) else (threshold, threshold)
+    answers = zip((prob_a, prob_b), pair, strict=True)
+    tables = [_tables(family, y_true, prob, threshold=cut, **rules) for prob, cut in answers]
+    whole = _weigh(tables, np.ones((1, len(y_true))))
+    found = _bootstrap(_weigh, tables, n_resamples, seed, patients, 0.95)
+    for key, (low, high) in found.items():
+        found[key] = {"difference": float(whole[key][0]), "low": low, "high": high}
+    return found
+
+
+def learned_thresholds(y_true, y_prob):
+    """Thresholds (L,) float64 with the highest "per label" final score; to be learned on training rows.
+    A label adds kappa / L + f1 * support / all supports, so each is maximised alone, over all midpoints of
+    neighbouring distinct probabilities, below and above them; ties: closest to 0.5. One class: 0.5.
+    """
+    y_true, y_prob = _checked("per label", y_true, y_prob)
+    n, support, thresholds = len(y_true), y_true.sum(axis=0), np.full(y_true.shape[1], 0.5)
+    predicted = np.arange(n + 1)  # how many every cut predicts: the k highest
+    for label in np.flatnonzero((support > 0) & (support < n)):
+        order, positive = np.argsort(y_prob[:, label])[::-1], support[label]
+        prob = np.concatenate([[2.0], y_prob[order, label], [0.0]])
+        below = np.nextafter(prob[:-1], 0)  # a midpoint may round up to its neighbour
+        cuts = np.minimum((prob[:-1] + prob[1:]) / 2, below).clip(max=1)
+        both = np.append(0, np.cumsum(y_true[order, label]))
+        chance = predicted * (n - positive) + positive * (n - predicted)
+        kappa = 2 * (n * both - predicted * positive) / chance
+        gain = kappa / len(support) + 2 * both / (predicted + positive) * positive / support.sum()
+        gain[prob[:-1] == prob[1:]] = -np.inf  # no threshold parts equal probabilities
+        best = cuts[gain >= gain.max() - 1e-12]  # equal scores may differ in their last bits
+        thresholds[label] = best[np.argmin(np.abs(best - 0.5))]
+    return thresholds
+
+
+def reliability(y_true, y_prob, bins=15):
+    """(confidence, accuracy, count), (bins,) each, of equal bins (low, high]; NaN where empty. y_true (n, L):
+    every cell; (n,): the top class (Guo et al. 2017, "On Calibration of Modern Neural Networks").
+    """
+    y_true, y_prob = _checked("classes" if np.ndim(y_true) == 1 else "challenge", y_true, y_prob)
+    if y_true.ndim == 1:
+        y_true, y_prob = np.argmax(y_prob, axis=1) == y_true, y_prob.max(axis=1)
+    place = np.searchsorted(np.linspace(0, 1, bins + 1)[1:-1], y_prob.ravel())
+    count = np.bincount(place, minlength=bins)
+    sums = (np.bincount(place, values.ravel(), minlength=bins) for values in (y_prob, y_true))
+    return *(_ratio(one, count) for one in sums), count
+
+
+def expected_calibration_error(y_true, y_prob, bins=15):
+    """ECE (Guo et al. 2017): |accuracy - confidence| of `reliability`, bins weighted by their counts."""
+    confidence, accuracy, count = reliability(y_true, y_prob, bins)
+    return float(np.nansum(np.abs(accuracy - confidence) * count) / count.sum())
 
 
 def confusion_matrix(y_true, y_pred, num_classes):
-    """Counts (K, K) int64, truth in rows, prediction in columns, of y_true, y_pred (n,) whole numbers in 0..K-1."""
+    """Counts (K, K) int64, truth in rows, predictions in columns, of y_true, y_pred (n,) in 0..K-1."""
     y_true, y_pred = np.asarray(y_true), np.asarray(y_pred)
-    if y_true.shape != y_pred.shape or y_true.ndim != 1 or not np.isin([y_true, y_pred], np.arange(num_classes)).all():
-        raise InputError(f"y_true {y_true.shape} and y_pred {y_pred.shape} must both be (n,) in 0..{num_classes - 1}")
+    known = np.isin(np.append(y_true, y_pred), np.arange(num_classes)).all()
+    if y_true.shape != y_pred.shape or y_true.ndim != 1 or not known:
+        raise InputError(f"y_true {y_true.shape}, y_pred {y_pred.shape} must be (n,) in 0..{num_classes - 1}")
     cells = y_true.astype(np.int64) * num_classes + y_pred.astype(np.int64)
     return np.bincount(cells, minlength=num_classes**2).reshape(num_classes, num_classes)
 
 
-def _checked(family, y_true, y_prob, labels):
-    """y_true (n, L) bool, or (n,) int64 for "classes", and y_prob as it was given: float32 is compared as float32."""
+def _checked(family, y_true, y_prob, labels=None):
+    """y_true (n, L) bool, or (n,) int64 for "classes"; y_prob as given: float32 is compared as float32."""
     y_true, y_prob, classes = np.asarray(y_true), np.asarray(y_prob), family == "classes"
     if family not in FAMILIES or (family == "auc" and labels is None):
-        raise InputError(f"score family {family!r} must be one of {FAMILIES}, and 'auc' needs the labels' names")
-    if y_prob.ndim != 2 or not y_prob.size or y_true.shape != y_prob.shape[:2 - classes]:
-        raise InputError(f"for {family!r}, y_true {y_true.shape} must be {'(n,)' if classes else '(n, labels)'} and "
-                         f"y_prob {y_prob.shape} must be (n, {'classes' if classes else 'labels'}), and not empty")
+        raise InputError(f"score family {family!r} must be one of {FAMILIES}; 'auc' needs the labels' names")
+    shape, wanted = (y_prob.shape[:1], "(n,), (n, K)") if classes else (y_prob.shape, "(n, labels), the same")
+    numbers = y_true.dtype.kind in "biuf" and y_prob.dtype.kind in "biuf"
+    if y_prob.ndim != 2 or not y_prob.size or y_true.shape != shape or not numbers:
+        given = f"y_true {y_true.shape} {y_true.dtype} and y_prob {y_prob.shape} {y_prob.dtype}"
+        raise InputError(f"for {family!r}, {given} must hold numbers, {wanted}, and not be empty")
     if not classes and labels is not None and len(labels) != y_prob.shape[1]:
         raise InputError(f"{len(labels)} label names were given for {y_prob.shape[1]} columns")
-    if y_true.dtype.kind not in "biuf" or y_prob.dtype.kind not in "biuf":
-        raise InputError(f"y_true ({y_true.dtype}) and y_prob ({y_prob.dtype}) must hold numbers")
     top = y_prob.shape[1] - 1 if classes else 1
-    whole = (y_true >= 0) & (y_true <= top) & (y_true == np.floor(y_true))
-    for name, values, wrong in ((f"y_true must be whole numbers, 0 to {top}", y_true, ~whole),
-                                ("y_prob must lie in 0-1", y_prob, ~((y_prob >= 0) & (y_prob <= 1)))):  # NaN does not
-        if wrong.any():
-            at = tuple(np.argwhere(wrong)[0].tolist())
-            raise InputError(f"{name}: {np.sum(wrong)} values are not, the first is {values[at]} in row {at[0]}")
+    whole, share = np.isin(y_true, np.arange(top + 1)), (y_prob >= 0) & (y_prob <= 1)  # NaN is neither
+    truth, prob = (f"y_true must be whole, 0 to {top}", y_true, whole), ("y_prob must be 0-1", y_prob, share)
+    for rule, values, right in (truth, prob):
+        if not right.all():
+            at = tuple(np.argwhere(~right)[0].tolist())
+            raise InputError(f"{rule}: {(~right).sum()} values are not, as {values[at]} in row {at[0]}")
     return y_true.astype(np.int64 if classes else bool), y_prob
 
 
-def _tables(family, y_true, y_prob, labels, threshold):
+def _above(y_prob, threshold):
+    """What is predicted, (n, L) bool. A number is compared in y_prob's precision, an array in float64."""
+    if np.ndim(threshold) == 0:
+        return y_prob > float(threshold)
+    threshold = np.asarray(threshold, dtype=np.float64)
+    if threshold.shape != y_prob.shape[1:] or np.isnan(threshold).any():
+        raise InputError(f"threshold {threshold} must be a number, or {y_prob.shape[1]}: one a label")
+    return y_prob > threshold
+
+
+def _tables(family, y_true, y_prob, labels=None, threshold=0.5, ordered=True):
     """What the weights do not change, done once for any number of resamples."""
     y_true, y_prob = _checked(family, y_true, y_prob, labels)
-    width = y_prob.shape[1]
+    tables = {"family": family, "shape": y_prob.shape, "labels": labels, "ordered": ordered, "size": 1}
     if family == "classes":
-        return {"family": family, "size": width, "cells": y_true * width + np.argmax(y_prob, axis=1)}
-    predicted = y_prob > float(threshold)
+        return {**tables, "cells": y_true * y_prob.shape[1] + np.argmax(y_prob, axis=1)}
+    predicted = _above(y_prob, threshold)
     counts = {"positive": y_true, "predicted": predicted, "both": y_true & predicted}
-    if family == "challenge":  # flattened: a patient is L cells of one column
+    if family == "challenge":  # flattened: a row is `size` cells of one column
         counts = {name: cells.sum(axis=1, keepdims=True) for name, cells in counts.items()}
-        return {"family": family, "size": width, "auc": [_ranked(y_true.ravel(), y_prob.ravel(), width)], **counts}
-    ranks = [_ranked(truth, prob, 1) for truth, prob in zip(y_true.T, y_prob.T, strict=True)]
-    return {"family": family, "size": 1, "labels": labels, "auc": ranks, **counts}
+        tables["size"] = y_prob.shape[1]
+        y_true, y_prob = y_true.reshape(-1, 1), y_prob.reshape(-1, 1)
+    columns = zip(y_true.T, y_prob.T, strict=True)
+    return {**tables, **counts, "ranks": [_ranked(truth, prob, tables["size"]) for truth, prob in columns]}
 
 
-def _ranked(truth, prob, width):
-    """Patients of the positive and the negative cells; how many negatives each positive beats, without, with ties."""
+def _ranked(truth, prob, size):
+    """Rows of the positive and the negative cells; how many negatives each positive beats, and ties."""
     negative, positive = np.flatnonzero(~truth), np.flatnonzero(truth)
     negative, positive = negative[np.argsort(prob[negative])], positive[np.argsort(prob[positive])]
     beaten = [np.searchsorted(prob[negative], prob[positive], side) for side in ("left", "right")]
-    return positive // width, negative // width, *beaten
+    return positive // size, negative // size, *beaten
+
+
+def _bootstrap(weigh, tables, n_resamples, seed, patients, level):
+    """{key: [low, high], or L of them} of weigh(tables, weights (b, n)) -> {key: (b,) or (b, L)}."""
+    if n_resamples < 1 or not 0 < level < 1:
+        raise InputError(f"n_resamples {n_resamples} must be 1 or more and level {level} between 0 and 1")
+    n, width = tables[0]["shape"] if isinstance(tables, list) else tables["shape"]
+    numbers, names = {}, range(n) if patients is None else np.asarray(patients).tolist()
+    owner = np.array([numbers.setdefault(name, len(numbers)) for name in names])  # in order of appearance
+    if len(owner) != n:
+        raise InputError(f"{len(owner)} patients were given for {n} rows")
+    rng, count, block, blocks = np.random.default_rng(seed), len(numbers), max(1, CHUNK // (n * width)), []
+    for start in range(0, n_resamples, block):
+        size = min(block, n_resamples - start)
+        drawn = rng.integers(count, size=(size, count)) + np.arange(size)[:, None] * count
+        times = np.bincount(drawn.ravel(), minlength=size * count).reshape(size, count)
+        blocks.append(weigh(tables, times.take(owner, axis=1).astype(np.float64)))
+    intervals = {}
+    for key in blocks[0]:
+        values = np.concatenate([part[key] for part in blocks])
+        nowhere = np.isnan(values).all(axis=0)  # numpy warns of quantiles of nothing
+        ends = np.nanquantile(np.where(nowhere, 0, values), [(1 - level) / 2, (1 + level) / 2], axis=0)
+        intervals[key] = np.where(nowhere, np.nan, ends).T.tolist()
+    return intervals
 
 
 def _weigh(tables, weights):
-    """Scores {key: (B,)} of a family's tables under weights (B, n)."""
+    """Scores {key: (B,)} of a family's tables under weights (B, n); of two in a list: their difference."""
+    if isinstance(tables, list):
+        first, second = (_weigh(one, weights) for one in tables)
+        return {key: second[key] - first[key] for key in first}
     if tables["family"] == "classes":
-        size = tables["size"]
-        matrix = np.stack([np.bincount(tables["cells"], weights=one, minlength=size**2) for one in weights])
+        size = tables["shape"][1]
+        matrix = np.stack([np.bincount(tables["cells"], one, minlength=size**2) for one in weights])
         matrix = matrix.reshape(-1, size, size)
         right = np.diagonal(matrix, axis1=1, axis2=2)  # (B, K)
-        f1 = _ratio(2 * right, matrix.sum(axis=1) + matrix.sum(axis=2), undefined=0.0)
-        return {"accuracy": right.sum(axis=1) / matrix.sum(axis=(1, 2)), "kappa": _kappa(matrix),
-                "quadratic_kappa": _kappa(matrix, power=2), "f1": f1.mean(axis=1)}
+        f1 = _ratio(2 * right, matrix.sum(axis=1) + matrix.sum(axis=2), undefined=0.0).mean(axis=1)
+        found = {"accuracy": right.sum(axis=1) / matrix.sum(axis=(1, 2)), "kappa": _kappa(matrix)}
+        if tables["ordered"]:
+            found["quadratic_kappa"] = _kappa(matrix, power=2)
+        return {**found, "f1": f1}
     if tables["family"] == "auc":
         auc = _auc(tables, weights)
         named = {f"auc_{label}": one for label, one in zip(tables["labels"], auc.T, strict=True)}
         return {**named, "auc": auc.mean(axis=1)}
     each = _label_scores(tables, weights)
-    kappa, f1, auc, support = each["kappa"].mean(axis=1), each["accuracy"][:, 0], each["auc"][:, 0], each["support"]
+    kappa, f1 = each["kappa"].mean(axis=1), each["accuracy"][:, 0]
+    auc, support = each["auc"][:, 0], each["support"]
     if tables["family"] == "per label":
         f1 = _ratio((each["f1"] * support).sum(axis=1), support.sum(axis=1), undefined=0.0)
         auc = _ratio((each["auc"] * support).sum(axis=1), support.sum(axis=1))
@@ -187,18 +265,19 @@ def _weigh(tables, weights):
 
 def _label_scores(tables, weights):
     """Scores {key: (B, L)} of every label; of one column where the matrix is flattened."""
-    both, predicted, positive = (weights @ tables[name] for name in ("both", "predicted", "positive"))  # (B, L)
+    both, predicted, positive = (weights @ tables[name] for name in ("both", "predicted", "positive"))
     total = weights.sum(axis=1, keepdims=True) * tables["size"]
     neither = total - predicted - positive + both
-    matrix = np.stack([neither, predicted - both, positive - both, both], axis=-1).reshape(*both.shape, 2, 2)
-    return {"kappa": _kappa(matrix), "f1": _ratio(2 * both, predicted + positive, undefined=0.0),
-            "auc": _auc(tables, weights), "precision": _ratio(both, predicted), "recall": _ratio(both, positive),
-            "support": positive, "accuracy": (both + neither) / total}
+    matrix = np.stack([neither, predicted - both, positive - both, both], axis=-1)
+    found = {"kappa": _kappa(matrix.reshape(*both.shape, 2, 2)), "auc": _auc(tables, weights)}
+    found["f1"] = _ratio(2 * both, predicted + positive, undefined=0.0)
+    found |= {"precision": _ratio(both, predicted), "recall": _ratio(both, positive), "support": positive}
+    return {**found, "accuracy": (both + neither) / total}
 
 
 def _kappa(matrix, power=0):
     """Cohen's kappa (...) of confusion matrices (..., K, K); a disagreement costs |i - j| ** power."""
-    distance = np.abs(np.subtract.outer(*[np.arange(matrix.shape[-1])] * 2))
+    distance = np.abs(np.arange(matrix.shape[-1])[:, None] - np.arange(matrix.shape[-1]))
     cost = (distance > 0) * distance.astype(np.float64) ** power
     rows, columns = matrix.sum(axis=-1), matrix.sum(axis=-2)
     expected = (cost * rows[..., :, None] * columns[..., None, :]).sum(axis=(-2, -1))
@@ -206,9 +285,9 @@ def _kappa(matrix, power=0):
 
 
 def _auc(tables, weights):
-    """Area under the ROC curve (B, L): weighted share of (positive, negative) pairs in order, ties counting half."""
+    """Area under the ROC curve (B, L): weighted share of (positive, negative) pairs in order, ties half."""
     areas = []
-    for positive, negative, beaten, tied in tables["auc"]:
+    for positive, negative, beaten, tied in tables["ranks"]:
         below = np.zeros((len(weights), len(negative) + 1))
         np.cumsum(weights[:, negative], axis=1, out=below[:, 1:])
         gain = weights[:, positive]

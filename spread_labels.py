@@ -2,12 +2,12 @@
 
     python spread_labels.py --ckpt best.pt
 
-takes the outputs of the last dense layer for the run's TRAINING pictures and for those in test/, standardises them and
-runs scikit-learn's LabelSpreading (Zhou et al. 2004). Writes pseudo_labels.csv (filename, label, confidence) into the
-run's folder, for `train.py --pseudo-labels`. Validation and test pictures take no part.
+takes the outputs of the last dense layer for the run's TRAINING pictures and for those in test/,
+standardises them and runs scikit-learn's LabelSpreading (Zhou et al. 2004). Writes pseudo_labels.csv
+(filename, label, confidence) into the run's folder, for `train.py --pseudo-labels`. Validation and test
+pictures take no part.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -20,71 +20,63 @@ from sklearn.semi_supervised import LabelSpreading
 import checkpoint
 import dataset
 import engine
-import models
-import pictures
+import predictor
+import tables
+from arguments import add_machine_flags
 from cache import replace_file
-from errors import Formatter, InputError, guard
-from features import TrunkFeatures, evaluate
+from errors import InputError, Parser, guard
+from split import drop_missing
 
 UNKNOWN = -1  # scikit-learn's mark for a row without a label
 
 
-class Logits(engine.Criterion):
-    """Lets `engine.predict` hand back the outputs of the last dense layer themselves."""
-
-    def probs(self, logits):
-        return logits
-
-
 def get_args_parser():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Formatter)
-    parser.add_argument("--ckpt", required=True, help="a best.pt of the retina study")
-    parser.add_argument("--data", help="another folder of the same pictures (default: the one that was trained on)")
-    parser.add_argument("--missing", choices=["stop", "drop"], help="missing or unreadable pictures: stop, or drop them (default: as in the run)")
-    parser.add_argument("--out", help="folder for pseudo_labels.csv (default: the run's folder)")
-    parser.add_argument("--kernel", choices=["knn", "rbf"], default="knn", help="who is near: knn needs no scale (ours; the study names none)")
-    parser.add_argument("--neighbors", type=int, default=7, help="knn: the picture itself and its nearest ones (scikit-learn's)")
-    parser.add_argument("--gamma", type=float, help="rbf: exp(-gamma d^2) (without it: 1 / number of labels, as scikit-learn's rbf_kernel; "
-                        "LabelSpreading's own 20 would cut off all standardised neighbours)")
-    parser.add_argument("--alpha", type=float, default=0.2, help="share that a picture takes from its neighbours (scikit-learn's)")
-    parser.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="where it runs")
-    parser.add_argument("--precision", choices=["auto", *engine.PRECISIONS], help="default: as the run was asked to")
-    parser.add_argument("--workers", type=int, help="processes that decode pictures (default: the cores allowed)")
-    parser.add_argument("--cache", help="folder of kept pictures and features (default: the run's)")
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add("--ckpt", required=True, help="a best.pt of the retina study, or its run's folder")
+    add("--data", help="another folder of the same pictures (default: the one that was trained on)")
+    text = "missing or unreadable pictures: stop, or drop them (default: as in the run)"
+    add("--missing", choices=["stop", "drop"], help=text)
+    add("--out", type=Path, help="folder for pseudo_labels.csv (default: the run's folder)")
+    text = "who is near: knn needs no scale (ours; the study names none)"
+    add("--kernel", choices=["knn", "rbf"], default="knn", help=text)
+    add("--neighbors", type=int, default=7, help="knn: the picture itself and its nearest (scikit-learn's)")
+    text = "rbf: exp(-gamma d^2) (default: 1 / number of labels; LabelSpreading's own 20 reaches nobody)"
+    add("--gamma", type=float, help=text)
+    add(
+        "--alpha",
+        type=float,
+        default=0.2,
+        help="share that a picture takes from its neighbours (scikit-learn's)",
+    )
+    add_machine_flags(parser, precision=None)
+    add("--cache", default="cache", help="folder of kept pictures and features")
     return parser
 
 
-def training_rows(saved, table, pseudo):
-    """The labelled rows that the run trained on, never one of its validation or test part.
-
-    A run with --pseudo-labels has names of unlabelled pictures among its training IDs; they may be missing in `table`.
-    """
-    split, ids = saved["split"], table["ID"].astype(str)
-    wanted = set(split["train"]) - set(split["val"]) - set(split["test"])
-    rows = table[ids.isin(wanted)].reset_index(drop=True)
-    if rows.empty or len(rows) < len(wanted) and not pseudo:
-        raise InputError(f"{len(wanted) - len(rows)} of the run's {len(wanted)} training pictures are not in this data set: "
-                         "the data have changed since training")
-    return rows
-
-
 def spread(outputs, targets, kernel="knn", neighbors=7, gamma=None, alpha=0.2):
-    """Spread `targets` (n,), UNKNOWN where there is none, over standardised outputs (n, K) -> (labels (n,), confidence (n,)).
+    """Spread `targets` (n,), UNKNOWN where there is none, over standardised outputs (n, K) -> (labels,
+    confidence).
 
-    Confidence is the label's share of what reached the row, 0..1; a row that nothing reached has UNKNOWN and 0.
+    Confidence (n,) is the label's share of what reached the row, 0..1; a row that nothing reached has
+    UNKNOWN and 0.
     """
     outputs = StandardScaler().fit_transform(outputs.astype(np.float64))
-    # Changes shrink by `alpha` a round and add up over all rows: scikit-learn's 30 rounds are few for an alpha near 1.
-    model = LabelSpreading(kernel=kernel, n_neighbors=neighbors, gamma=gamma or 1 / outputs.shape[1], alpha=alpha, max_iter=1000)
+    gamma = gamma or 1 / outputs.shape[1]
+    # Changes shrink by `alpha` a round and add up over all rows: scikit-learn's 30 rounds are few for one
+    # near 1.
+    model = LabelSpreading(kernel=kernel, n_neighbors=neighbors, gamma=gamma, alpha=alpha, max_iter=1000)
     shares = model.fit(outputs, targets).label_distributions_
     confidence = shares.max(1)
     return np.where(confidence > 0, model.classes_[shares.argmax(1)], UNKNOWN), np.clip(confidence, 0, 1)
 
 
 def agreement(outputs, targets, settings):
-    """Share of the labelled rows whose spread label is the true one while a fifth of them, theirs included, is hidden.
+    """Share of the labelled rows whose spread label is the true one while a fifth of them, theirs too, is
+    hidden.
 
-    Not hidden, a row keeps 1 - alpha of its own label and would agree with itself whatever its neighbours say.
+    Not hidden, a row keeps 1 - alpha of its own label and would agree with itself whatever its neighbours
+    say.
     """
     known = np.flatnonzero(targets != UNKNOWN)
     right = 0
@@ -95,55 +87,83 @@ def agreement(outputs, targets, settings):
     return right / len(known)
 
 
+def training_rows(net, root):
+    """The labelled rows that the run trained on, never one of its validation or test part.
+
+    A run with --pseudo-labels has names of unlabelled pictures among its training IDs; they are not in the
+    table.
+    """
+    frame, split = tables.read("retina", root, net.labels).frame, net.saved["split"]
+    wanted = set(split["train"]) - set(split["val"]) - set(split["test"])
+    rows = frame[frame["ID"].astype(str).isin(wanted)].reset_index(drop=True)
+    if rows.empty or len(rows) < len(wanted) and not net.args.pseudo_labels:
+        gone = f"{len(wanted) - len(rows)} of the run's {len(wanted)} training pictures"
+        raise InputError(f"{gone} are not in this data set: the data have changed since training")
+    return rows
+
+
 def main(argv=None):
     # Arguments, the network, the pictures
     args = get_args_parser().parse_args(argv)
     if not 0 < args.alpha < 1 or args.neighbors < 2 or args.gamma is not None and args.gamma <= 0:
-        raise InputError(f"--alpha {args.alpha} --neighbors {args.neighbors} --gamma {args.gamma}: expected between 0 and 1, 2 or more, above 0")
-    device = engine.pick_device(args.device)
-    saved, run, model = models.open_checkpoint(args.ckpt, device)
-    if run.dataset != "retina":
-        raise InputError(f"{args.ckpt} was trained on {run.dataset}: only the retina data set has unlabelled pictures")
-    labels, root = saved["labels"], args.data or saved["data"]["root"]
-    run.cache, run.workers, run.missing = args.cache or run.cache, args.workers, args.missing or run.missing
-    known = training_rows(saved, dataset.read("retina", root, labels)[0], run.pseudo_labels)
-    unlabelled = dataset.unlabelled_pictures(root)
+        given = f"--alpha {args.alpha} --neighbors {args.neighbors} --gamma {args.gamma}"
+        raise InputError(f"{given}: expected between 0 and 1, 2 or more, above 0")
+    net = predictor.load(args.ckpt, args.device, args.precision, args.workers)
+    if net.args.dataset != "retina":
+        raise InputError(
+            f"{args.ckpt} is of {net.args.dataset}: only the retina data set has unlabelled pictures"
+        )
+    net.args.cache, missing = args.cache, args.missing or net.args.missing
+    root = args.data or net.saved["data"]["root"]
+    unlabelled = tables.unlabelled_pictures(root)
     if not unlabelled:
         raise InputError(f"{Path(root) / 'test'} holds no pictures: there is nothing to spread labels to")
-    unknown = pd.DataFrame({"ID": [Path(file).name for file in unlabelled], "files": [(file,) for file in unlabelled]})
+    names = [Path(file).name for file in unlabelled]
+    unknown = pd.DataFrame({"ID": names, "files": [(file,) for file in unlabelled], "target": UNKNOWN})
 
     # Outputs of the last dense layer
-    precision = engine.pick_precision(args.precision or run.precision, device, run.model)
-    features, outputs, tables = TrunkFeatures(model, precision, run.compile, device, run.cache), [], []
-    for table in (known, unknown):
-        rows, _ = dataset.drop_missing({"": table}, run.missing)
-        rows, part, left_out = pictures.open_part(rows[""], run.preprocess, run.crop or run.size, run.cache, args.workers, run.missing)
-        if rows.empty:
-            raise InputError(f"none of {len(table)} pictures can be read")
-        zeros = np.zeros(len(rows), np.int64)  # the loss is not looked at
-        outputs.append(evaluate(run, model, features, part, rows, zeros, Logits("multiclass"), precision, device)[2])
-        tables.append(rows)
-    known, unknown = tables
-    targets = np.concatenate([known["target"].to_numpy(np.int64), np.full(len(unknown), UNKNOWN)])
+    frames, outputs = [], []
+    for frame in (training_rows(net, root), unknown):
+        frame = drop_missing({"": frame}, missing)[0][""]
+        targets = np.maximum(frame["target"].to_numpy(np.int64), 0)  # the loss is not looked at
+        part, _ = dataset.open_part(frame, targets, net.args, dataset.eval_size(net.args), missing)
+        if not len(part):
+            raise InputError("none of the pictures can be read")
+        outputs.append(net.evaluate(part, engine.Outputs("multiclass"))[1])
+        frames.append(part.table)
+    known, unknown = frames
+    targets, outputs = pd.concat(frames)["target"].to_numpy(np.int64), np.concatenate(outputs)
     if args.kernel == "knn" and args.neighbors > len(targets):
         raise InputError(f"--neighbors {args.neighbors}: there are {len(targets)} pictures")
 
     # Spread
     settings = dict(kernel=args.kernel, neighbors=args.neighbors, gamma=args.gamma, alpha=args.alpha)
-    found, confidence = (values[len(known):] for values in spread(np.concatenate(outputs), targets, **settings))
+    found, confidence = (values[len(known) :] for values in spread(outputs, targets, **settings))
     reached = found != UNKNOWN
-    sheet = pd.DataFrame({"filename": unknown["ID"].to_numpy()[reached], "label": [labels[i] for i in found[reached]],
-                          "confidence": confidence[reached]})
-    if sheet.empty:
-        raise InputError("no label reached any unlabelled picture: raise --neighbors, or take another --kernel")
-    out = (Path(args.out) if args.out else checkpoint.home_of(run, args.ckpt)) / "pseudo_labels.csv"
-    replace_file(out, lambda stream: sheet.to_csv(stream, index=False, float_format="%.6f"))
-    print(f"{len(known)} labelled training pictures, {len(unknown)} unlabelled, {int((~reached).sum())} of them reached by no label")
-    for label, count in sheet["label"].value_counts().reindex(labels, fill_value=0).items():
+    if not reached.any():
+        raise InputError(
+            "no label reached any unlabelled picture: raise --neighbors, or take another --kernel"
+        )
+    labels = [net.labels[k] for k in found[reached]]
+    sheet = {
+        "filename": unknown["ID"].to_numpy()[reached],
+        "label": labels,
+        "confidence": confidence[reached],
+    }
+    sheet = pd.DataFrame(sheet)
+    out = (args.out or checkpoint.home_of(checkpoint.find_checkpoint(args.ckpt))) / "pseudo_labels.csv"
+    replace_file(out, lambda stream: sheet.to_csv(stream, index=False, float_format="%.6f"), "w")
+    print(f"{len(known)} labelled training pictures, {len(unknown)} unlabelled,", end=" ")
+    print(f"{int((~reached).sum())} of them reached by no label")
+    for label, count in sheet["label"].value_counts().reindex(net.labels, fill_value=0).items():
         print(f"  {label}: {count}")
-    print("confidence, quartiles: " + " ".join(f"{value:.3f}" for value in sheet["confidence"].quantile([0, 0.25, 0.5, 0.75, 1])))
-    print(f"spread label agrees with the true one for {agreement(np.concatenate(outputs), targets, settings):.1%} of the labelled pictures, "
-          "each time with a fifth of the labels hidden (the network has seen them all: an upper bound)")
+    quartiles = sheet["confidence"].quantile([0, 0.25, 0.5, 0.75, 1])
+    print("confidence, quartiles: " + " ".join(f"{value:.3f}" for value in quartiles))
+    share = agreement(outputs, targets, settings)
+    print(
+        f"spread label agrees with the true one for {share:.1%} of the labelled pictures, each time with a fifth of"
+    )
+    print("the labels hidden (the network has seen them all: an upper bound)")
     print(f"{out} written, for train.py --pseudo-labels {out}")
 
 

@@ -2,12 +2,13 @@
 
     python test.py --ckpt best.pt
 
-prints scikit-learn's classification report and every score with its 95 % bootstrap interval over patients, and writes
-probs.xlsx, ground_truth.xlsx, classification_report.txt, confusion.png, roc.png, samples.png, heatmaps.png,
-test_scores.json (and submission.csv for ODIR) into the run's folder, into a folder of its own for another split.
+prints scikit-learn's classification report and every score with its 95 % bootstrap interval over patients,
+and writes probs.xlsx, ground_truth.xlsx, classification_report.txt, confusion.png, roc.png, samples.png,
+heatmaps.png, reliability.png, test_scores.json (and submission.csv for ODIR) into the folder of the
+checkpoint's run. Another part, threshold or data set gets a folder of its own there. Several checkpoints:
+the mean of their probabilities.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -16,56 +17,89 @@ import pandas as pd
 
 import checkpoint
 import dataset
-import engine
 import figures
 import metrics
-import models
-import pictures
-from errors import Formatter, InputError, guard
-from features import TrunkFeatures, evaluate
+import predictor
+from arguments import add_machine_flags
+from cache import digest, replace_file
+from errors import InputError, Parser, guard
+
+LEARNED = "per label, learned thresholds"
 
 
 def get_args_parser():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Formatter)
-    parser.add_argument("--ckpt", required=True, help="a best.pt")
-    parser.add_argument("--split", choices=["val", "test", "all"], default="val", help="part of the run's own split; all: every row of the data set")
-    parser.add_argument("--data", help="another folder of the same layout (default: the one that was trained on)")
-    parser.add_argument("--missing", choices=["stop", "drop"], help="missing pictures: stop, or drop their rows (default: as in the run)")
-    parser.add_argument("--out", help="folder for the files (default: the run's folder)")
-    parser.add_argument("--threshold", type=float, default=0.5, help="a label is predicted above it (published)")
-    parser.add_argument("--resamples", type=int, default=1000, help="bootstrap resamples of the patients")
-    parser.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="where it runs")
-    parser.add_argument("--precision", choices=["auto", *engine.PRECISIONS], help="default: as the run was asked to")
-    parser.add_argument("--workers", type=int, help="processes that decode pictures (default: the cores allowed)")
-    parser.add_argument("--cache", help="folder of kept pictures and features (default: the run's)")
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add("--ckpt", required=True, nargs="+", help="a best.pt or a run's folder; several: their mean")
+    text = "part of the run's own split; all: every row of the data set"
+    add("--split", choices=["val", "test", "all"], default="val", help=text)
+    add("--data", help="another folder of the same layout (default: the one that was trained on)")
+    text = "missing pictures: stop, or drop their rows (default: as in the run)"
+    add("--missing", choices=["stop", "drop"], help=text)
+    add("--out", type=Path, help="folder for the files (default: the run's folder)")
+    add("--threshold", type=float, default=0.5, help="a label is predicted above it (published)")
+    add("--tta", action="store_true", help="mean with the mirrored pictures")
+    add("--resamples", type=int, default=1000, help="bootstrap resamples of the patients")
+    add_machine_flags(parser, precision=None)
+    add("--cache", default="cache", help="folder of kept pictures and features")
     return parser
 
 
-def draw_heatmaps(model, source, targets, labels, task, size):
-    """A row of class-activation maps for the first patient of every label; what is true stands in brackets."""
-    shown, maps, titles = [], [], []
-    for row in pictures.first_of_each(targets, len(labels), task):
-        names, panels, cams, _ = models.explain(model, pictures.single_batch(source, row, size))
-        true = targets[row] == 1 if task == "multilabel" else np.arange(len(labels)) == targets[row]
-        shown += panels
-        maps += cams
-        titles += [[f"{source[1]['ID'].iloc[row]} {name}", *(f"[{label}]" if yes else label for label, yes in zip(labels, true, strict=True))]
-                   for name in names]
-    return figures.heatmaps(shown, maps, titles)
+def output_folder(args, net, facts):
+    """Where the files go: what is not the study's own result gets a folder of its own."""
+    if args.out:
+        return args.out
+    home = checkpoint.home_of(checkpoint.find_checkpoint(args.ckpt[0]))
+    name = f"test-{args.split}"
+    if args.threshold != 0.5:
+        name += f"-{args.threshold:g}"
+    if args.tta:
+        name += "-mirrored"
+    if len(args.ckpt) > 1:
+        name += f"-mean-of-{len(args.ckpt)}"
+    if args.data and not facts["own"]:
+        root = Path(facts["root"]).resolve()
+        name += f"-{root.name}-{digest(str(root))[:6]}"
+    published = "test-test" if net.args.dataset == "aptos" else "test-val"  # the part that was published
+    return home if name == published else home / name
 
 
-def report_scores(families, targets, probs, labels, prior, args):
-    """Every family's scores, 95 % intervals, trivial answers and undefined scores, as test_scores.json holds them."""
+def score(family, part, probs, net, args, threshold):
+    """One family's scores, 95 % intervals over patients, trivial answers and undefined scores."""
+    rules = {"labels": net.labels, "threshold": threshold, "ordered": net.ordered}
+    base = "per label" if family == LEARNED else family
+    return {
+        "scores": metrics.scores(base, part.targets, probs, **rules),
+        "intervals": metrics.bootstrap_intervals(
+            base, part.targets, probs, args.resamples, patients=part.patients(), **rules
+        ),
+        "trivial": metrics.trivial_scores(part.targets, net.prior, base, **rules),
+        "undefined": metrics.undefined_scores(part.targets, probs, net.labels, base, threshold),
+    }
+
+
+def report_scores(part, probs, net, args):
+    """Everything about the scores that test_scores.json holds."""
+    families = {net.family: args.threshold}
+    if net.args.dataset == "odir":
+        families["challenge"] = args.threshold
+    if net.thresholds and args.threshold == 0.5:
+        families[LEARNED] = np.array(net.thresholds)
     result = {"scores": {}, "intervals": {}, "trivial": {}, "undefined": []}
-    for family in families:
-        result["scores"][family] = metrics.scores(family, targets, probs, labels, args.threshold)
-        result["intervals"][family] = metrics.bootstrap_intervals(family, targets, probs, args.resamples, labels=labels, threshold=args.threshold)
-        result["undefined"] += [s for s in metrics.undefined_scores(targets, probs, labels, family, args.threshold) if s not in result["undefined"]]
-        for name, scores in metrics.trivial_scores(targets, prior, family, labels, args.threshold).items():
+    for family, threshold in families.items():
+        found = score(family, part, probs, net, args, threshold)
+        result["scores"][family], result["intervals"][family] = found["scores"], found["intervals"]
+        for name, scores in found["trivial"].items():
             result["trivial"].setdefault(name, {})[family] = scores
-    if targets.ndim == 2:
-        per_label = metrics.per_label_scores(targets, probs, args.threshold)
-        result["labels"] = {score: dict(zip(labels, per_label[score], strict=True)) for score in ("f1", "auc")}
+        result["undefined"] += [text for text in found["undefined"] if text not in result["undefined"]]
+    if part.targets.ndim == 2:
+        each = metrics.per_label_scores(part.targets, probs, args.threshold)
+        ranges = metrics.label_intervals(
+            part.targets, probs, args.threshold, args.resamples, patients=part.patients()
+        )
+        for name, values in (("labels", each), ("label_intervals", ranges)):
+            result[name] = {key: dict(zip(net.labels, values[key], strict=True)) for key in ("f1", "auc")}
+    result["calibration_error"] = metrics.expected_calibration_error(part.targets, probs)
     return result
 
 
@@ -77,90 +111,173 @@ def print_scores(result):
             print(f"  {name:16} {value:.4f}   95 % interval {low:.4f} to {high:.4f}")
         for name, trivial in result["trivial"].items():
             if family in trivial:
-                print(f"  ({name} would score: " + ", ".join(f"{k} {v:.4f}" for k, v in trivial[family].items()) + ")")
+                values = ", ".join(f"{key} {value:.4f}" for key, value in trivial[family].items())
+                print(f"  ({name} would score: {values})")
     for sentence in result["undefined"]:
         print(f"undefined: {sentence}")
+    print(f"expected calibration error {result['calibration_error']:.4f}")
+
+
+def classification_text(part, probs, net, threshold):
+    """scikit-learn's report, at the same threshold as the scores."""
+    from sklearn.metrics import classification_report
+
+    if net.task == "multiclass":
+        truth, predicted = part.targets, probs.argmax(1)
+    else:
+        truth, predicted = part.targets.astype(int), (probs > threshold).astype(int)
+    numbers = range(len(net.labels))
+    if net.task == "multilabel" and len(net.labels) == 1:  # scikit-learn takes one column for two classes
+        truth, predicted, numbers = truth.ravel(), predicted.ravel(), [1]
+    rules = dict(labels=numbers, target_names=net.names, digits=4, zero_division=0)
+    return classification_report(truth, predicted, **rules)
+
+
+def first_of_each(targets, num_labels):
+    """The first row that carries each label, without repeats; where no row carries any, the first row."""
+    carried = targets == 1 if targets.ndim == 2 else targets[:, None] == np.arange(num_labels)
+    rows = [int(column.argmax()) for column in carried.T if column.any()]
+    return list(dict.fromkeys(rows)) or [0]
+
+
+def truth_of(part, row, net):
+    """The labels that a row carries."""
+    if net.task == "multiclass":
+        return [net.names[part.targets[row]]]
+    return [name for name, carried in zip(net.names, part.targets[row], strict=True) if carried]
+
+
+def draw_samples(part, probs, net, threshold):
+    rows = []
+    for row in first_of_each(part.targets, len(net.labels)):
+        chosen = np.flatnonzero(probs[row] > threshold) if net.task == "multilabel" else [probs[row].argmax()]
+        rows.append(
+            {
+                "title": str(part.table["ID"].iloc[row]),
+                "pictures": part.shown(row),
+                "truth": truth_of(part, row, net),
+                "prediction": [(net.names[k], float(probs[row, k])) for k in chosen],
+                "probs": dict(zip(net.names, probs[row].tolist(), strict=True)),
+                "aspect": part.aspect(row),
+            }
+        )
+    return figures.samples(rows)
+
+
+def draw_heatmaps(part, probs, net):
+    """A line of class-activation maps for each picture of the first row that carries each label."""
+    rows = []
+    for row in first_of_each(part.targets, len(net.labels)):
+        rows += net.map_rows(part, row, probs[row], truth_of(part, row, net))
+    return figures.heatmaps(rows, net.random_trunk)
+
+
+def shifted_to_half(answers, labels, thresholds):
+    """The sheet of probabilities mapped by straight lines so that 0.5 means the learned threshold."""
+    shifted = answers.copy()
+    for label, limit in zip(labels, thresholds, strict=True):
+        below, above = answers[label] / (2 * limit), 0.5 + (answers[label] - limit) / (2 - 2 * limit)
+        shifted[label] = np.where(answers[label] <= limit, below, above)
+    return shifted
+
+
+def write_files(out, part, probs, net, result, text, threshold):
+    """Sheets, report, pictures, test_scores.json -> their names."""
+    ids = part.table["ID"].reset_index(drop=True)
+    truth = part.targets if net.task == "multilabel" else np.eye(len(net.labels))[part.targets]
+    answers = pd.concat([ids, pd.DataFrame(probs.astype(np.float64), columns=net.labels)], axis=1)
+    truths = pd.concat([ids, pd.DataFrame(truth.astype(int), columns=net.labels)], axis=1)
+    checkpoint.write_sheet(out / "probs.xlsx", answers)
+    checkpoint.write_sheet(out / "ground_truth.xlsx", truths)
+    written = ["probs.xlsx", "ground_truth.xlsx", "classification_report.txt", "test_scores.json"]
+    if net.args.dataset == "odir":
+        submission = answers
+        if net.thresholds:
+            submission = shifted_to_half(answers, net.labels, net.thresholds)
+        replace_file(out / "submission.csv", lambda stream: submission.to_csv(stream, index=False), "w")
+        written.append("submission.csv")
+    replace_file(out / "classification_report.txt", lambda stream: stream.write(text), "w")
+    pictures = {
+        "confusion.png": figures.confusion(part.targets, probs, net.names, net.task, threshold),
+        "roc.png": figures.roc(part.targets, probs, net.names, net.task),
+        "reliability.png": figures.reliability(part.targets, probs),
+        "samples.png": draw_samples(part, probs, net, threshold),
+    }
+    try:
+        pictures["heatmaps.png"] = draw_heatmaps(part, probs, net)
+    except InputError as error:  # a network without a map of features
+        print(f"note: {error}")
+    for name, figure in pictures.items():
+        if result["data"]["rendered"]:
+            figures.mark_rendered(figure)
+        replace_file(out / name, lambda stream, figure=figure: figure.savefig(stream, dpi=110, format="png"))
+    checkpoint.save_json(out / "test_scores.json", result)
+    return [*written, *pictures]
 
 
 def main(argv=None):
     args = get_args_parser().parse_args(argv)
-
     if not 0 <= args.threshold <= 1 or args.resamples < 1:
-        raise InputError(f"--threshold {args.threshold} --resamples {args.resamples}: expected 0 to 1, and 1 or more")
+        given = f"--threshold {args.threshold} --resamples {args.resamples}"
+        raise InputError(f"{given}: expected 0 to 1, and 1 or more")
 
-    # The run, from its checkpoint alone
-    device = engine.pick_device(args.device)
-    saved, run, model = models.open_checkpoint(args.ckpt, device)
-    labels, task = saved["labels"], saved["task"]
-    if task == "multiclass" and args.threshold != 0.5:
-        raise InputError(f"--threshold {args.threshold}: the classes {', '.join(labels)} exclude each other, the strongest is predicted")
-    run.cache, run.workers, run.missing = args.cache or run.cache, args.workers, args.missing or run.missing
-    precision = engine.pick_precision(args.precision or run.precision, device, run.model)
-    size = run.crop or run.size
-
-    # Its data
-    root = args.data or saved["data"]["root"]
-    table, found, notes = dataset.read(run.dataset, root, labels if run.dataset in ("retina", "mrnet") else None)
-    if found != labels:
-        raise InputError(f"{root} has the classes {', '.join(found)}; this network was trained on {', '.join(labels)}")
-    for note in notes:
+    # The networks and their rows
+    found = predictor.load(args.ckpt, args.device, args.precision, args.workers)
+    members = getattr(found, "members", [found])
+    net, probs = members[0], 0
+    if net.task == "multiclass" and args.threshold != 0.5:
+        classes = f"the classes {', '.join(net.labels)} exclude each other, the strongest is predicted"
+        raise InputError(f"--threshold {args.threshold}: {classes}")
+    for member in members:
+        member.args.cache, missing = args.cache, args.missing or member.args.missing
+        part, facts = dataset.load_part(member.args, member.saved, args.split, args.data, missing)
+        loss, own = member.evaluate(part, mirrored=args.tta)
+        probs = probs + own / len(members)
+    for note in facts["notes"]:
         print(f"note: {note}")
-    rows, left_out = dataset.drop_missing({"": checkpoint.choose_rows(table, saved, args.split, args.data, run.missing)}, run.missing)
-    kind = None if run.dataset == "mrnet" else run.preprocess
-    rows, part, unreadable = pictures.open_part(rows[""], kind, size, run.cache, run.workers, run.missing)
-    if rows.empty:
-        raise InputError("no row is left to evaluate")
-    targets = dataset.targets_of(rows, labels)
-    rendered = dataset.is_rendered(root)
-    print(f"{run.dataset}{' (RENDERED)' if rendered else ''}, {args.split}: {len(rows)} rows"
-          + (f", {left_out + unreadable} left out" if left_out + unreadable else "") + f"; {run.model} on {device} in {precision}")
-    if args.split == "all" and not args.data:
+    rendered = " (RENDERED)" if facts["rendered"] else ""
+    left = f", {facts['left_out']} of {part.expected} left out" if facts["left_out"] else ""
+    rows = f"{len(part)} rows, {len(np.unique(part.patients()))} patients{left}"
+    machine = f"{net.args.model} on {net.device} in {net.precision}"
+    print(f"{net.args.dataset}{rendered}, {args.split}: {rows}; {machine}")
+    duplicates = net.saved["data"]["duplicates"]
+    if duplicates:
+        print(f"note: {duplicates} validation row(s) were trained on too (--duplicates keep)")
+    if args.split == "all" and facts["own"]:
         print("note: all rows include those it was trained on: these scores are no measure of it")
 
-    # Where the files go: what is no result of the study gets a folder of its own
-    home, usual = checkpoint.home_of(run, args.ckpt), args.split == "val" and not args.data and args.threshold == 0.5
-    out = Path(args.out) if args.out else home if usual else home / (f"test-{args.split}" + f"-{args.threshold:g}" * (args.threshold != 0.5))
-    out.mkdir(parents=True, exist_ok=True)
-
-    # Probabilities
-    features = TrunkFeatures(model, precision, run.compile, device, run.cache)
-    loss, targets, probs = evaluate(run, model, features, part, rows, targets, engine.Criterion(task), precision, device)
-
     # Scores
-    families = ["per label", "challenge"] if run.dataset == "odir" else [saved["family"]]
-    result = {"split": args.split, "threshold": args.threshold, "n": len(rows), "rendered": rendered, "loss": loss, "checkpoint": str(args.ckpt),
-              **report_scores(families, targets, probs, labels, np.array(saved["prior"]), args)}
-    from sklearn.metrics import classification_report
-    names = dataset.full_names(run.dataset, labels)
-    predictions = probs > args.threshold if task == "multilabel" else probs.argmax(1)
-    rows_of = (targets.astype(int), predictions.astype(int))
-    if task == "multilabel" and len(labels) == 1:  # scikit-learn takes one column for two classes: the label is class 1
-        rows_of = tuple(column.ravel() for column in rows_of)
-    text = classification_report(*rows_of, labels=[1] if rows_of[0].ndim == 1 and task == "multilabel" else range(len(labels)), digits=4,
-                                 zero_division=0, target_names=names)
+    if len(members) > 1:
+        net.thresholds = None  # they belong to one network
+    result = {
+        "checkpoint": {"digest": net.digest, "epoch": net.saved["epoch"], "loss": net.saved["loss"]},
+        "data": {name: facts[name] for name in ("root", "rendered", "own")},
+        **{
+            "split": args.split,
+            "threshold": args.threshold,
+            "rows": len(part),
+            "expected_rows": part.expected,
+        },
+        **{
+            "patients": len(np.unique(part.patients())),
+            "precision": net.precision,
+            "tta": args.tta,
+            "networks": len(members),
+        },
+        **{"weights": net.args.weights, "loss": loss, "duplicates": duplicates},
+        "thresholds": dict(zip(net.labels, net.thresholds, strict=True)) if net.thresholds else None,
+        **report_scores(part, probs, net, args),
+    }
+    result["data"]["digest"] = net.saved["data"]["digest"] if facts["own"] else digest(part.ids())
+    text = classification_text(part, probs, net, args.threshold)
     print(text)
     print_scores(result)
 
     # Files
-    ids = rows["ID"].reset_index(drop=True)
-    truth = targets if task == "multilabel" else np.eye(len(labels), dtype=int)[targets]
-    prob_sheet = pd.concat([ids, pd.DataFrame(probs.astype(np.float64), columns=labels)], axis=1)
-    checkpoint.write_sheet(out / "probs.xlsx", prob_sheet)
-    checkpoint.write_sheet(out / "ground_truth.xlsx", pd.concat([ids, pd.DataFrame(truth.astype(int), columns=labels)], axis=1))
-    if run.dataset == "odir":
-        prob_sheet.to_csv(out / "submission.csv", index=False)
-    (out / "classification_report.txt").write_text(text)
-    source = (part, rows)
-    for file, figure in (("confusion.png", figures.confusion(targets, probs, names, task, args.threshold)),
-                         ("roc.png", figures.roc(targets, probs, names, task)),
-                         ("samples.png", figures.samples(pictures.examples(source, targets, probs, labels, task, args.threshold))),
-                         ("heatmaps.png", draw_heatmaps(model, source, targets, labels, task, size))):
-        if rendered:
-            figures.mark_rendered(figure)
-        figure.savefig(out / file, dpi=110)
-    checkpoint.save_json(out / "test_scores.json", result)
-    print(f"\n{out}/: probs.xlsx, ground_truth.xlsx, classification_report.txt, confusion.png, roc.png, samples.png, heatmaps.png, test_scores.json"
-          + (", submission.csv" if run.dataset == "odir" else ""))
+    out = output_folder(args, net, facts)
+    out.mkdir(parents=True, exist_ok=True)
+    written = write_files(out, part, probs, net, result, text, args.threshold)
+    print(f"\n{out}/: {', '.join(written)}")
 
 
 if __name__ == "__main__":

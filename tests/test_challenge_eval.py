@@ -17,7 +17,7 @@ COLUMNS = ["ID", *"NDGCAHMO"]
 
 def frames(n=40, seed=0):
     rng = np.random.default_rng(seed)
-    truth = pd.DataFrame((rng.random((n, 8)) < .2).astype(int), columns=COLUMNS[1:])
+    truth = pd.DataFrame((rng.random((n, 8)) < 0.2).astype(int), columns=COLUMNS[1:])
     answer = pd.DataFrame(rng.random((n, 8)), columns=COLUMNS[1:])
     ids = rng.permutation(np.arange(5000))[:n]
     truth.insert(0, "ID", ids)
@@ -49,7 +49,7 @@ def test_scores_of_two_files_in_another_order(tmp_path, suffix):
     assert "challenge score, all cells flattened: 40 patients x 8 labels" in done.stdout
     assert row(done.stdout, "these predictions") == [f"{value:.4f}" for value in expected.values()]
     zeros = truth[COLUMNS[1:]].eq(0).to_numpy().mean()
-    assert row(done.stdout, "all zeros") == ["0.0000", f"{zeros:.4f}", "0.5000", f"{(zeros + .5) / 3:.4f}"]
+    assert row(done.stdout, "all zeros") == ["0.0000", f"{zeros:.4f}", "0.5000", f"{(zeros + 0.5) / 3:.4f}"]
     assert row(done.stdout, "class priors")[0] == "0.0000"
 
 
@@ -85,25 +85,52 @@ def change(table, cell, value):
 
 
 BAD = {  # what is done to (ground truth, predictions), and what the message must say
-    "missing column": (lambda t, p: (t, p.drop(columns="M")), r"answer.*missing columns \['M'\]"),
+    "missing column": (
+        lambda t, p: (t, p.drop(columns="M")),
+        r"answer\S*: column\(s\) missing: M \(found: ID, N",
+    ),
     "other column": (lambda t, p: (t, p.assign(X=1)), r"answer.*other columns \['X'\]"),
     "other column in the truth": (lambda t, p: (t.assign(Age=1), p), r"truth.*other columns \['Age'\]"),
-    "duplicated ID": (lambda t, p: (t, pd.concat([p, p[3:4]])), r"not repeat; wrong in 2 rows \(row 5: .*row 42"),
-    "ID is no number": (lambda t, p: (change(t, (2, "ID"), "x7"), p), r"truth.*ID must be a whole number.*row 4: x7"),
-    "ID is missing": (lambda t, p: (change(t, (2, "ID"), None), p), r"truth.*ID must be a whole number.*row 4"),
-    "ID is broken": (lambda t, p: (change(t, (2, "ID"), 1.5), p), r"ID must be a whole number.*row 4: 1.5"),
+    "duplicated ID": (
+        lambda t, p: (t, pd.concat([p, p[3:4]])),
+        r"answer.*repeated ID in 2 row\(s\), first in sheet row\(s\) 5 \(\d+\), 42 \(\d+\)$",
+    ),
+    "ID is no number": (
+        lambda t, p: (change(t, (2, "ID"), "x7"), p),
+        r"truth.*ID that is no whole number in 1 row\(s\), .* 4 \(x7\)$",
+    ),
+    "ID is missing": (
+        lambda t, p: (change(t, (2, "ID"), None), p),
+        r"truth.*ID that is no whole number in 1 row\(s\), .* 4 \(nan\)$",
+    ),
+    "ID is broken": (
+        lambda t, p: (change(t, (2, "ID"), 1.5), p),
+        r"truth.*ID that is no whole number in 1 row\(s\), .* 4 \(1\.5\)$",
+    ),
     "missing rows": (lambda t, p: (t, p[2:]), r"answer\S* lacks 2 of the 40 IDs"),
     "more rows": (lambda t, p: (t[1:], p), r"truth\S* lacks 1 of the 40 IDs"),
     "other IDs": (lambda t, p: (t, p.assign(ID=p["ID"] + 10_000)), r"answer\S* lacks 40 of the 40 IDs"),
-    "no rows": (lambda t, p: (t, p[:0]), "answer.* has no rows"),
-    "label 2": (lambda t, p: (change(t, (0, "G"), 2), p), r"truth.*G must be 0 or 1; wrong in 1 rows \(row 2: 2"),
-    "label missing": (lambda t, p: (change(t, (0, "G"), None), p), r"truth.*column G must be 0 or 1.*row 2: nan"),
-    "label is text": (lambda t, p: (change(t, (0, "G"), "yes"), p), r"truth.*column G must be 0 or 1.*row 2: yes"),
-    "above 1": (lambda t, p: (t, change(p, (5, "O"), 1.01)), r"answer.*O must be a number from 0 to 1.*row 7: 1.01"),
-    "below 0": (lambda t, p: (t, change(p, (5, "O"), -.01)), r"answer.*column O .*row 7: -0.01"),
-    "infinite": (lambda t, p: (t, change(p, (5, "O"), np.inf)), r"answer.*column O .*row 7: inf"),
-    "probability missing": (lambda t, p: (t, change(p, (5, "O"), None)), r"answer.*column O .*row 7: nan"),
-    "probability is text": (lambda t, p: (t, change(p, (5, "O"), "0,5")), r"answer.*column O .*row 7: 0,5"),
+    "no rows": (lambda t, p: (t, p[:0]), "answer.* holds no row"),
+    "label 2": (
+        lambda t, p: (change(t, (0, "G"), 2), p),
+        r"truth.*column G that is not 0 or 1 in 1 row\(s\), .* 2 \(2\)$",
+    ),
+    "label missing": (
+        lambda t, p: (change(t, (0, "G"), None), p),
+        r"truth.*column G that is not 0 or 1 .* 2 \(nan\)$",
+    ),
+    "label is text": (
+        lambda t, p: (change(t, (0, "G"), "yes"), p),
+        r"truth.*column G that is not 0 or 1 .* 2 \(yes\)$",
+    ),
+    "above 1": (
+        lambda t, p: (t, change(p, (5, "O"), 1.01)),
+        r"answer.*column O that is not a number from 0 to 1 .* 7 \(1\.01\)$",
+    ),
+    "below 0": (lambda t, p: (t, change(p, (5, "O"), -0.01)), r"answer.*column O .* 7 \(-0\.01\)$"),
+    "infinite": (lambda t, p: (t, change(p, (5, "O"), np.inf)), r"answer.*column O .* 7 \(inf\)$"),
+    "probability missing": (lambda t, p: (t, change(p, (5, "O"), None)), r"answer.*column O .* 7 \(nan\)$"),
+    "probability is text": (lambda t, p: (t, change(p, (5, "O"), "0,5")), r"answer.*column O .* 7 \(0,5\)$"),
 }
 
 
@@ -112,7 +139,9 @@ BAD = {  # what is done to (ground truth, predictions), and what the message mus
 def test_bad_tables_are_refused_by_file_and_row(tmp_path, capsys, name, suffix):
     spoil, message = BAD[name]
     truth, answer = spoil(*frames())
-    paths = [write(table, tmp_path / f"{file}{suffix}") for file, table in (("truth", truth), ("answer", answer))]
+    paths = [
+        write(table, tmp_path / f"{file}{suffix}") for file, table in (("truth", truth), ("answer", answer))
+    ]
     assert challenge_eval.guard(challenge_eval.main, list(map(str, paths))) == 2
     printed = capsys.readouterr()
     assert printed.out == ""
@@ -120,15 +149,18 @@ def test_bad_tables_are_refused_by_file_and_row(tmp_path, capsys, name, suffix):
 
 
 FILES = {
-    "absent.csv": (None, "absent.csv does not exist"),
-    "empty.csv": (b"", "empty.csv is empty"),
-    "blank.csv": (b"\n\n", "blank.csv"),
-    "header.csv": (b"ID,N,D,G,C,A,H,M,O\n", "header.csv has no rows"),
-    "semicolon.csv": (b"ID;N;D\n1;2;3\n", "missing columns"),
-    "ragged.csv": (b"ID,N,D,G,C,A,H,M,O\n1,2\n1,2,3,4,5,6,7,8,9,10,11\n", "cannot read .*ragged.csv"),
-    "binary.csv": (b"\xff\xfe\x00\x81" * 9, "binary.csv"),
-    "text.xlsx": (b"no workbook", "cannot read .*text.xlsx"),
-    "cut.xlsx": (b"PK\x03\x04" + bytes(200), "cannot read .*cut.xlsx"),
+    "absent.csv": (None, "absent.csv is missing"),
+    "empty.csv": (b"", "empty.csv cannot be read as a table .*No columns"),
+    "blank.csv": (b"\n\n", "blank.csv cannot be read as a table"),
+    "header.csv": (b"ID,N,D,G,C,A,H,M,O\n", "header.csv holds no row"),
+    "semicolon.csv": (b"ID;N;D\n1;2;3\n", r"semicolon.csv: column\(s\) missing: ID, .*found: ID;N;D"),
+    "ragged.csv": (
+        b"ID,N,D,G,C,A,H,M,O\n1,2\n1,2,3,4,5,6,7,8,9,10,11\n",
+        "ragged.csv cannot be read as a table .*line 3",
+    ),
+    "binary.csv": (b"\xff\xfe\x00\x81" * 9, "binary.csv cannot be read as a table"),
+    "text.xlsx": (b"no workbook", "text.xlsx cannot be read as a table"),
+    "cut.xlsx": (b"PK\x03\x04" + bytes(200), "cut.xlsx cannot be read as a table"),
 }
 
 
@@ -154,7 +186,7 @@ def test_the_process_ends_with_status_2_and_one_line(tmp_path):
 def test_blank_lines_do_not_move_the_row_numbers(tmp_path):
     path = tmp_path / "answer.csv"
     path.write_text("ID,N,D,G,C,A,H,M,O\n\n1,0,0,0,0,0,0,0,0\n\n2,0,0,0,0,0,0,0,9\n")
-    with pytest.raises(InputError, match=r"column O .*\(row 5: 9"):
+    with pytest.raises(InputError, match=r"column O .*in 1 row\(s\), first in sheet row\(s\) 5 \(9\)$"):
         challenge_eval.read_labels(path, binary=False)
 
 

@@ -11,6 +11,7 @@ from PIL import Image
 from sklearn.metrics import roc_auc_score
 
 import figures
+import metrics
 
 LABELS = ["N", "D", "a $label with one dollar", "<b>"]
 
@@ -57,8 +58,21 @@ def test_confusion_multilabel_by_hand():
 
 def test_confusion_multiclass_by_hand():
     y_prob = np.array([[0.8, 0.1, 0.1], [0.2, 0.7, 0.1], [0.1, 0.8, 0.1]])
-    figure = figures.confusion([0, 0, 1], y_prob, list("abc"), "multiclass")  # nobody has c: its row stays empty
-    assert texts(figure) == [*"110010000", "0.50", "0.50", "0.00", "0.00", "1.00", "0.00", "0.00", "0.00", "0.00"]
+    figure = figures.confusion(
+        [0, 0, 1], y_prob, list("abc"), "multiclass"
+    )  # nobody has c: its row stays empty
+    assert texts(figure) == [
+        *"110010000",
+        "0.50",
+        "0.50",
+        "0.00",
+        "0.00",
+        "1.00",
+        "0.00",
+        "0.00",
+        "0.00",
+        "0.00",
+    ]
 
 
 @pytest.mark.parametrize("task", ["multilabel", "multiclass"])
@@ -68,7 +82,12 @@ def test_roc_names_what_is_undefined(answers, task):
     drawn(figure)
     auc = roc_auc_score(y_true[:, 0] == (task == "multilabel"), y_prob[:, 0])  # has label N, or is of class 0
     titles = [ax.get_title() for ax in figure.axes]
-    assert len(titles) == 4 and titles[0] == f"N\nAUC {auc:.3f}" and titles[3] == "<b>\nAUC undefined" and titles[2].startswith("a \\$label")
+    assert (
+        len(titles) == 4
+        and titles[0] == f"N\nAUC {auc:.3f}"
+        and titles[3] == "<b>\nAUC undefined"
+        and titles[2].startswith("a \\$label")
+    )
     curves = [len(ax.lines) - 1 for ax in figure.axes]  # besides the line of chance
     assert curves == ([1, 1, 1, 0] if task == "multilabel" else [1, 1, 0, 0]), "a line for an undefined label"
 
@@ -76,54 +95,207 @@ def test_roc_names_what_is_undefined(answers, task):
 @pytest.mark.parametrize("planes", [1, 2, 3])
 def test_samples_say_right_and_wrong_in_words(planes):
     picture = np.tile(np.arange(64, dtype=np.uint8)[:, None, None] * 3, (1, 64, 3))
-    answers = [(["N"], [("N", 0.9)]), (["N"], [("D", 0.8)]), ([], []), (["N", "D"], [("N", 0.6)]), (["G"], [])]
-    rows = [{"title": f"patient {i} $", "pictures": [picture] * planes, "truth": truth, "prediction": prediction}
-            for i, (truth, prediction) in enumerate(answers)]
+    answers = [
+        (["N"], [("N", 0.9)]),
+        (["N"], [("D", 0.8)]),
+        ([], []),
+        (["N", "D"], [("N", 0.7)]),
+        (["G"], []),
+        (["N"], [("N", 0.5005)]),
+        (["N"], [("D", 0.55)]),
+    ]
+    rows = [
+        {"title": f"patient {i} $", "pictures": [picture] * planes, "truth": truth, "prediction": prediction}
+        for i, (truth, prediction) in enumerate(answers)
+    ]
+    rows[4]["probs"] = {"N": 0.1, "G": 0.2}
     text = texts(figures.samples(rows))
-    assert [head.split("\n")[1] for head in text[::2]] == ["✓ right", "✗ wrong", "✓ right", "◐ partly right", "✗ wrong"]
+    verdicts = ["✓ right", "✗ wrong", "✓ right", "◐ partly right", "✗ wrong"]
+    verdicts += ["? right, but uncertain", "? wrong, but uncertain"]
+    assert [head.split("\n")[1] for head in text[::2]] == verdicts
     assert text[3] == "truth: N\npredicted:\n✗ D  0.80\n– missed: N"
     assert text[5] == "truth: none\npredicted: none"
+    assert text[9] == "truth: G\npredicted: none\n– missed: G  0.20"
+    assert text[11] == "truth: N\npredicted:\n✓ N  0.50 (uncertain)"
 
 
-def test_heat_maps_of_any_size_lie_over_the_whole_picture():
-    pictures = [np.zeros((64, 96, 3), np.uint8), np.zeros((64, 96), np.uint8)]
-    cams = [[np.eye(7), np.zeros((3, 3))]] * 2
-    figure = figures.heatmaps(pictures, cams, ["N 0.9", "D $0.1"])
-    assert texts(figure) == ["picture", "N 0.9", "D \\$0.1 (no evidence)", "", "", ""]
-    places = [tuple(image.get_extent()) for image in figure.axes[0].images]
+def test_a_missed_label_just_below_the_threshold_is_uncertain():
+    row = {"title": "1", "pictures": [np.zeros((8, 8, 3), np.uint8)], "truth": ["G"], "prediction": []}
+    verdicts = []
+    for prob in (0.39, 0.45):
+        verdicts.append(figures.sample_words(row | {"probs": {"G": prob}})[0])
+    assert verdicts == ["✗ wrong", "? wrong, but uncertain"]
+
+
+def extents(ax):
+    """(left, top, width, height) of the pictures of an axes."""
+    found = []
+    for image in ax.images:
+        left, right, bottom, top = image.get_extent()
+        found.append((left, top, right - left, bottom - top))
+    return found
+
+
+def heat_row(title, truth, probs, shape=(64, 64, 3), **more):
+    maps = [(label, prob, np.eye(7)) for label, prob in probs.items()]
+    return {"title": title, "picture": np.zeros(shape, np.uint8), "maps": maps, "truth": truth} | more
+
+
+def test_heat_maps_show_the_three_strongest_labels_and_the_true_ones():
+    probs = {"N": 0.5, "D": 0.9, "G": 0.05, "C": 0.7, "A": 0.1}
+    rows = [
+        heat_row("12 left eye", ["G"], probs),
+        heat_row("12 right $", ["D"], probs),
+        heat_row("13", [], probs),
+    ]
+    rows[1]["maps"][3] = ("C", 0.7, np.zeros((3, 3)))
+    figure = figures.heatmaps(rows)
+    assert texts(figure) == [
+        *("12 left eye", "D\n0.90", "C\n0.70", "N\n0.50", "G\n0.05 (true)"),
+        *("12 right \\$", "D\n0.90 (true)", "C\n0.70, no evidence", "N\n0.50"),
+        *("13", "D\n0.90", "C\n0.70", "N\n0.50"),
+    ]
+    bold = [text.get_text() for text in figure.axes[0].texts if text.get_weight() == "bold"]
+    assert bold == ["G\n0.05 (true)", "D\n0.90 (true)"]
+    assert "random" not in figure.get_supxlabel()
+    assert "random weights" in figures.heatmaps(rows, random_trunk=True).get_supxlabel()
+
+
+def test_heat_maps_lie_over_the_whole_picture_and_never_over_another():
+    probs = {"N": 0.5, "D": 0.9}
+    wide = figures.heatmaps([heat_row("a", [], probs, (64, 96, 3)), heat_row("b", [], probs, (64, 64))])
+    drawn(wide)
+    places = extents(wide.axes[0])
     assert len(places) == 10 and places[1] == places[2] and places[3] == places[4] and len(set(places)) == 6
-    left, right, bottom, top = places[0]
-    assert (right - left) / (bottom - top) == pytest.approx(96 / 64), "a picture keeps its shape"
-    assert places[1][0] > right and places[5][3] > bottom, "pictures lie over one another"
-    assert texts(figures.heatmaps(pictures, cams, [["p1", "N", "D"], ["p2", "N", "[D]"]]))[4:] == ["N", "[D] (no evidence)"]
+    assert places[0][2] / places[0][3] == pytest.approx(96 / 64), "a picture keeps its shape"
+    for above, below in ((0, 5), (1, 6)):
+        assert places[below][1] > places[above][1] + places[above][3], "pictures lie over one another"
+    own = figures.heatmaps([heat_row("a", [], probs, aspect=1.5), heat_row("b", [], probs, aspect=1.5)])
+    shapes = {round(width / height, 6) for _, _, width, height in extents(own.axes[0])}
+    assert shapes == {1.5}, "a squashed photograph is drawn in its own shape"
+    square = figures.heatmaps([heat_row("a", [], probs), heat_row("b", [], probs)])
+    assert own.get_figheight() < square.get_figheight(), "an empty band under flat pictures"
+
+
+def test_the_mark_stands_above_every_word_and_picture():
+    rows = [heat_row(f"{i}", ["N"], {"N": 0.5, "D": 0.9, "G": 0.1}) for i in range(6)]
+    figure = figures.mark_rendered(figures.heatmaps(rows))
+    array = drawn(figure)
+    assert array.shape[1] < 1000 * 60 / 110, "wider than a page"
+    renderer = figure.canvas.get_renderer()
+    mark = figure._suptitle.get_window_extent(renderer)
+    words = [text.get_window_extent(renderer) for text in figure.axes[0].texts]
+    assert mark.y0 > max(word.y1 for word in words)
+    assert all(text.get_fontsize() >= 9 for text in figure.axes[0].texts)
 
 
 @pytest.mark.parametrize(("threshold", "marked"), [(0.5, ["0.70  ◀", "0.60  ◀"]), (None, ["0.70  ◀"])])
 def test_prediction_marks_the_answers(threshold, marked):
     picture = np.full((32, 32, 3), 120, np.uint8)
     probs = [0.1, 0.7, 0.6, 0.5]
-    figure = figures.prediction([picture] * 2, [[np.eye(4)] * 4] * 2, LABELS, probs, threshold, "No medical device.")
+    figure = figures.prediction(
+        [picture] * 2, [[np.eye(4)] * 4] * 2, LABELS, probs, threshold, "No medical device."
+    )
     assert [text for text in texts(figure) if "◀" in text] == marked
     assert [ax.get_title() for ax in figure.axes[:4]] == [
-        "picture", "D  0.70", "a \\$label with one\ndollar  0.60", "<b>  0.50"]
+        "picture",
+        "D  0.70",
+        "a \\$label with one\ndollar  0.60",
+        "<b>  0.50",
+    ]
     assert figure.get_supxlabel() == "No medical device."
+    assert ("threshold 0.5" in texts(figure)) == (threshold is not None), "the dashed line has no label"
+    assert answers_of(figure).get_title("left") == (
+        "◀ above the threshold" if threshold else "◀ strongest class"
+    )
+
+
+def answers_of(figure):
+    """The axes with the bars."""
+    return next(ax for ax in figure.axes if ax.patches and ax.get_xlabel() == "probability")
+
+
+def test_prediction_for_knees_has_no_empty_band_and_no_key_of_nothing():
+    picture = np.full((32, 32, 3), 120, np.uint8)
+    figure = figures.prediction([picture] * 3, [[np.eye(4)] * 3] * 3, list("abc"), [0.1, 0.4, 0.3], 0.5, "")
+    drawn(figure)
+    bars = answers_of(figure)
+    assert bars.get_title("left") == "nothing is above the threshold"
+    low, high = bars.get_ylim()
+    assert (low, high) == (2.6, -0.6), "a band under the bars"
+    assert bars.get_window_extent().height < 0.4 * figure.bbox.height, "three bars as tall as three planes"
+
+
+def test_prediction_with_a_threshold_per_label():
+    picture = np.full((32, 32, 3), 120, np.uint8)
+    thresholds = [0.05, 0.8, 0.6, 0.4]
+    figure = figures.prediction(
+        [picture], [[np.eye(4)] * 4], LABELS, [0.1, 0.7, 0.6, 0.5], thresholds, "", aspect=2
+    )
+    assert [text for text in texts(figure) if "◀" in text] == ["0.10  ◀", "0.50  ◀"]
+    assert "each label's threshold" in texts(figure)
+    assert extents(figure.axes[0])[0][2:] == (1, 0.5), "the photograph's own shape"
+
+
+@pytest.mark.parametrize("of_classes", [False, True])
+def test_reliability_shows_the_bins_of_the_metric(answers, of_classes):
+    y_true, y_prob = answers
+    if of_classes:
+        y_true, y_prob = y_true[:, 0], y_prob / y_prob.sum(1, keepdims=True)
+    figure = figures.reliability(y_true, y_prob, bins=10)
+    drawn(figure)
+    _, accuracy, count = metrics.reliability(y_true, y_prob, 10)
+    above, below = figure.axes
+    heights = [bar.get_height() for bar in above.patches]
+    assert np.array_equal(heights, accuracy, equal_nan=True)
+    assert [bar.get_height() for bar in below.patches] == list(count)
+    assert f"{metrics.expected_calibration_error(y_true, y_prob, 10):.3f}" in above.get_title()
+
+
+def test_grades_come_in_words():
+    names = ["0 none", "1 mild", "2 moderate", "3 severe", "4 proliferative"]
+    figure = figures.confusion([0, 1, 2, 3, 4], np.eye(5), names, "multiclass")
+    drawn(figure)
+    ticks = [tick.get_text().replace("\n", " ") for tick in figure.axes[0].get_yticklabels()]
+    assert ticks == names
 
 
 def test_curves_of_one_epoch_and_of_many_runs():
-    assert len(figures.curves(history(1)).axes) == 3
-    drawn(figures.curves(history(1)))
-    runs = {f"odir-{k:02}": history(3 + k % 4) for k in range(28)} | {"no-score": history().drop(columns="val_f1")}
+    single = figures.curves(history(1))
+    assert [ax.get_title("left") for ax in single.axes] == [
+        "loss (dashed: training)",
+        "f1 (dashed: training)",
+        "lr",
+    ]
+    drawn(single)
+    runs = {f"odir-{k:02}": history(3 + k % 4) for k in range(28)} | {
+        "no-score": history().drop(columns="val_f1")
+    }
     figure = figures.compare_curves(runs, ["val_loss", "val_f1"])
     drawn(figure)
     loss, score = ([text.get_text() for text in ax.get_legend().get_texts()] for ax in figure.axes)
     assert len(loss) == 29 and len(score) == 28 and "no-score" not in score
-    styles = {(line.get_color(), line.get_linestyle()) for line in figure.axes[1].lines if line.get_marker() == "None"}
+    styles = {
+        (line.get_color(), line.get_linestyle())
+        for line in figure.axes[1].lines
+        if line.get_marker() == "None"
+    }
     assert len(styles) == 28, "two of the runs look alike"
+
+
+def test_two_runs_are_drawn_large_with_their_training():
+    figure = figures.compare_curves({"a": history(), "b": history(7)}, ["val_loss"])
+    array = drawn(figure)
+    lines = [line for line in figure.axes[0].lines if line.get_marker() == "None"]
+    assert [len(line.get_xdata()) for line in lines] == [5, 5, 7, 7] and array.shape[0] >= 240
+    assert "dashed: training" in figure.axes[0].get_title("left")
 
 
 def test_rendered_pictures_say_so():
     figure = figures.mark_rendered(figures.confusion([0, 1], np.eye(2), ["a", "b"], "multiclass"))
-    assert "RENDERED" in figure.get_suptitle() and drawn(figure)[:12].std() > 5, "the words are not in the picture"
+    assert "RENDERED" in figure.get_suptitle() and drawn(figure)[:12].std() > 5, (
+        "the words are not in the picture"
+    )
 
 
 def test_nothing_global_is_touched():

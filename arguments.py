@@ -1,0 +1,384 @@
+"""The flags of train.py: the published defaults, the rules, and what the experiments of run_all.sh set.
+
+Imports neither torch nor pandas, so that --help and a wrong flag answer at once.
+"""
+
+import argparse
+import math
+import re
+import shlex
+from pathlib import Path
+
+from errors import InputError, Parser
+
+# data set -> what it changes in the defaults below: each study as it was published
+PUBLISHED = {
+    "odir": {},
+    "aptos": dict(model="efficientnet-b1", optimizer="adam", lr=0.01, scheduler="step", batch=30, epochs=50)
+    | dict(patience=50, preprocess="none", fine_tune=True, sampler="weighted"),
+    "dr": dict(
+        model="resnet18", lr=0.001, weight_decay=5e-4, scheduler="none", batch=64, epochs=25, patience=25
+    )
+    | dict(fine_tune=True, freeze_epochs=5, drop_last=True)
+    | dict(preprocess="centre", size=256, crop=224, augment="lab"),
+    # Only network, optimiser and loss are published; the rest is ours.
+    "retina": dict(model="alexnet", optimizer="adam", lr=0.001, scheduler="none", epochs=50)
+    | dict(fine_tune=True, weights="none"),
+    "mrnet": dict(model="mrnet", optimizer="adam", lr=1e-5, weight_decay=0.01, scheduler="plateau", batch=1)
+    | dict(epochs=50, patience=50, fine_tune=True, augment="knee", weighted_loss=True, preprocess="crop"),
+}
+# schedule -> (--schedule-epochs, --gamma) where they are not given; None: the schedule has no such number
+SCHEDULES = {
+    "none": (None, None),
+    "linear": (50, 0.1),
+    "cyclic": (10, None),
+    "step": (1, 0.7),
+    "plateau": (3, 0.3),
+    "cosine": (None, None),
+}
+RECIPES = {"odir": ("eyes", "pair"), "mrnet": ("knee",)}  # random views; the others take eyes and lab
+EYE_MODELS = ("v0", "v1", "v2")
+# A resumed run keeps these: they decide shapes, the rows, or what the optimiser and the schedule hold.
+FIXED = (
+    *(
+        "dataset",
+        "freeze_epochs",
+        "model",
+        "trunk",
+        "labels",
+        "size",
+        "crop",
+        "preprocess",
+        "fine_tune",
+        "bn",
+    ),
+    *("weights", "optimizer", "scheduler", "trunk_lr", "ema", "split_seed", "val_fraction", "test_fraction"),
+    *("calibration_fraction", "pseudo_labels", "min_confidence", "shuffle_labels", "name", "runs", "keep"),
+)
+LEAST = dict(size=16, batch=1, epochs=1, patience=1, freeze_epochs=0, views=0, seed=0, split_seed=0, lr=1e-12)
+LEAST |= dict(max_lr=1e-12, weight_decay=0, momentum=0, min_confidence=0, schedule_epochs=1, workers=0)
+LEAST |= dict(warmup_epochs=0, trunk_lr=0, ema=0, folds=0, weight_power=0, calibration_fraction=0)
+MOST = dict(momentum=1, min_confidence=1, ema=1, calibration_fraction=0.5)
+LARGEST_SIZE = 4096  # pixels: larger than any fundus camera's picture
+# Two runs that differ in these alone are one experiment.
+WHERE = (
+    "seed",
+    "name",
+    "resume",
+    "runs",
+    "cache",
+    "workers",
+    "device",
+    "precision",
+    "compile",
+    "data",
+    "feature_cache",
+)
+
+
+def add_machine_flags(parser, precision="auto"):
+    """Flags that every script with a network has; `precision` is its default."""
+    parser.add_argument(
+        "--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="where it runs"
+    )
+    text = "auto: the fastest native one" if precision else "default: as the run was asked to"
+    choices = ["auto", "fp32", "bf16", "fp16"]
+    parser.add_argument("--precision", choices=choices, default=precision, help=text)
+    parser.add_argument("--workers", type=int, help="processes that read pictures (default: all cores)")
+
+
+def get_args_parser(dataset="odir", description=None):
+    parser = Parser(description, usage="python train.py [--flag value ...]")
+    yes_no = argparse.BooleanOptionalAction
+
+    add = parser.add_argument_group("data").add_argument
+    add("--dataset", choices=PUBLISHED, default="odir", help="data set; sets the published defaults below")
+    add("--data", help="its folder (default: data/<dataset>, else rendered stand-ins)")
+    add(
+        "--missing",
+        choices=["stop", "drop"],
+        default="stop",
+        help="missing pictures: stop, or drop their rows",
+    )
+    add(
+        "--duplicates",
+        choices=["stop", "keep"],
+        default="stop",
+        help="validation pictures that are trained on",
+    )
+    add("--labels", nargs="+", help="retina, mrnet: which labels (default: the study's)")
+    add("--val-fraction", type=float, help="validation patients (published: 0.2; aptos 733/3662)")
+    add("--test-fraction", type=float, help="patients kept away (published: 0; aptos 583/3662)")
+    add("--split-seed", type=int, default=42, help="seed of the split (write-up)")
+    add("--shuffle-labels", action="store_true", help="control: the training patients' labels, shuffled")
+    add("--pseudo-labels", metavar="FILE", help="retina: spread_labels.py's CSV joins the training part")
+    add("--min-confidence", type=float, default=0.0, help="least confidence of a pseudo-label")
+
+    add = parser.add_argument_group("pictures").add_argument
+    text = "fov: the eye alone (write-up); none: scaled; centre: shorter side, then crop; crop: of knees"
+    add("--preprocess", choices=["fov", "none", "centre", "crop"], default="fov", help=text)
+    add("--size", type=int, default=224, help="pixels a side after --preprocess (write-up)")
+    add("--crop", type=int, help="pixels a side of a random crop in training; evaluation resizes to it")
+    text = "eyes: experiments 8, 9; pair: 14-17; lab: dr; knee: mrnet"
+    add("--augment", choices=["none", "eyes", "pair", "lab", "knee"], default="none", help=text)
+    add(
+        "--views",
+        type=int,
+        default=0,
+        help="cycle through N random views; 0: a fresh one per epoch (write-up)",
+    )
+
+    add = parser.add_argument_group("network").add_argument
+    text = "v0, v1, v2: both eyes; mrnet; alexnet, efficientnet-b1, efficientnet-lite0 or torchvision's name"
+    add("--model", default="v0", help=text)
+    text = "of v0, v1, v2: resnet50 (write-up), efficientnet-lite0, or torchvision's name"
+    add("--trunk", default="resnet50", help=text)
+    text = "imagenet (write-up), none, one of torchvision's names (IMAGENET1K_V1), a best.pt or a state_dict"
+    add("--weights", default="imagenet", help=text)
+    add("--fine-tune", action=yes_no, default=False, help="train the trunk too (13-17, the other studies)")
+    add("--freeze-epochs", type=int, default=0, help="of --fine-tune: the head alone first (dr lab: 5)")
+    text = "BatchNorm: fitted once (default), the weights' own, or moving with each batch (--fine-tune)"
+    add("--bn", choices=["fitted", "pretrained", "batch"], help=text)
+
+    add = parser.add_argument_group("optimisation").add_argument
+    add("--optimizer", choices=["sgd", "adam", "adamw"], default="sgd", help="(write-up)")
+    add("--lr", type=float, default=0.05, help="learning rate (experiment 3); cyclic: lower end")
+    add("--trunk-lr", type=float, default=1.0, help="of --fine-tune: the trunk's share of --lr")
+    add("--momentum", type=float, help="of sgd (write-up: 0.9)")
+    add("--weight-decay", type=float, default=0.0, help="(write-up: none)")
+    text = "stepped once an epoch (experiment 3); cosine: every step, to zero at --epochs"
+    add("--scheduler", choices=SCHEDULES, default="linear", help=text)
+    text = "linear: length (50); cyclic: rise (10); step: period (1); plateau: wait (3)"
+    add("--schedule-epochs", type=int, help=text)
+    add("--gamma", type=float, help="factor: linear (0.1), step (0.7), plateau (0.3)")
+    add("--max-lr", type=float, help="cyclic: upper end (experiment 4: 0.1)")
+    add("--warmup-epochs", type=float, help="cosine: the rate rises this long (default: 1)")
+    add("--batch", type=int, default=32, help="rows of one step, all processes (write-up)")
+    add("--epochs", type=int, default=100, help="at most (write-up)")
+    add("--patience", type=int, default=20, help="epochs without a lower validation loss (write-up)")
+    text = "best.pt: the epoch of the lowest validation loss (write-up), or the last one"
+    add("--keep", choices=["best", "last"], default="best", help=text)
+    add(
+        "--ema",
+        type=float,
+        default=0.0,
+        help="decay of averaged weights, which are validated and kept; 0: none",
+    )
+    add(
+        "--loss",
+        choices=["bce", "focal", "asymmetric"],
+        default="bce",
+        help="of several labels (write-up: bce)",
+    )
+    text = "pos_weight or class weights of the training part (experiment 11)"
+    add("--weighted-loss", action=yes_no, default=False, help=text)
+    add("--weight-power", type=float, default=1.0, help="exponent of these weights; below 1: softer")
+    text = "balanced: experiment 12; weighted: aptos"
+    add("--sampler", choices=["shuffle", "balanced", "weighted"], default="shuffle", help=text)
+    add("--drop-last", action=yes_no, default=False, help="leave out a short last batch (dr lab)")
+
+    add = parser.add_argument_group("thresholds, learned on training patients").add_argument
+    add(
+        "--folds",
+        type=int,
+        default=0,
+        help="of a frozen trunk: parts of the training part, one left out at a time",
+    )
+    text = "of --fine-tune: share of the training patients that no gradient sees"
+    add("--calibration-fraction", type=float, default=0.0, help=text)
+
+    group = parser.add_argument_group("machine")
+    add_machine_flags(group)
+    group.add_argument("--compile", action=yes_no, default=False, help="torch.compile; pays off in long runs")
+    text = "same seed, same bits on a GPU too; slower there"
+    group.add_argument("--deterministic", action=yes_no, default=False, help=text)
+    text = "keep a frozen trunk's features on disk"
+    group.add_argument("--feature-cache", action=yes_no, default=True, help=text)
+    group.add_argument("--cache", default="cache", help="folder of kept pictures and features")
+
+    add = parser.add_argument_group("run").add_argument
+    add("--runs", default="runs", help="folder of the run folders")
+    add("--name", help="of the run folder (default: a number)")
+    add("--resume", metavar="RUN", help="go on with runs/<name>; flags given here win")
+    add("--seed", type=int, default=42, help="of weights, order, dropout, views (write-up)")
+    parser.set_defaults(**PUBLISHED[dataset])
+    return parser
+
+
+def parse(argv, stored=None, description=None):
+    """Flags as given, over the stored ones of a resumed run, over the data set's published defaults."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--dataset", default="odir")
+    name = first.parse_known_args(argv)[0].dataset
+    parser = get_args_parser(name if name in PUBLISHED else "odir", description)
+    parser.set_defaults(**(stored or {}))
+    args = parser.parse_args(argv)
+    check_args(args)
+    return resolve(args)
+
+
+def get_args(argv=None, description=None):
+    """-> (args, what last.pt holds or None)."""
+    args = parse(argv, description=description)
+    if not args.resume:
+        return args, None
+    import checkpoint  # here, because it imports torch
+
+    state = checkpoint.load_last(args.resume)
+    stored = state["args"]
+    args = parse(argv, stored)
+    refused = [name for name in FIXED if getattr(args, name) != stored[name]]
+    if refused:
+        kept = ", ".join(f"--{name.replace('_', '-')} {stored[name]}" for name in refused)
+        raise InputError(f"a resumed run keeps its {kept}: start a new run to change it")
+    return args, state
+
+
+def resolve(args):
+    """Give a value to every default that depends on another flag, so that run.json says what was used."""
+    args.bn = args.bn or ("batch" if args.fine_tune else "fitted")
+    epochs, gamma = SCHEDULES[args.scheduler]
+    if args.schedule_epochs is None:
+        args.schedule_epochs = epochs
+    if args.gamma is None:
+        args.gamma = gamma
+    if args.max_lr is None and args.scheduler == "cyclic":
+        args.max_lr = 0.1
+    if args.warmup_epochs is None and args.scheduler == "cosine":
+        args.warmup_epochs = 1.0
+    if args.momentum is None and args.optimizer == "sgd":
+        args.momentum = 0.9
+    return args
+
+
+def check_args(args):
+    """Flags that do not go together are refused, not ignored."""
+    for name, least in LEAST.items():
+        value, flag = getattr(args, name), f"--{name.replace('_', '-')}"
+        if value is not None and not least <= value < math.inf:
+            raise InputError(f"{flag} {value}: expected {least:g} or more")
+        if value is not None and value > MOST.get(name, math.inf):
+            raise InputError(f"{flag} {value}: expected {MOST[name]} or less")
+    check_pictures(args)
+    check_network(args)
+    check_optimisation(args)
+
+
+def check_pictures(args):
+    name, knees = args.dataset, args.dataset == "mrnet"
+    if args.size > LARGEST_SIZE:
+        memory = f"one picture takes {3 * args.size**2 / 1e9:.3g} GB at this size"
+        raise InputError(f"--size {args.size}: {memory}; expected {LARGEST_SIZE} or less")
+    if args.labels and len(set(args.labels)) < len(args.labels):
+        raise InputError(f"--labels {' '.join(args.labels)}: a label is named twice")
+    if args.pseudo_labels and name != "retina":
+        raise InputError("--pseudo-labels belongs to --dataset retina")
+    if args.min_confidence and not args.pseudo_labels:
+        raise InputError("--min-confidence needs --pseudo-labels")
+    if args.crop and (args.augment == "none" or knees or not 16 <= args.crop <= args.size):
+        raise InputError(
+            f"--crop {args.crop} needs --augment and a --size (here {args.size}) that it fits into"
+        )
+    recipes = RECIPES.get(name, ("eyes", "lab"))
+    if args.augment not in ("none", *recipes):
+        raise InputError(f"--augment {args.augment}: {name} takes {' or '.join(recipes)}")
+    if args.views and args.augment == "none":
+        raise InputError("--views needs --augment: without it every epoch sees the same pictures")
+    if knees and args.preprocess not in ("crop", "none") or not knees and args.preprocess == "crop":
+        raise InputError(f"--preprocess {args.preprocess}: mrnet takes crop or none, photographs the others")
+    if knees and args.preprocess == "crop" and args.size > 256:
+        raise InputError(f"--size {args.size}: MRNet's slices are 256 x 256")
+    if knees and args.size < 64:
+        raise InputError(f"--size {args.size} is too small for MRNet's AlexNet trunks: 64 or more")
+
+
+def check_network(args):
+    name, model = args.dataset, args.model
+    if (name == "odir") != (model in EYE_MODELS):
+        takes = "v0, v1 or v2" if name == "odir" else "a network for one photograph, such as resnet18"
+        raise InputError(
+            f"--model {model} does not take {name}; expected {'mrnet' if name == 'mrnet' else takes}"
+        )
+    if (name == "mrnet") != (model == "mrnet"):
+        raise InputError(f"--model {model} does not take {name}")
+    if args.trunk != "resnet50" and model not in EYE_MODELS:
+        raise InputError(f"--trunk belongs to --model v0, v1, v2: give --model {args.trunk}")
+    if args.freeze_epochs and not args.fine_tune:
+        raise InputError("--freeze-epochs needs --fine-tune: without it the trunk is frozen all along")
+    if args.trunk_lr != 1 and not args.fine_tune:
+        raise InputError("--trunk-lr needs --fine-tune: without it the trunk does not learn")
+    if args.folds and (args.fine_tune or args.bn == "batch"):
+        raise InputError("--folds needs a frozen trunk whose features are kept: use --calibration-fraction")
+    if args.calibration_fraction and args.folds:
+        raise InputError("--calibration-fraction and --folds are two ways to learn thresholds: choose one")
+    if args.folds == 1:
+        raise InputError("--folds 1: expected 2 or more, or 0 for none")
+    if (args.folds or args.calibration_fraction) and name not in ("odir", "mrnet"):
+        raise InputError(f"{name} has one class a picture, the strongest: there are no thresholds to learn")
+
+
+def check_optimisation(args):
+    epochs, gamma = SCHEDULES[args.scheduler]
+    if args.schedule_epochs is not None and epochs is None:
+        raise InputError(f"--schedule-epochs: --scheduler {args.scheduler} has none")
+    if args.gamma is not None and gamma is None:
+        raise InputError(f"--gamma: --scheduler {args.scheduler} has none")
+    if args.gamma is not None and not 0 < args.gamma < 1:
+        raise InputError(f"--gamma {args.gamma}: expected a factor between 0 and 1")
+    if args.max_lr is not None and args.scheduler != "cyclic":
+        raise InputError("--max-lr belongs to --scheduler cyclic")
+    if args.scheduler == "cyclic" and args.lr >= (args.max_lr or 0.1):
+        raise InputError(
+            f"--lr {args.lr} is cyclic's lower end: expected less than --max-lr {args.max_lr or 0.1}"
+        )
+    if args.scheduler == "cyclic" and args.optimizer != "sgd":
+        raise InputError("--scheduler cyclic cycles sgd's momentum too: give --optimizer sgd")
+    if args.warmup_epochs is not None and args.scheduler != "cosine":
+        raise InputError("--warmup-epochs belongs to --scheduler cosine")
+    if args.momentum is not None and args.optimizer != "sgd":
+        raise InputError("--momentum belongs to --optimizer sgd")
+    one_class = args.dataset not in ("odir", "mrnet")
+    if args.sampler == "weighted" and not one_class:
+        raise InputError(
+            f"--sampler weighted needs one class a picture; {args.dataset} has labels: use balanced"
+        )
+    if args.loss != "bce" and one_class:
+        raise InputError(f"--loss {args.loss} is for several labels a row; {args.dataset} has one class")
+    if args.loss == "asymmetric" and args.weighted_loss:
+        raise InputError("--loss asymmetric weighs by itself: leave --weighted-loss out")
+    if args.weight_power != 1 and not args.weighted_loss:
+        raise InputError("--weight-power needs --weighted-loss")
+
+
+# ---------------------------------------------------------------- the experiments
+
+
+def experiments(script=None):
+    """{name: its flags as parsed} of every line `run NAME FLAGS` of run_all.sh."""
+    script = Path(script or Path(__file__).with_name("run_all.sh"))
+    values, found = {"prefix": ""}, {}
+    for line in script.read_text().splitlines():
+        line = re.sub(r"\$\{?(\w+)\}?", lambda match: values.get(match[1], match[0]), line)
+        setting = re.fullmatch(r'(\w+)="([^"]*)"', line)
+        if setting:
+            values[setting[1]] = setting[2]
+        if line.startswith("run "):
+            name, *flags = shlex.split(line, comments=True)[1:]
+            found[name] = parse(["--dataset", name.split("-")[0], *flags])
+    return found
+
+
+def differences(args, line):
+    """What a run's arguments (a dict) have other than an experiment's line: ["lr 0.5 not 0.05", ...]."""
+    told = []
+    for name, asked in vars(line).items():
+        used = args.get(name, asked)
+        if name in WHERE or comparable(used) == comparable(asked):
+            continue
+        told.append(f"{name.replace('_', ' ')} {used} not {asked}")
+    return told
+
+
+def comparable(value):
+    """A path by its last part: the folder of runs may be another."""
+    return Path(value).name if isinstance(value, str) else value

@@ -1,0 +1,112 @@
+"""Class-activation maps: where a network looks (Grad-CAM, Selvaraju et al. 2017)."""
+
+import numpy as np
+import torch
+import torchvision
+
+from augment import prepare_batch
+from errors import InputError
+from models import MRNet
+from tables import PLANES
+
+
+def cam_layers(model, inputs):
+    """The modules whose output the maps are made of: the last map of features of each trunk.
+
+    Of a vision transformer it is what enters the last block: after it only the class token counts.
+    Raises InputError for a network without a map of features.
+    """
+    if isinstance(model, MRNet):
+        return [plain(trunk)[10] for trunk in model.backbone]  # the last convolution of AlexNet
+    trunk = plain(model.backbone)
+    if isinstance(trunk, torchvision.models.VisionTransformer):
+        return [trunk.encoder.layers[-1].ln_1]
+    if hasattr(model, "cam_layer"):
+        return [trunk.get_submodule(model.cam_layer)]
+    seen = []
+
+    def note(module, _, output):
+        if torch.is_tensor(output) and output.ndim == 4:
+            seen.append((module, output.shape[2] * output.shape[3] > 1))
+
+    handles = [module.register_forward_hook(note) for module in trunk.modules() if module is not trunk]
+    with torch.no_grad():
+        model.features(*(part[:1] for part in inputs))
+    for handle in handles:
+        handle.remove()
+    modules = [module for module, _ in seen]
+    once = [(module, wide) for module, wide in seen if modules.count(module) == 1]  # not a shared activation
+    if not once:
+        raise InputError(f"{model.name} has no map of features: there are no heat maps of it")
+    wide = [module for module, is_wide in once if is_wide]
+    return [wide[-1] if wide else once[-1][0]]
+
+
+def plain(trunk):
+    """The network inside a features.FastTrunk."""
+    return getattr(trunk, "net", trunk)
+
+
+def as_map(features):
+    """(N, C, h, w) as it is; tokens (N, 1 + h * w, C) of a transformer laid out as (N, C, h, w)."""
+    if features.ndim == 4:
+        return features.float()
+    side = int((features.shape[1] - 1) ** 0.5)
+    return features[:, 1:].float().transpose(1, 2).unflatten(2, (side, side))
+
+
+def grad_cam(model, *inputs):
+    """The maps of every class -> (logits (B, K), maps, picks).
+
+    maps: float32 (N, K, h, w), each scaled to a maximum of 1 (a map without positive evidence stays 0), N =
+    B * pictures. For MRNet: a list of three (1, K, h, w), of ONE exam's slice with the strongest answer in
+    each plane, and `picks` its slice numbers; None otherwise.
+    """
+    model.eval()
+    layers, activations = cam_layers(model, inputs), []
+
+    def keep(_, __, output):
+        activations.append(output.detach().requires_grad_())
+        return activations[-1].clone()  # an in-place ReLU may follow
+
+    handles = [layer.register_forward_hook(keep) for layer in layers]
+    try:
+        with torch.enable_grad():
+            logits = model(*inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    maps = [[] for _ in layers]
+    for label in range(logits.shape[1]):
+        grads = torch.autograd.grad(logits[:, label].sum(), activations, retain_graph=True)
+        for planes, activation, grad in zip(maps, activations, grads, strict=True):
+            weights = as_map(grad).mean((2, 3), keepdim=True)
+            planes.append((weights * as_map(activation)).sum(1).relu().detach())
+    maps = [torch.stack(planes, 1) for planes in maps]  # each (N, K, h, w)
+    if not isinstance(model, MRNet):
+        return logits.detach(), scaled(maps[0]), None
+    picks = [int(plane.sum((1, 2, 3)).argmax()) for plane in maps]
+    chosen = [scaled(plane[pick : pick + 1]) for plane, pick in zip(maps, picks, strict=True)]
+    return logits.detach(), chosen, picks
+
+
+def scaled(maps):
+    peak = maps.amax((2, 3), keepdim=True)
+    return maps / torch.where(peak > 0, peak, torch.ones_like(peak))
+
+
+def explain(model, batch, device):
+    """Heat maps of one row's batch -> (names, pictures, maps).
+
+    A picture uint8 (S, S, 3) and its maps (K, h, w) for each eye, for the one photograph, or, for knees,
+    for each plane's slice with the strongest answer; the names say which.
+    """
+    inputs, _ = prepare_batch(batch, device)
+    _, maps, picks = grad_cam(model, *inputs)
+    if picks is None:
+        pictures = list(batch["images"][0].cpu().numpy())
+        return ["left eye", "right eye"] if len(pictures) == 2 else [""], pictures, list(maps.cpu().numpy())
+    names = [f"{plane}, slice {pick + 1}" for plane, pick in zip(PLANES, picks, strict=True)]
+    slices = [plane[pick].cpu().numpy() for plane, pick in zip(batch["volumes"], picks, strict=True)]
+    pictures = [np.repeat(grey[:, :, None], 3, 2) for grey in slices]
+    return names, pictures, [plane[0].cpu().numpy() for plane in maps]

@@ -1,0 +1,130 @@
+"""Pictures decoded once, in parallel, and kept on disk as uint8."""
+
+import copy
+import functools
+import hashlib
+import json
+import math
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from cache import digest, file_stamps, is_whole, kept_array, replace_file
+from engine import progress
+from errors import InputError, end_with_parent, reading
+from preprocess import default_workers, load_picture
+
+
+def decode(file, kind, size):
+    """One picture -> (uint8 (size, size, 3), repaired, reason why there is none, its content, system's
+    error).
+    """
+    nothing = np.zeros((size, size, 3), np.uint8)
+    try:
+        picture, repaired = load_picture(file, kind, size)
+        data = Path(file).read_bytes()
+    except InputError as error:
+        return nothing, False, str(error), [], ""
+    except OSError as error:  # what the system says may be another tomorrow
+        return nothing, False, "", [], f"{file}: {error.strerror}"
+    content = [hashlib.blake2b(part, digest_size=10).hexdigest() for part in (data, picture.tobytes())]
+    return picture, repaired, "", content, ""
+
+
+def decode_all(files, kind, size, workers=None):
+    """Yields `decode` of every file, in order, by all cores."""
+    work = functools.partial(decode, kind=kind, size=size)
+    workers = default_workers() if workers is None else workers
+    if workers < 2 or len(files) <= 64:
+        yield from map(work, files)
+        return
+    pool = ProcessPoolExecutor(workers, initializer=end_with_parent)
+    try:
+        yield from pool.map(work, files, chunksize=8)
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+class Pictures:
+    """The pictures of some rows, decoded once and kept: `.rows` (n, P) points into `.array()` (m, S, S, 3)
+    uint8.
+
+    `.failed` {file: reason}, `.repaired` [file] and `.contents` [[digest of bytes, digest of pixels] of
+    each file] say what was found. Raises InputError where the system refuses to read a file.
+    """
+
+    def __init__(self, files, kind, size, cache, workers=None):
+        self.files = [file for row in files for file in row]
+        self.rows = np.arange(len(self.files)).reshape(len(files), -1)
+        self.kind, self.size, self.workers = kind, size, workers
+        self.key = digest(file_stamps(self.files), kind, size, "pictures-2")
+        self.path = Path(cache) / f"pictures-{self.key[:20]}.npy"
+        self.shape = (len(self.files), size, size, 3)
+        self.mapped, self.resident = None, None
+        facts_file = self.path.with_suffix(".json")
+        if not facts_file.exists() or not is_whole(self.path, self.shape, np.uint8):
+            self.path.unlink(missing_ok=True)
+            kept_array(self.path, self.shape, np.uint8, self.fill)
+        with reading(facts_file, "facts about kept pictures (delete it, and they are made again)"):
+            facts = json.loads(facts_file.read_text())
+            self.failed, self.repaired, self.contents = facts["failed"], facts["repaired"], facts["contents"]
+
+    def fill(self, array):
+        facts, refused = {"failed": {}, "repaired": [], "contents": []}, []
+        found = decode_all(self.files, self.kind, self.size, self.workers)
+        bar = progress(found, f"pictures {self.kind} {self.size}", total=len(self.files))
+        for number, (picture, repaired, reason, content, system) in enumerate(bar):
+            array[number] = picture
+            facts["contents"].append(content)
+            if reason:
+                facts["failed"][self.files[number]] = reason
+            if repaired:
+                facts["repaired"].append(self.files[number])
+            if system:
+                refused.append(system)
+        if refused:
+            shown = "; ".join(refused[:3])
+            raise InputError(
+                f"the system refuses to read {len(refused)} file(s): {shown}. Mend it, then run again"
+            )
+        replace_file(self.path.with_suffix(".json"), lambda stream: json.dump(facts, stream), "w")
+
+    def array(self):
+        """The kept array, mapped from disk by each process that asks."""
+        if self.mapped is None:
+            self.mapped = np.load(self.path, mmap_mode="c", allow_pickle=False)
+        return self.mapped
+
+    def __getstate__(self):  # a worker process gets the path, not a copy of the pictures
+        return {**self.__dict__, "mapped": None, "resident": None}
+
+    def on(self, device):
+        """All pictures as one tensor on a GPU where a quarter of its free memory holds them, else None."""
+        if self.resident is None and device.type == "cuda":
+            if math.prod(self.shape) < torch.cuda.mem_get_info(device)[0] / 4:
+                self.resident = torch.from_numpy(self.array()).to(device)
+        return self.resident
+
+    def chosen(self, rows):
+        """The same pictures with other rows (n, P)."""
+        other = copy.copy(self)
+        other.rows = rows
+        return other
+
+
+class GivenPictures:
+    """Pictures that lie in memory (m, S, S, 3) uint8, with what the data sets ask of `Pictures`."""
+
+    def __init__(self, array, rows):
+        self.stored, self.rows, self.size, self.resident = array, rows, array.shape[1], None
+
+    def array(self):
+        return self.stored
+
+    def on(self, device):
+        return None
+
+    def chosen(self, rows):
+        return GivenPictures(self.stored, rows)

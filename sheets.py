@@ -1,0 +1,103 @@
+"""Sheets, .xlsx or .csv: one way to read them and to check them. Every message names the rows of the sheet.
+
+    sheet = read_sheet("train.csv", dtype={"id_code": str})
+    names = check_names("train.csv", sheet["id_code"], "id_code")
+
+Where a sheet has no header, `first_row` is 1: the number of the first row of data in the file.
+"""
+
+import re
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from errors import InputError, reading
+
+CONTROL = re.compile("[\x00-\x1f\x7f\ud800-\udfff\ufffe\uffff]")  # no sheet of results could hold these again
+OUTSIDE = re.compile(r"(?:^|[/\\])\.\.(?:[/\\]|$)|^[/\\]|^\.$|^[A-Za-z]:")  # leads out of the data folder
+MOST_UNPACKED = 4 << 30  # bytes; the longest sheet that Excel writes unpacks to less than one GiB
+
+
+def read_sheet(path, **kwargs):
+    """A .xlsx or .csv file without the blank rows at its end. Row i of the frame is row i + 2 of the file."""
+    path = Path(path)
+    with reading(path, "a table"):
+        if path.suffix.lower() == ".xlsx":
+            with zipfile.ZipFile(path) as archive:  # a few kilobytes can unpack to more than any memory holds
+                size = sum(entry.file_size for entry in archive.infolist())
+            if size > MOST_UNPACKED:
+                raise InputError(f"{path} unpacks to {size >> 30} GiB, too much for a sheet. Save it as .csv")
+            sheet = pd.read_excel(path, **kwargs)
+        else:  # blank lines are kept, so that row numbers stay those of the file
+            sheet = pd.read_csv(path, skip_blank_lines=False, **kwargs)
+    if len(sheet) and sheet.iloc[-1].notna().any():
+        return sheet
+    filled = np.flatnonzero(sheet.notna().any(axis=1))
+    if not len(filled):
+        raise InputError(f"{path} holds no row")
+    return sheet.iloc[: filled[-1] + 1]
+
+
+def check_rows(path, bad, what, first_row=2, values=None):
+    """Raise InputError naming the sheet rows where the boolean array `bad` is true, with their `values`."""
+    rows = np.flatnonzero(np.asarray(bad))
+    if not len(rows):
+        return
+    shown = [str(row + first_row) for row in rows[:5]]
+    if values is not None:
+        found = np.asarray(values, dtype=object)[rows[:5]]
+        shown = [f"{row} ({str(value)[:30]})" for row, value in zip(shown, found, strict=True)]
+    raise InputError(f"{path}: {what} in {len(rows)} row(s), first in sheet row(s) {', '.join(shown)}")
+
+
+def check_columns(path, sheet, columns):
+    """InputError where one of `columns` is missing or there twice."""
+    # pandas calls the second one of two columns `name.1`.
+    doubled = [column for column in columns if f"{column}.1" in sheet.columns]
+    if doubled:
+        raise InputError(f"{path}: column(s) twice: {', '.join(doubled)}")
+    missing = [column for column in columns if column not in sheet.columns]
+    if missing:
+        found = ", ".join(map(str, sheet.columns[:20]))
+        raise InputError(f"{path}: column(s) missing: {', '.join(missing)} (found: {found})")
+
+
+def check_zero_one(path, sheet, labels, first_row=2):
+    """The label columns as float32 (n, L); InputError for anything but 0 and 1."""
+    numbers = sheet[labels].apply(pd.to_numeric, errors="coerce").to_numpy(dtype=np.float64, na_value=np.nan)
+    wrong = (numbers != 0) & (numbers != 1)
+    for column, label in enumerate(labels):
+        check_rows(path, wrong[:, column], f"label {label!r} other than 0 or 1", first_row, sheet[label])
+    return numbers.astype(np.float32)
+
+
+def check_names(path, names, what, first_row=2, unique=True, inside=True):
+    """A column of names as stripped strings; InputError for empty ones and control characters, where `inside`
+    for those that lead out of the data folder, and where `unique` for doubled ones."""
+    empty = names.isna()
+    names = pd.Series([str(name).strip() for name in names.tolist()], dtype=object)
+    check_rows(path, empty.to_numpy() | (names == ""), f"empty {what}", first_row)
+    if CONTROL.search("".join(names)):  # one search of all is fast, and mostly it is the only one
+        bad = [CONTROL.search(name) is not None for name in names]
+        check_rows(path, bad, f"control characters in {what}", first_row, names.map(ascii))
+    joined = "\n".join(["", *names, ""])
+    if inside and any(mark in joined for mark in ("/", "\\", "..", "\n.\n", ":")):
+        outside = [OUTSIDE.search(name) is not None for name in names]
+        check_rows(path, outside, f"{what} that leaves the data folder", first_row, names)
+    if unique:
+        check_rows(path, names.duplicated(), f"doubled {what}", first_row, names)
+    return names
+
+
+def as_integers(path, values, what, allowed=None, first_row=2):
+    """A column as int64; InputError for anything that is no whole number, or not in `allowed`."""
+    numbers = pd.to_numeric(values, errors="coerce").to_numpy(dtype=np.float64, na_value=np.nan)
+    wrong = ~np.isfinite(numbers) | (numbers != np.floor(numbers)) | (np.abs(numbers) >= 2**53)
+    expected = "no whole number"
+    if allowed is not None:
+        wrong |= ~np.isin(numbers, allowed)
+        expected = f"not one of {list(allowed)}"
+    check_rows(path, wrong, f"{what} that is {expected}", first_row, values)
+    return numbers.astype(np.int64)

@@ -1,0 +1,419 @@
+"""The five data sets as people download them: their sheets and folders read, checked and put in order.
+
+    table = tables.read("odir", "data/odir")  # table.frame: one row per patient, picture or exam
+    frame, many = tables.given_rows("odir", ["8_left.jpg", "8_right.jpg"])
+
+A frame has the columns ID, patient, files (a tuple of paths), given_part ("" where the split is ours to make)
+and one 0/1 column per label (multi-label) or `target`, a position in the labels (multi-class).
+A new data set is a reader like `read_aptos`, and an entry in READERS and in DATASETS.
+"""
+
+import dataclasses
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from errors import InputError
+from sheets import CONTROL, as_integers, check_columns, check_names, check_rows, check_zero_one, read_sheet
+
+ODIR_LABELS = ["N", "D", "G", "C", "A", "H", "M", "O"]
+ODIR_WORDS = ["normal", "diabetes", "glaucoma", "cataract", "AMD", "hypertension", "myopia", "other"]
+GRADES = ["0", "1", "2", "3", "4"]
+GRADE_WORDS = ["none", "mild", "moderate", "severe", "proliferative"]
+RETINA_LABELS = ["diabetic retinopathy", "glaucoma", "normal"]
+MRNET_LABELS = ["abnormal", "acl", "meniscus"]
+PLANES = ["axial", "coronal", "sagittal"]
+PARTS = ("train", "val", "test")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
+
+# Shares of val and test are the published ones; 0: no test part unless --test-fraction asks for one.
+# "ordered": its classes are grades, so that it matters by how much an answer is wrong.
+MULTILABEL = {"task": "multilabel", "val": 0.2, "test": 0.0, "ordered": False}
+CLASSES = {"task": "multiclass", "family": "classes", "val": 0.2, "test": 0.0, "ordered": False}
+DATASETS = {
+    "odir": {**MULTILABEL, "labels": ODIR_LABELS, "family": "per label"},
+    "aptos": {**CLASSES, "labels": GRADES, "ordered": True, "val": 733 / 3662, "test": 583 / 3662},
+    "dr": {**CLASSES, "labels": GRADES, "ordered": True},
+    "retina": {**CLASSES, "labels": RETINA_LABELS},
+    "mrnet": {**MULTILABEL, "labels": MRNET_LABELS, "family": "auc"},
+}
+WORDS = {"odir": ODIR_WORDS, "aptos": GRADE_WORDS, "dr": GRADE_WORDS}  # labels as people read them
+APTOS_CLASSES = {"nodr": 0, "mild": 1, "moderate": 2, "severe": 3, "proliferativedr": 4, "proliferatedr": 4}
+
+SUFFIX = re.compile(r"\.(?:png|jpe?g|tiff?|bmp)$", re.IGNORECASE)
+SWAPPED = re.compile(r"[_-](?:right|od|r)\n.*[_-](?:left|os|l)$", re.IGNORECASE)
+SIDE = re.compile(r"[_-](left|right|od|os|l|r)$", re.IGNORECASE)
+
+
+@dataclasses.dataclass
+class Table:
+    """A data set as read. `notes`: sentences that a user should see; `ordered`: the classes are grades."""
+
+    frame: pd.DataFrame
+    labels: list
+    notes: list = dataclasses.field(default_factory=list)
+    ordered: bool = True
+
+
+def read(name, root, labels=None):
+    """Read data set `name` under `root` -> Table, its rows in an order that does not depend on the sheet's.
+
+    Raises InputError for anything that is not as its layout says, with the rows of the sheet it found it in.
+    """
+    root, known = Path(root), DATASETS[name]["labels"]
+    if not root.is_dir():
+        place = f"--data {root} is no folder, seen from {Path.cwd()}"
+        raise InputError(f"{place}: give the folder that holds the {name} data set (README, Data)")
+    labels = list(labels or known)
+    if name not in ("retina", "mrnet") and labels != known:
+        raise InputError(f"--labels: {name} always has the labels {' '.join(known)}")
+    table = READERS[name](root, labels)
+    table.ordered = table.ordered and DATASETS[name]["ordered"]
+    table.frame = in_order(table.frame)
+    given = table.frame[table.frame["given_part"] != ""]
+    astride = (given.groupby("patient")["given_part"].nunique() > 1).sum()
+    if astride:
+        table.notes.append(f"{astride} patient(s), by file name, are in several parts of the split it brings")
+    return table
+
+
+def full_names(name, labels):
+    """Labels as people read them: ODIR's letters and the grades with their words."""
+    if name not in WORDS or list(labels) != DATASETS[name]["labels"]:
+        return list(labels)
+    return [f"{label} {word}" for label, word in zip(labels, WORDS[name], strict=True)]
+
+
+def targets_of(frame, labels):
+    """Targets of a frame, copied: float32 (n, L) for multi-label, int64 (n,) for multi-class."""
+    if "target" in frame:
+        return frame["target"].to_numpy(dtype=np.int64, copy=True)
+    return frame[labels].to_numpy(dtype=np.float32, copy=True)
+
+
+def is_rendered(root):
+    """Whether `root` was drawn by render_data.py (its marker file says so)."""
+    return (Path(root) / "rendered.json").exists()
+
+
+def plain_names(names):
+    """Names without the suffix of a picture: `00000` and `00000.jpg` are one picture."""
+    return [SUFFIX.sub("", name) for name in names]
+
+
+def patients_of(names):
+    """`10_left`, `10_right` (or OD, OS, l, r; with a folder and picture suffix or not) -> patient `10`."""
+    stems = [name.replace("\\", "/").rpartition("/")[2] for name in plain_names(names)]
+    return [SIDE.sub("", stem) for stem in stems]
+
+
+def in_order(frame):
+    """The rows by part, then by ID, in which digits count as numbers: 9_left, 10_left, 10_right."""
+    if pd.api.types.is_integer_dtype(frame["ID"]):
+        return frame.sort_values("ID", ignore_index=True)
+    digits, ids = re.compile("[0-9]+"), frame["ID"].tolist()
+    padded = [digits.sub(lambda found: found[0].zfill(20), i) for i in ids]
+    parts = frame["given_part"].map({"": 0, "train": 0, "val": 1, "test": 2}).tolist()
+    keys = [f"{part}{key}\0{i}" for part, key, i in zip(parts, padded, ids, strict=True)]
+    return frame.iloc[sorted(range(len(keys)), key=keys.__getitem__)].reset_index(drop=True)
+
+
+def find_files(folder, names):
+    """[(path,)] of `names` in `folder`, whose files may have a picture's suffix that the names lack."""
+    there = sorted(os.listdir(folder)) if folder.is_dir() else []
+    found = {SUFFIX.sub("", file): file for file in there}  # .png before .jpg before .jpeg
+    found.update((file, file) for file in there)
+    return [(f"{folder}{os.sep}{found.get(name, name)}",) for name in names]
+
+
+def picture_frame(path, names, folder, target, given_part="", first_row=2):
+    """The frame of the photographs that a sheet names; `target`: int64 (n,), positions in the labels."""
+    files = find_files(folder, names)
+    check_rows(path, pd.Series(files).duplicated(), "a picture that a row above has too", first_row, names)
+    frame = {"ID": names, "patient": patients_of(names), "files": files, "given_part": given_part}
+    return pd.DataFrame({**frame, "target": target})
+
+
+# ---------------------------------------------------------------- the readers: (root, labels) -> Table
+
+
+def read_odir(root, labels):
+    """Official annotations.xlsx (one row per patient) or Kaggle's full_df.csv (one row per eye, folded)."""
+    path = root / "annotations.xlsx"
+    if not path.exists() and (root / "full_df.csv").exists():
+        path = root / "full_df.csv"
+    sheet = read_sheet(path)
+    check_columns(path, sheet, ["ID", "Left-Fundus", "Right-Fundus", *labels])
+    ids = as_integers(path, sheet["ID"], "an ID")
+    left = check_names(path, sheet["Left-Fundus"], "Left-Fundus", unique=False).to_numpy()
+    right = check_names(path, sheet["Right-Fundus"], "Right-Fundus", unique=False).to_numpy()
+    values = check_zero_one(path, sheet, labels)
+    prefix = f"{root / 'images'}{os.sep}"
+    files = list(zip(prefix + left, prefix + right, strict=True))
+    frame = pd.DataFrame({"ID": ids, "patient": ids, "files": files, "given_part": ""})
+    frame[labels] = values
+    if path.suffix == ".csv":  # the two eyes of a patient repeat the same patient columns
+        rows = pd.Series(np.arange(len(ids)))
+        first = rows.groupby(ids).transform("first").to_numpy()
+        differ = (values != values[first]).any(axis=1) | (left != left[first]) | (right != right[first])
+        check_rows(path, differ, "a patient's eyes with different labels or file names")
+        frame = frame[first == rows]
+    check_rows(path, frame["ID"].duplicated(), "doubled ID")
+    empty = int((frame[labels].sum(axis=1) == 0).sum())
+    return Table(frame, labels, [f"{empty} patient(s) carry no label at all"] if empty else [])
+
+
+def read_aptos(root, labels):
+    """train.csv (id_code, diagnosis) with train_images/, or ImageFolder's {train,val,test}/<class>/."""
+    path = root / "train.csv"
+    if not path.exists() and (root / "train").is_dir():
+        return read_image_folder(root)
+    sheet = read_sheet(path, dtype={"id_code": str})
+    check_columns(path, sheet, ["id_code", "diagnosis"])
+    names = check_names(path, sheet["id_code"], "id_code")
+    target = as_integers(path, sheet["diagnosis"], "a diagnosis", range(len(labels)))
+    return Table(picture_frame(path, names, root / "train_images", target), labels)
+
+
+def grade_of(name):
+    """The grade that a class is named by: the one number in its name, or APTOS's word; otherwise None."""
+    numbers = re.findall("[0-9]+", name)
+    if len(numbers) == 1:
+        return int(numbers[0])
+    return APTOS_CLASSES.get(re.sub(r"[\s_-]", "", name.lower()))
+
+
+def read_image_folder(root):
+    """{train,val,test}/<class>/picture. The folders' names are the classes, by grade where they hold one."""
+    classes = sorted(folder.name for folder in (root / "train").iterdir() if folder.is_dir())
+    grades, notes = {grade_of(name) for name in classes}, []
+    ordered = None not in grades and len(grades) == len(classes)
+    if ordered:
+        classes.sort(key=grade_of)
+    else:
+        order = f"the classes come in alphabetical order: {', '.join(classes)}"
+        notes.append(f"{order}. Their names hold no grades (a number each), so there is no quadratic kappa")
+    rows = []
+    for part in PARTS:
+        for file in sorted((root / part).glob("*/*")):
+            name = file.parent.name
+            if name not in classes:
+                known = f"{root / 'train'} has {', '.join(classes)}"
+                raise InputError(f"{file.parent}: unknown class {name!r}; {known}")
+            if CONTROL.search(file.name):
+                raise InputError(f"{file.parent}: control characters in {ascii(file.name)}. Rename this file")
+            if file.suffix.lower() in SUFFIXES:
+                rows.append((f"{part}/{name}/{file.name}", (str(file),), part, classes.index(name)))
+    if not rows:
+        raise InputError(f"{root}: neither train.csv nor pictures in train/<class>/")
+    ids, files, parts, target = zip(*rows, strict=True)
+    frame = {"ID": ids, "patient": patients_of(ids), "files": files, "given_part": parts, "target": target}
+    return Table(pd.DataFrame(frame), classes, notes, ordered)
+
+
+def read_dr(root, labels):
+    """trainLabels.csv (image, level), or the lab's {train,test}_img.csv and _label.csv without header.
+
+    The lab's test file is what its accuracies were measured on and its best epoch chosen by: it is our `val`.
+    """
+    folder = next((root / name for name in ("train", "images") if (root / name).is_dir()), root)
+    path = root / "trainLabels.csv"
+    if path.exists() or not (root / "train_img.csv").exists():
+        sheet = read_sheet(path, dtype={"image": str})
+        check_columns(path, sheet, ["image", "level"])
+        names = check_names(path, sheet["image"], "image")
+        target = as_integers(path, sheet["level"], "a level", range(len(labels)))
+        return Table(picture_frame(path, names, folder, target), labels)
+    frames = []
+    for source, part in (("train", "train"), ("test", "val")):
+        path, label_path = root / f"{source}_img.csv", root / f"{source}_label.csv"
+        names = check_names(path, read_sheet(path, header=None, dtype=str)[0], "image", first_row=1)
+        levels = read_sheet(label_path, header=None)[0]
+        target = as_integers(label_path, levels, "a level (the file has no header)", range(len(labels)), 1)
+        if len(names) != len(target):
+            both = f"{path} has {len(names)} rows, {label_path} has {len(target)}"
+            raise InputError(f"{both}: they belong together row by row")
+        folder = root / source if (root / source).is_dir() else root
+        frames.append(picture_frame(path, names, folder, target, part, first_row=1))
+    shared = np.isin(plain_names(frames[1]["ID"]), plain_names(frames[0]["ID"]))
+    check_rows(path, shared, "a picture that train_img.csv has too", 1, frames[1]["ID"])
+    return Table(pd.concat(frames, ignore_index=True), labels)
+
+
+def read_retina(root, labels):
+    """train.csv: `filename`, a 0/1 column per pathology. Only rows with exactly one of `labels` are taken."""
+    path = root / "train.csv"
+    if len(labels) < 2:
+        raise InputError(f"--labels {labels[0]}: pictures carry one of the labels, so name two or more")
+    sheet = read_sheet(path, dtype={"filename": str})
+    check_columns(path, sheet, ["filename", *labels])
+    names = check_names(path, sheet["filename"], "filename")
+    values = check_zero_one(path, sheet, labels)
+    chosen = values.sum(axis=1) == 1
+    if not chosen.any():
+        raise InputError(f"{path}: no row carries exactly one of {', '.join(labels)}")
+    frame = picture_frame(path, names, root / "train", values.argmax(axis=1))[chosen]
+    if chosen.all():
+        return Table(frame, labels)
+    note = f"{(~chosen).sum()} row(s) carry none or several of the chosen labels and are left out"
+    return Table(frame, labels, [note])
+
+
+def read_mrnet(root, labels):
+    """{train,valid}-<label>.csv without header (id, label) and {train,valid}/<plane>/<four digits>.npy."""
+    unknown = [label for label in labels if label not in MRNET_LABELS]
+    if unknown:
+        raise InputError(f"--labels: mrnet has {', '.join(MRNET_LABELS)}, not {', '.join(unknown)}")
+    frames = []
+    for source, part in (("train", "train"), ("valid", "val")):
+        columns = {}
+        for label in labels:
+            path = root / f"{source}-{label}.csv"
+            sheet = read_sheet(path, header=None)
+            if sheet.shape[1] != 2:
+                raise InputError(f"{path}: {sheet.shape[1]} columns; expected two (id, label) and no header")
+            exams = as_integers(path, sheet[0], "an exam id (the file has no header)", first_row=1)
+            check_rows(path, pd.Series(exams).duplicated(), "doubled exam id", 1, exams)
+            columns[label] = pd.Series(check_zero_one(path, sheet, [1], first_row=1)[:, 0], index=exams)
+            other = columns[labels[0]].index.symmetric_difference(exams)
+            if len(other):
+                count = f"{len(other)} differ, first {other[:5].tolist()}"
+                raise InputError(f"{path} and {source}-{labels[0]}.csv do not hold the same exams: {count}")
+        targets = pd.DataFrame(columns)  # joined by exam
+        names = [f"{exam:04d}" for exam in targets.index]
+        files = [tuple(str(root / source / plane / f"{name}.npy") for plane in PLANES) for name in names]
+        targets["ID"] = targets["patient"] = [f"{source}-{name}" for name in names]
+        frames.append(targets.assign(files=files, given_part=part))
+    return Table(pd.concat(frames, ignore_index=True), labels)
+
+
+READERS = {"odir": read_odir, "aptos": read_aptos, "dr": read_dr, "retina": read_retina, "mrnet": read_mrnet}
+
+
+# ---------------------------------------------------------------- pictures without labels, labels for them
+
+
+def unlabelled_pictures(root):
+    """The retina set's pictures in test/, which carry no label."""
+    return sorted(str(file) for file in (Path(root) / "test").glob("*") if file.suffix.lower() in SUFFIXES)
+
+
+def add_pseudo_labels(parts, labels, root, path, min_confidence):
+    """parts["train"] with the pictures of pseudo_labels.csv (filename, label, confidence) -> (frame, number).
+
+    `parts` {"train", "val", "test"} is all that is labelled. No picture of it may come back, with a suffix or
+    without, nor any other picture of a patient who is in validation or test.
+    """
+    sheet = read_sheet(path, dtype={"filename": str, "label": str})
+    check_columns(path, sheet, ["filename", "label", "confidence"])
+    names = check_names(path, sheet["filename"], "filename")
+    unknown = ~sheet["label"].isin(labels)
+    check_rows(path, unknown, f"label that is not one of {labels}", values=sheet["label"])
+    confidence = pd.to_numeric(sheet["confidence"], errors="coerce")
+    check_rows(path, ~confidence.between(0, 1), "confidence outside 0 to 1", values=sheet["confidence"])
+    target = sheet["label"].map(labels.index).to_numpy(dtype=np.int64)
+    more = picture_frame(path, names, Path(root) / "test", target, "train")
+
+    labelled = [name for frame in parts.values() for name in plain_names(frame["ID"])]
+    known = pd.Series(plain_names(names)).isin(labelled)
+    check_rows(path, known, "a picture that is labelled already", values=names)
+    held_out = [*parts["val"]["patient"], *parts["test"]["patient"]]
+    check_rows(path, more["patient"].isin(held_out), "a patient of validation or test", values=names)
+    more = more[(confidence >= min_confidence).to_numpy()]
+    return pd.concat([parts["train"], more], ignore_index=True), len(more)
+
+
+# ---------------------------------------------------------------- pictures that somebody names
+
+GIVEN = {
+    "odir": "eye pairs: LEFT RIGHT, a folder of <id>_left.* and <id>_right.*, or a CSV",
+    "mrnet": "knees: an exam's folder of axial.npy, coronal.npy and sagittal.npy, these files in this order, "
+    "a folder of the folders axial/, coronal/ and sagittal/, or a CSV",
+}
+
+
+def given_rows(name, given):
+    """Paths from a command line -> (frame with ID and files, whether they are many), for `name`'s networks.
+
+    Raises InputError where they are not what GIVEN says. Whether the files can be read is not looked at here.
+    """
+    wanted = GIVEN.get(name, "single photographs: pictures, a folder of pictures, or a CSV")
+    paths, shown = [Path(path) for path in given], " ".join(map(str, given))
+    first, several = paths[0], len(paths) > 1
+    exam = name == "mrnet" and not several and (first / "axial.npy").exists()
+    if not several and first.suffix.lower() in (".csv", ".xlsx"):
+        return rows_of_table(name, first), True
+    if not several and first.is_dir() and not exam:
+        rows = sorted(rows_of_folder(name, first))
+        if not rows:
+            raise InputError(f"{shown} holds nothing to predict. This network takes {wanted}")
+        return pd.DataFrame(rows, columns=["ID", "files"]), True
+    ident = first.resolve().name if exam else first.stem.removesuffix("_left")
+    if exam:
+        paths = [first / f"{plane}.npy" for plane in PLANES]
+    if any(path.is_dir() for path in paths) or len(paths) != {"odir": 2, "mrnet": 3}.get(name, len(paths)):
+        raise InputError(f"{shown}: this network takes {wanted}")
+    if len(set(paths)) < len(paths):
+        raise InputError(f"{shown}: the same one twice; this network takes {wanted}")
+    if name == "odir" and swapped(paths):
+        raise InputError(f"{shown}: by their names a right eye, then a left one. Give LEFT RIGHT")
+    if name in GIVEN:
+        return pd.DataFrame({"ID": [ident], "files": [tuple(map(str, paths))]}), False
+    names = [path.name for path in paths]
+    ids = names if len(set(names)) == len(names) else list(map(str, paths))
+    return pd.DataFrame({"ID": ids, "files": [(str(path),) for path in paths]}), several
+
+
+def swapped(pair):
+    """Whether the names of two files say that the first is a right eye and the second a left one."""
+    return SWAPPED.search("\n".join(plain_names(map(str, pair)))) is not None
+
+
+def rows_of_folder(name, folder):
+    """[(ID, files)] of a folder. An eye or a plane that is missing keeps the name it should have."""
+    if name == "mrnet":
+        exams = {file.stem for plane in PLANES for file in (folder / plane).glob("*.npy")}
+        return [(exam, tuple(str(folder / plane / f"{exam}.npy") for plane in PLANES)) for exam in exams]
+    files = [file for file in folder.glob("[!.]*") if file.suffix.lower() in SUFFIXES]
+    if name != "odir":
+        return [(file.name, (str(file),)) for file in files]
+    eyes, others = {}, 0
+    for file in files:
+        patient, _, side = file.stem.rpartition("_")
+        if side.lower() not in ("left", "right"):
+            others += 1
+        elif eyes.setdefault((patient, side.lower()), file) != file:
+            raise InputError(f"{file} and {eyes[patient, side.lower()].name}: two pictures of one eye")
+    if others:
+        print(f"note: {others} picture(s) in {folder}, named neither <id>_left nor <id>_right, are ignored")
+    rows = []
+    for patient in {patient for patient, _ in eyes}:
+        both = [eyes.get((patient, side), folder / f"{patient}_{side}.*") for side in ("left", "right")]
+        rows.append((patient, tuple(map(str, both))))
+    return rows
+
+
+def rows_of_table(name, path):
+    """The rows of a CSV, its paths relative to it or, as in the official layout, to images/ beside it.
+
+    Without a column ID the first path is the ID.
+    """
+    sheet = read_sheet(path, dtype=str)
+    wanted = {"odir": ["Left-Fundus", "Right-Fundus"], "mrnet": PLANES}.get(name, ["file"])
+    if name == "odir" and "LEFT" in sheet.columns:
+        wanted = ["LEFT", "RIGHT"]
+    check_columns(path, sheet, wanted)
+    columns = [check_names(path, sheet[column], column, unique=False, inside=False) for column in wanted]
+    ids = check_names(path, sheet["ID"], "ID", inside=False) if "ID" in sheet.columns else columns[0]
+    check_rows(path, ids.duplicated(), "doubled ID", values=ids)
+    files = list(zip(*columns, strict=True))
+    if name == "odir":
+        wrong = [swapped(pair) for pair in files]
+        check_rows(path, wrong, "a right eye as LEFT and a left one as RIGHT, by their names,")
+    folder = path.parent
+    if name == "odir" and not (folder / files[0][0]).exists() and (folder / "images").is_dir():
+        folder = folder / "images"
+    return pd.DataFrame({"ID": ids, "files": [tuple(str(folder / file) for file in row) for row in files]})
