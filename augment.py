@@ -68,9 +68,9 @@ def affine(u, recipe, scale):
     angle = (2 * u["rotate"][:, 0] - 1) * math.radians(recipe.get("rotate", 0))
     flip_x = flip_y = torch.full_like(angle, scale)
     if recipe.get("hflip"):
-        flip_x = torch.where(u["hflip"][:, 0] < 0.5, -scale, scale)
+        flip_x = flip_x * (1 - 2 * (u["hflip"][:, 0] < 0.5))
     if recipe.get("vflip"):
-        flip_y = torch.where(u["vflip"][:, 0] < 0.5, -scale, scale)
+        flip_y = flip_y * (1 - 2 * (u["vflip"][:, 0] < 0.5))
     shift = 2 * (2 * u["shift"] - 1) * recipe.get("shift", 0)
     x, y = ((2 * u["crop"] - 1) * (1 - scale) + shift).unbind(1)
     cos, sin = angle.cos(), angle.sin()

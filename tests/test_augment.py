@@ -1,20 +1,26 @@
 """Random views against torchvision and by hand; whose draw depends on what; knee volumes."""
 
 import math
+import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torchvision.transforms.functional as TF
+from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import augment  # noqa: E402
-from augment import COLUMNS, RECIPES, draw, jitter, normalise, prepare_batch, prepare_volumes  # noqa: E402
-from pictures import PictureSet, VolumeSet  # noqa: E402
+from augment import COLUMNS, RECIPES, draw, jitter, mirror_batch, prepare_batch, prepare_volumes  # noqa: E402
+from dataset import PictureSet, VolumeSet  # noqa: E402
+
+CPU = torch.device("cpu")
 
 HALF, NO, YES = 0.5, 0.9, 0.1  # of a draw: no turn and no change of colour; no flip; flip
 
@@ -22,11 +28,12 @@ HALF, NO, YES = 0.5, 0.9, 0.1  # of a draw: no turn and no change of colour; no 
 def pictures(*shape, seed=0):
     """Smooth float pictures in 0..1, so that interpolation is not all there is to see."""
     noise = torch.rand(*shape, generator=torch.Generator().manual_seed(seed))
-    return torch.nn.functional.avg_pool2d(noise.flatten(0, -4), 5, 1, 2, count_include_pad=False).reshape(shape).clamp(0, 1)
+    smooth = torch.nn.functional.avg_pool2d(noise.flatten(0, -4), 5, 1, 2, count_include_pad=False)
+    return smooth.reshape(shape).clamp(0, 1)
 
 
 def uniforms(batch, rows, **values):
-    """A draw that changes nothing, but for the columns given: one number, or a tensor (batch, rows[, columns])."""
+    """A draw that changes nothing but the columns given: one number, or a tensor (batch, rows[, columns])."""
     u = torch.full((batch, rows, 11), HALF)
     u[:, :, COLUMNS["hflip"]] = u[:, :, COLUMNS["vflip"]] = NO
     for name, value in values.items():
@@ -36,6 +43,7 @@ def uniforms(batch, rows, **values):
 
 
 # ---------------------------------------------------------------- colour
+
 
 def test_jitter_is_torchvisions_one_after_the_other():
     images, strengths = pictures(6, 3, 20, 24), (0.2, 0.3, 0.4, 0.1)
@@ -61,7 +69,71 @@ def test_each_colour_step_alone():
         assert (found - images).abs().max() > 0.01
 
 
+def test_a_strong_turn_of_the_hue_is_torchvisions():
+    images = pictures(4, 3, 20, 24, seed=5)
+    images[0] = images[0].round()
+    for turn in (-0.5, -0.31, 0.2, 0.5):
+        found = augment.shift_hue(images, torch.full((4,), turn))
+        torch.testing.assert_close(found, TF.adjust_hue(images, turn), atol=2e-5, rtol=0)
+
+
+def plain_grey(images):
+    """As it was: the weights made on the CPU and copied to the device, a sum over channels."""
+    return (images * images.new_tensor([0.2989, 0.587, 0.114])[:, None, None]).sum(1, keepdim=True)
+
+
+def plain_resample(images, matrices, size):
+    grid = torch.nn.functional.affine_grid(matrices, [len(images), 3, size, size], align_corners=False)
+    return torch.nn.functional.grid_sample(images, grid, align_corners=False)
+
+
+def plain_hue(images, turns):
+    """The same formula with a new tensor for each step."""
+    value, low = images.amax(1), images.amin(1)
+    chroma = value - low
+    red, green, blue = images.unbind(1)
+    safe = torch.where(chroma == 0, torch.ones_like(chroma), chroma)
+    sector = torch.where(value == green, 2 + (blue - red) / safe, 4 + (red - green) / safe)
+    hue = torch.where(value == red, (green - blue) / safe, sector) + 6 * turns[:, None, None]
+    channels = []
+    for n in (5, 3, 1):
+        k = (n + hue) % 6
+        channels.append(value - chroma * torch.minimum(k, 4 - k).clamp(0, 1))
+    return torch.stack(channels, 1)
+
+
+def plain_jitter(images, u, strengths):
+    factors = [(1 + (2 * u[:, i] - 1) * strengths[i])[:, None, None, None] for i in range(3)]
+    images = (images * factors[0]).clamp(0, 1)
+    mean = plain_grey(images).mean((1, 2, 3), keepdim=True)
+    images = (mean + (images - mean) * factors[1]).clamp(0, 1)
+    grey = plain_grey(images)
+    images = (grey + (images - grey) * factors[2]).clamp(0, 1)
+    return plain_hue(images, (2 * u[:, 3] - 1) * strengths[3])
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_colour_is_to_the_bit_what_the_plain_formulas_give(layout):
+    images = pictures(6, 3, 61, 61, seed=3).contiguous(memory_format=layout)
+    images[0], images[1, :, :9] = images[0].round(), 0.25
+    before, u = images.clone(), torch.rand(6, 4, generator=torch.Generator().manual_seed(2))
+    assert torch.equal(augment.grey(images), plain_grey(images))
+    assert torch.equal(augment.shift_hue(images, u[:, 3] - 0.5), plain_hue(images, u[:, 3] - 0.5))
+    assert torch.equal(jitter(images, u, augment.JITTER), plain_jitter(images, u, augment.JITTER))
+    assert torch.equal(images, before)  # what is given is not changed in place
+
+
 # ---------------------------------------------------------------- geometry
+
+
+def test_resampling_is_torchs_own_grid():
+    images = pictures(5, 3, 40, 40, seed=4)
+    u = {name: torch.rand(5, 11)[:, columns] for name, columns in COLUMNS.items()}
+    for size in (40, 23, 1):
+        matrices = augment.affine(u, RECIPES["knee"], 0.8)
+        found = augment.resample(images, matrices, size)
+        torch.testing.assert_close(found, plain_resample(images, matrices, size), atol=1e-5, rtol=0)
+
 
 @pytest.mark.parametrize("recipe", ["eyes", "pair", "lab"])
 def test_a_draw_that_changes_nothing_gives_the_picture_back(recipe):
@@ -72,7 +144,9 @@ def test_a_draw_that_changes_nothing_gives_the_picture_back(recipe):
 @pytest.mark.parametrize("name, dims", [("hflip", [-1]), ("vflip", [-2])])
 def test_flips_are_exact(name, dims):
     images = pictures(2, 1, 3, 16, 16)
-    found = augment.augment(images, uniforms(2, 2, **{name: torch.tensor([[YES, HALF], [NO, HALF]])}), "lab", 16)
+    found = augment.augment(
+        images, uniforms(2, 2, **{name: torch.tensor([[YES, HALF], [NO, HALF]])}), "lab", 16
+    )
     torch.testing.assert_close(found[0], images[0].flip(dims), atol=1e-5, rtol=0)
     torch.testing.assert_close(found[1], images[1], atol=1e-5, rtol=0)
 
@@ -87,7 +161,9 @@ def test_rotation_about_the_centre_is_torchvisions(turn):
     inside = TF.rotate(torch.ones(1, 41, 41), degrees, TF.InterpolationMode.BILINEAR)[0] > 0.999
     assert inside.float().mean() > 0.8
     torch.testing.assert_close(found[:, inside], expected[:, inside], atol=2e-3, rtol=0)
-    assert (found[:, inside] - TF.rotate(images[0, 0], -degrees, TF.InterpolationMode.BILINEAR)[:, inside]).abs().max() > 0.02
+    assert (
+        found[:, inside] - TF.rotate(images[0, 0], -degrees, TF.InterpolationMode.BILINEAR)[:, inside]
+    ).abs().max() > 0.02
     assert (found[:, 0, 0] == 0).all()  # what lies outside is black
 
 
@@ -97,7 +173,7 @@ def test_crop_offsets_cover_the_picture():
     corners = torch.tensor([[0.0, 0], [top, 0], [0, top], [top, top]])  # (x, y)
     found = augment.augment(images, uniforms(4, 2, crop=corners[:, None].expand(-1, 2, -1)), "lab", 12)
     for image, crop, (x, y) in zip(images[:, 0], found[:, 0], ((0, 0), (8, 0), (0, 8), (8, 8)), strict=True):
-        torch.testing.assert_close(crop, image[:, y:y + 12, x:x + 12], atol=1e-4, rtol=0)
+        torch.testing.assert_close(crop, image[:, y : y + 12, x : x + 12], atol=1e-4, rtol=0)
     centre = augment.augment(images, uniforms(4, 2), "lab", 12)
     torch.testing.assert_close(centre[:, 0], images[:, 0, :, 4:16, 4:16], atol=1e-5, rtol=0)
     flipped = augment.augment(images, uniforms(4, 2, crop=0.0, hflip=YES), "lab", 12)
@@ -112,6 +188,7 @@ def test_without_rotation_every_crop_stays_inside():
 
 
 # ---------------------------------------------------------------- eye pairs
+
 
 def test_pair_mirrored_swaps_the_eyes():
     images = pictures(2, 2, 3, 16, 16)
@@ -131,7 +208,9 @@ def test_pair_shares_vertical_flip_and_jitter():
     u = uniforms(1, 3)
     u[:, -1, COLUMNS["vflip"]], u[:, -1, COLUMNS["jitter"]] = YES, torch.tensor([0.9, 0.2, 0.7, 0.1])
     u[:, :2, COLUMNS["jitter"]] = 0.99
-    expected = jitter(images[0].flip(-2), u[0, -1, COLUMNS["jitter"]].expand(2, -1), RECIPES["pair"]["jitter"])
+    expected = jitter(
+        images[0].flip(-2), u[0, -1, COLUMNS["jitter"]].expand(2, -1), RECIPES["pair"]["jitter"]
+    )
     torch.testing.assert_close(augment.augment(images, u, "pair", 16)[0], expected, atol=1e-4, rtol=0)
 
 
@@ -158,10 +237,16 @@ def test_eyes_are_augmented_each_by_itself():
 
 # ---------------------------------------------------------------- what a draw depends on
 
+
 def test_a_draw_depends_on_seed_view_index_and_repeat_alone():
     keys = [(7, 0), (3, 0), (7, 1)]
     together = draw(42, 5, keys, 2)
-    assert together.shape == (3, 3, 11) and together.dtype == torch.float32 and 0 <= together.min() and together.max() < 1
+    assert (
+        together.shape == (3, 3, 11)
+        and together.dtype == torch.float32
+        and 0 <= together.min()
+        and together.max() < 1
+    )
     for key, row in zip(keys, together, strict=True):  # whatever else is in the batch, and in which order
         assert torch.equal(draw(42, 5, [(0, 0), key], 2)[1], row)
     assert not torch.equal(together[0], together[2])  # a picture drawn twice is seen in two ways
@@ -179,28 +264,134 @@ def test_draws_are_uniform_and_flip_half():
     assert np.abs(np.corrcoef(u.T.numpy()) - np.eye(11)).max() < 0.1
 
 
+def test_draws_are_those_of_every_run_before():
+    expected = [0.9558600783348083, 0.3824140429496765, 0.359477698802948, 0.5257093906402588]
+    assert draw(42, 5, [(7, 0)], 2)[0, 2, :4].tolist() == expected
+
+
+def picture_set(array, **kwargs):
+    """Three pairs, without files."""
+    source = SimpleNamespace(rows=np.arange(6).reshape(3, 2), array=lambda: array, on=lambda device: None)
+    return PictureSet(source, np.zeros((3, 1), np.float32), **kwargs)
+
+
 def test_a_batch_is_augmented_as_its_rows_are_alone():
     array = (pictures(6, 16, 16, 3) * 255).byte().numpy()
-    data = PictureSet(array, np.arange(6).reshape(3, 2), np.zeros((3, 1), np.float32), seed=1, view=2)
+    data = picture_set(array, seed=1, view=2)
     keys = [(2, 0), (0, 0), (2, 1)]
-    (together,), _ = prepare_batch(data[keys], torch.device("cpu"), "pair", 12)
+    (together,), _ = prepare_batch(data.__getitems__(keys), CPU, "pair", 12)
     assert together.shape == (3, 2, 3, 12, 12)
     for number, key in enumerate(keys):
-        (alone,), _ = prepare_batch(data[[key]], torch.device("cpu"), "pair", 12)
+        (alone,), _ = prepare_batch(data.__getitems__([key]), CPU, "pair", 12)
         torch.testing.assert_close(together[number], alone[0], atol=1e-5, rtol=0)
     assert (together[0] - together[2]).abs().max() > 0.1
-    plain = PictureSet(array, np.arange(6).reshape(3, 2), np.zeros((3, 1), np.float32))
-    (images,), targets = prepare_batch(plain[keys], torch.device("cpu"))
-    expected = TF.normalize(torch.from_numpy(array[[4, 5]]).permute(0, 3, 1, 2) / 255, augment.IMAGENET_MEAN, augment.IMAGENET_STD)
-    torch.testing.assert_close(images[0], expected)
+
+
+def test_a_batch_without_a_recipe_is_the_pictures_in_0_to_1():
+    array = np.random.default_rng(0).integers(256, size=(6, 16, 16, 3), dtype=np.uint8)
+    (images,), targets = prepare_batch(picture_set(array).__getitems__([(2, 0), (0, 0), (2, 1)]), CPU)
+    assert torch.equal(images[0], torch.from_numpy(array[[4, 5]]).permute(0, 3, 1, 2) / 255)
+    assert torch.equal(images[0], images[2]) and images.min() >= 0 and images.max() <= 1
     assert targets.shape == (3, 1)
-    assert torch.equal(normalise(torch.ones(1, 3, 1, 1)).ravel(), (1 - torch.tensor([0.485, 0.456, 0.406])) / torch.tensor([0.229, 0.224, 0.225]))
+
+
+def test_an_empty_batch_passes():
+    """The share of a rank that a short last batch leaves without a row."""
+    empty = {"images": torch.zeros(0, 2, 8, 8, 3, dtype=torch.uint8), "targets": torch.zeros(0, 8)}
+    (images,), targets = prepare_batch(empty, CPU, "pair", 8)
+    assert images.shape == (0, 2, 3, 8, 8) and targets.shape == (0, 8)
+    slices = torch.zeros(0, 8, 8, dtype=torch.uint8)
+    empty = {"volumes": [slices] * 3, "lengths": [[], [], []], "targets": torch.zeros(0, 3)}
+    (planes, lengths), _ = prepare_batch(empty, CPU, "knee")
+    assert [plane.shape for plane in planes] == [(0, 3, 8, 8)] * 3 and lengths == [[], [], []]
+
+
+# ---------------------------------------------------------------- how a batch travels
+
+
+def batches():
+    images = (pictures(2, 2, 16, 16, 3) * 255).byte()
+    slices = (pictures(1, 5, 16, 16)[0] * 255).byte()
+    targets, keys = torch.zeros(2, 3), [(0, 0), (1, 0)]
+    knees = {"volumes": [slices] * 3, "lengths": [[2, 3]] * 3, "uniforms": draw(0, 0, keys, 0)}
+    return {
+        "pair": {"images": images, "uniforms": draw(0, 0, keys, 2), "targets": targets},
+        "knee": {**knees, "targets": targets},
+        "none": {"features": torch.zeros(2, 7), "targets": targets},
+    }
+
+
+@pytest.mark.parametrize("recipe", ["pair", "knee", "none"])
+@pytest.mark.parametrize("device, free", [("cuda", True), ("mps", False), ("cpu", False)])
+def test_only_cuda_does_not_wait_for_a_copy(recipe, device, free, monkeypatch):
+    """On MPS memory that was freed meanwhile may be copied (pytorch issues 139550, 189690)."""
+    sent = []
+
+    def send(tensor, device, non_blocking=False):
+        sent.append((device.type, non_blocking))
+        return tensor
+
+    batch = batches()[recipe]
+    monkeypatch.setattr(torch.Tensor, "to", send)
+    prepare_batch(batch, torch.device(device), recipe)
+    assert sent == [(device, free)] * {"pair": 3, "knee": 5, "none": 2}[recipe]
+
+
+class Made(TorchDispatchMode):
+    """Counts tensors that are made of Python numbers: on a GPU each is a copy that the step waits for."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(function.__name__)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("recipe", ["pair", "knee", "none"])
+def test_no_tensor_is_built_of_numbers_within_a_step(recipe):
+    batch = batches()[recipe]
+    with Made() as made:
+        prepare_batch(batch, CPU, recipe)
+    assert not {"lift_fresh.default", "scalar_tensor.default"} & set(made.names)
+    with Made() as made:
+        plain_grey(torch.zeros(1, 3, 2, 2))
+    assert "lift_fresh.default" in made.names  # the old form is found
+
+
+# ---------------------------------------------------------------- mirrored, for test-time augmentation
+
+
+def test_mirrored_twice_is_as_it_was():
+    images = pictures(3, 2, 3, 8, 9)
+    assert torch.equal(mirror_batch(mirror_batch(images)), images)
+    assert torch.equal(mirror_batch(images)[:, 0], images[:, 1].flip(-1))
+    single = pictures(3, 1, 3, 8, 9)
+    assert torch.equal(mirror_batch(single), single.flip(-1)) and not torch.equal(
+        mirror_batch(single), single
+    )
+    planes = [pictures(1, slices, 3, 8, 8)[0] for slices in (2, 3, 4)]
+    for plane, mirrored, back in zip(
+        planes, mirror_batch(planes), mirror_batch(mirror_batch(planes)), strict=True
+    ):
+        assert torch.equal(mirrored, plane.flip(-1)) and torch.equal(back, plane)
+
+
+@pytest.mark.parametrize("recipe", ["pair", "lab"])
+def test_mirrored_is_a_view_that_training_has_seen(recipe):
+    images = pictures(2, 2 if recipe == "pair" else 1, 3, 16, 16)
+    seen = augment.augment(images, uniforms(2, images.shape[1] + 1, hflip=YES), recipe, 16)
+    torch.testing.assert_close(mirror_batch(images), seen, atol=1e-5, rtol=0)
 
 
 # ---------------------------------------------------------------- knees
 
+
 def test_prepare_volumes_by_hand():
-    first = torch.tensor([[[10, 20], [30, 110]], [[10, 60], [10, 10]]], dtype=torch.uint8)  # two slices, 10 to 110
+    first = torch.tensor(
+        [[[10, 20], [30, 110]], [[10, 60], [10, 10]]], dtype=torch.uint8
+    )  # two slices, 10 to 110
     second = torch.tensor([[[0, 255], [51, 0]]], dtype=torch.uint8)
     planes, lengths = prepare_volumes([torch.cat([first, second])] * 3, [[2, 1]] * 3, None, "none")
     assert lengths == [[2, 1]] * 3 and len(planes) == 3 and planes[0].shape == (3, 3, 2, 2)
@@ -209,9 +400,29 @@ def test_prepare_volumes_by_hand():
         torch.testing.assert_close(planes[1][:, channel], (expected - 58.09) / 49.73, atol=1e-5, rtol=0)
 
 
+def test_volumes_of_several_exams_are_what_each_is_alone():
+    slices = (pictures(1, 9, 20, 20)[0] * 255).byte()
+    slices[4:7] = slices[4:7] // 3  # another range
+    lengths = [[4, 3, 2], [1, 1, 7], [2, 6, 1]]
+    u = torch.rand(3, 1, 11, generator=torch.Generator().manual_seed(6))
+    for recipe in ("none", "knee"):
+        together, _ = prepare_volumes([slices] * 3, lengths, u, recipe)
+        for plane, counts in zip(together, lengths, strict=True):
+            for exam, found in enumerate(plane.split(counts)):
+                own = slices.split(counts)[exam]
+                alone, _ = prepare_volumes([own] * 3, [[counts[exam]]] * 3, u[exam, None], recipe)
+                torch.testing.assert_close(found, alone[0])
+                low, high = own.min().item(), own.max().item()
+                if recipe == "none":
+                    expected = ((own.float() - low) * 255 / (high - low) - 58.09) / 49.73
+                    torch.testing.assert_close(found[:, 1], expected, atol=1e-5, rtol=0)
+
+
 def test_a_constant_volume_gives_finite_numbers():
     for value in (0, 7, 255):
-        planes, _ = prepare_volumes([torch.full((4, 8, 8), value, dtype=torch.uint8)] * 3, [[4]] * 3, None, "none")
+        planes, _ = prepare_volumes(
+            [torch.full((4, 8, 8), value, dtype=torch.uint8)] * 3, [[4]] * 3, None, "none"
+        )
         torch.testing.assert_close(planes[0], torch.full((4, 3, 8, 8), -58.09 / 49.73))
 
 
@@ -221,20 +432,22 @@ def test_knee_one_draw_for_the_whole_volume(tmp_path):
     for exam, count in enumerate((3, 5)):  # every slice of an exam, in every plane, is the same picture
         for plane in ("axial", "coronal", "sagittal"):
             np.save(tmp_path / f"{plane}{exam}.npy", np.repeat(slices[exam][None], count, 0))
-        files.append(tuple(str(tmp_path / f"{plane}{exam}.npy") for plane in ("axial", "coronal", "sagittal")))
+        files.append(
+            tuple(str(tmp_path / f"{plane}{exam}.npy") for plane in ("axial", "coronal", "sagittal"))
+        )
     data = VolumeSet(files, np.zeros((2, 3), np.float32), 64, seed=3, view=0)
-    batch = data[[(0, 0), (1, 0)]]
+    batch = data.__getitems__([(0, 0), (1, 0)])
     assert batch["lengths"] == [[3, 5]] * 3 and batch["volumes"][0].shape == (8, 64, 64)
     assert torch.equal(batch["volumes"][0][0], torch.from_numpy(slices[0][96:160, 96:160]))  # the centre
-    (planes, _), _ = prepare_batch(batch, torch.device("cpu"), "knee")
+    (planes, _), _ = prepare_batch(batch, CPU, "knee")
     for plane in planes:
         assert (plane[:3] - plane[0]).abs().max() < 1e-5 and (plane[3:] - plane[3]).abs().max() < 1e-5
         torch.testing.assert_close(plane, planes[0])
-    (still, _), _ = prepare_batch(batch, torch.device("cpu"), "none")
+    (still, _), _ = prepare_batch(batch, CPU, "none")
     assert (still[0][0] - planes[0][0]).abs().max() > 0.1
-    (alone, _), _ = prepare_batch(data[[(1, 0)]], torch.device("cpu"), "knee")
+    (alone, _), _ = prepare_batch(data.__getitems__([(1, 0)]), CPU, "knee")
     torch.testing.assert_close(alone[2], planes[2][3:])
-    (other, _), _ = prepare_batch(data[[(1, 1)]], torch.device("cpu"), "knee")  # drawn again: another view
+    (other, _), _ = prepare_batch(data.__getitems__([(1, 1)]), CPU, "knee")  # drawn again: another view
     assert (other[0] - alone[0]).abs().max() > 0.1
 
 
@@ -256,3 +469,27 @@ def test_knee_shift_and_flip_by_hand():
     inside = TF.rotate(torch.ones(1, width, width), 25, TF.InterpolationMode.BILINEAR)[0] > 0.999
     torch.testing.assert_close(turned[0, :1, inside], expected[0][:, inside], atol=2e-2, rtol=0)
     assert math.isclose(RECIPES["knee"]["shift"], 0.11) and RECIPES["knee"]["rotate"] == 25
+
+
+@pytest.mark.skipif("REAL_DATA" not in os.environ, reason="needs real photographs (REAL_DATA)")
+def test_real_photographs():
+    folder = Path(os.environ["REAL_DATA"]) / "odir" / "images"
+    lefts = sorted(folder.glob("*_left.*"))[:4]
+    pairs = [[file, file.with_name(file.name.replace("_left", "_right"))] for file in lefts]
+    eyes = [Image.open(file).convert("RGB").resize((224, 224)) for pair in pairs for file in pair]
+    array = np.stack([np.asarray(eye) for eye in eyes]).reshape(4, 2, 224, 224, 3)
+    batch = {"images": torch.from_numpy(array), "targets": torch.zeros(4, 8)}
+    batch["uniforms"] = draw(42, 0, [(i, 0) for i in range(4)], 2)
+    (plain,), _ = prepare_batch(batch, CPU)
+    assert torch.equal(plain, torch.from_numpy(array).permute(0, 1, 4, 2, 3) / 255)
+    for recipe in ("eyes", "pair", "lab"):
+        (seen,), _ = prepare_batch(batch, CPU, recipe, 224)
+        assert seen.shape == plain.shape and seen.min() >= 0 and seen.max() <= 1
+        assert (seen - plain).abs().mean() > 0.02
+        brightness = seen.mean((1, 2, 3, 4)) / plain.mean(
+            (1, 2, 3, 4)
+        )  # of both eyes, which may change places
+        assert (brightness - 1).abs().max() < 0.25
+    u = uniforms(4, 3)
+    u[:, -1, COLUMNS["hflip"]] = YES
+    torch.testing.assert_close(mirror_batch(plain), augment.augment(plain, u, "pair", 224), atol=2e-4, rtol=0)

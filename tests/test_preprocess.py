@@ -1,9 +1,14 @@
-"""Reading, repairing, cropping and the command line. Real photographs are used where REAL_DATA says where they are."""
+"""Reading, repairing, cropping and the command line. REAL_DATA says where real photographs are, if at all."""
 
+import errno
 import io
 import os
+import platform
+import shutil
+import signal
 import subprocess
 import sys
+import time
 import zlib
 from pathlib import Path
 
@@ -148,7 +153,9 @@ def test_modes_are_converted(tmp_path):
     from_cmyk = np.asarray(read_picture(tmp_path / "cmyk.jpg")[0]).astype(int)
     assert np.abs(from_cmyk - np.asarray(rgb)).mean() < 6  # not inverted
     rgb.quantize(16).save(tmp_path / "clear.png", transparency=rgb.quantize(16).getpixel((150, 130)))
-    assert np.asarray(read_picture(tmp_path / "clear.png")[0])[130, 150].max() == 0  # transparent shows the black below
+    assert (
+        np.asarray(read_picture(tmp_path / "clear.png")[0])[130, 150].max() == 0
+    )  # transparent shows the black below
 
 
 def damaged():
@@ -158,7 +165,7 @@ def damaged():
     whole["TIFF"] = encoded(picture, "TIFF", compression="tiff_lzw")
     cases = {
         "text.jpg": (b"no picture at all\n" * 50, "not a picture"),
-        "empty.png": (b"", "empty"),
+        "empty.png": (b"", "not a picture; its 0 bytes"),
         "dot.png": (encoded(Image.new("RGB", (1, 1)), "PNG"), "1 x 1 pixels"),
         "line.png": (encoded(Image.new("RGB", (60000, 1)), "PNG"), "60000 x 1 pixels"),
         "line.jpg": (encoded(Image.new("RGB", (60000, 1))), "60000 x 1 pixels"),
@@ -172,12 +179,15 @@ def damaged():
             cases[f"cut{tenth}.{kind.lower()}"] = (data[: len(data) * tenth // 10], "")
     flipped = bytearray(whole["PNG"])
     flipped[len(flipped) // 2] ^= 16  # one bit of the compressed pixels
-    cases["flipped.png"] = (bytes(flipped), "damaged")
+    cases["flipped.png"] = (bytes(flipped), "broken PNG file")
+    cases["another_end.jpg"] = (whole["JPEG"][:3000] + whole["PNG"], "truncated JPEG")
+    cases["zeros.jpg"] = (whole["JPEG"][:-40] + bytes(40), "truncated JPEG")  # never written
     return cases
 
 
 def bomb(width, height):
     """A small PNG that declares a huge picture."""
+
     def chunk(name, body):
         return len(body).to_bytes(4) + name + body + zlib.crc32(name + body).to_bytes(4)
 
@@ -193,8 +203,29 @@ def test_damaged_files_are_refused_by_name(tmp_path):
             with pytest.raises(InputError) as caught:
                 read_picture(tmp_path / name, side)
             assert name in str(caught.value) and message in str(caught.value), (name, str(caught.value))
-    with pytest.raises(InputError, match="absent.jpg"):
-        read_picture(tmp_path / "absent.jpg")
+
+
+def test_what_the_system_refuses_is_no_fault_of_the_bytes(tmp_path, monkeypatch):
+    """The caller keeps the reason of bad bytes for good, but asks the system again."""
+    with pytest.raises(FileNotFoundError):
+        load_picture(tmp_path / "absent.jpg", "fov", 32)
+    with pytest.raises(IsADirectoryError):
+        load_picture(tmp_path, "fov", 32)
+    Image.fromarray(eye()).save(tmp_path / "a.jpg")
+
+    def fail(path):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "read_bytes", fail)
+    with pytest.raises(PermissionError):
+        read_picture(tmp_path / "a.jpg")
+
+
+def test_an_oserror_of_the_decoder_is_a_fault_of_the_bytes(tmp_path):
+    (tmp_path / "a.bmp").write_bytes(encoded(Image.fromarray(eye()), "BMP")[:-5000])
+    with pytest.raises(InputError) as caught:
+        read_picture(tmp_path / "a.bmp")
+    assert isinstance(caught.value.__cause__, OSError)
 
 
 def test_memory_errors_are_not_taken_for_damage(tmp_path, monkeypatch):
@@ -221,7 +252,7 @@ WAYS = {
 
 
 def check_repair(picture, options, path):
-    """Only the end marker missing: repaired to the very pixels. Any more missing, or zeros in its place: refused."""
+    """Only the end marker missing: repaired to the very pixels. More missing, or zeros there: refused."""
     data = encoded(picture, **options)
     assert data.endswith(preprocess.EOI)
     expected = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
@@ -233,7 +264,9 @@ def check_repair(picture, options, path):
         whole, _ = load_picture(path, "none", 48)
         path.write_bytes(data)
         np.testing.assert_array_equal(whole, load_picture(path, "none", 48)[0])
-    cuts = [len(data) * tenth // 10 for tenth in range(1, 10)] + [len(data) - lost for lost in (4, 10, 40, 200)]
+    cuts = [len(data) * tenth // 10 for tenth in range(1, 10)] + [
+        len(data) - lost for lost in (4, 10, 40, 200)
+    ]
     restarts = [i for i in range(len(data) - 1) if data[i] == 0xFF and 0xD0 <= data[i + 1] <= 0xD7]
     scans = [i for i in range(len(data) - 1) if data[i : i + 2] in (b"\xff\xda", b"\xff\xc4")][2:]
     marked = restarts[-3:] + scans
@@ -336,21 +369,50 @@ def test_every_picture_is_written_and_a_second_call_skips(tmp_path, source, work
     assert first.returncode == 0, first.stderr
     assert "6 written" in first.stdout and "0 skipped" in first.stdout
     written = sorted(str(path.relative_to(target)) for path in target.rglob("*") if path.is_file())
-    expected = [str(p.relative_to(source)) for p in source.rglob("*") if p.is_file() and p.name != "notes.txt"]
+    expected = [
+        str(p.relative_to(source)) for p in source.rglob("*") if p.is_file() and p.name != "notes.txt"
+    ]
     assert written == sorted([*expected, "preprocess.json"])
-    formats = {"a.jpg": "JPEG", "b.JPEG": "JPEG", "deep/c.png": "PNG", "deep/er/d.TIF": "TIFF", "f.bmp": "BMP"}
+    formats = {
+        "a.jpg": "JPEG",
+        "b.JPEG": "JPEG",
+        "deep/c.png": "PNG",
+        "deep/er/d.TIF": "TIFF",
+        "f.bmp": "BMP",
+    }
     for name, kind in formats.items():
         with Image.open(target / name) as image:
             assert image.format == kind and image.size == (64, 64) and image.mode == "RGB"
     expected_pixels = load_picture(source / "deep/c.png", "fov", 64)[0]
     np.testing.assert_array_equal(np.asarray(Image.open(target / "deep/c.png")), expected_pixels)
-    stamps = {name: (target / name).stat().st_mtime_ns for name in expected}
-    (target / ".preprocess-1-a.jpg").write_bytes(b"left behind by a killed call")
-    os.utime(source / "f.bmp", ns=(stamps["f.bmp"] + 10**9,) * 2)  # changed since
+    inodes = {name: (target / name).stat().st_ino for name in expected}
+    leftover = target / "deep" / f".c.png.{platform.node()}.{2**22 + 1}.tmp"  # no process has this number
+    leftover.write_bytes(b"left behind by a killed call")
+    picture = Image.fromarray(eye(seed=9))
+    picture.save(source / "f.bmp")  # changed since
     second = run(source, target, "--size", 64, "--workers", workers)
     assert second.returncode == 0 and "1 written" in second.stdout and "5 skipped" in second.stdout
-    assert [name for name in expected if (target / name).stat().st_mtime_ns != stamps[name]] == ["f.bmp"]
-    assert not list(target.rglob(".preprocess-*"))
+    assert [name for name in expected if (target / name).stat().st_ino != inodes[name]] == ["f.bmp"]
+    np.testing.assert_array_equal(np.asarray(Image.open(target / "f.bmp")), prepare(picture, "fov", 64))
+    assert not list(target.rglob("*.tmp"))
+
+
+@pytest.mark.parametrize("how", ["older", "same time, other bytes", "same time and bytes", "moved here"])
+def test_a_replaced_source_is_made_again_even_if_it_is_older(tmp_path, source, how):
+    target, changed = tmp_path / "dst", source / "f.bmp"
+    assert run(source, target, "--size", 64).returncode == 0
+    before = changed.stat()
+    picture = Image.fromarray(eye(300 if how == "same time and bytes" else 280, seed=9))
+    place = tmp_path / "elsewhere.bmp" if how == "moved here" else changed
+    picture.save(place)
+    past = before.st_mtime_ns - (0 if how.startswith("same") else 10**12)
+    os.utime(place, ns=(past, past))
+    if place != changed:
+        os.replace(place, changed)
+    assert (changed.stat().st_size == before.st_size) == (how == "same time and bytes")
+    assert "1 written" in run(source, target, "--size", 64).stdout
+    np.testing.assert_array_equal(np.asarray(Image.open(target / "f.bmp")), prepare(picture, "fov", 64))
+    assert "6 skipped" in run(source, target, "--size", 64).stdout
 
 
 def test_other_settings_are_not_mistaken_for_finished(tmp_path, source):
@@ -378,26 +440,96 @@ def test_failures_are_named_and_nothing_half_written_stays(tmp_path, source, wor
     target = tmp_path / "dst"
     result = run(source, target, "--size", 64, "--workers", workers)
     assert result.returncode == 1 and "6 written" in result.stdout and "2 failed" in result.stdout
-    assert "bad.jpg: not a picture" in result.stderr and "night.png: wholly black" in result.stderr
+    assert "bad.jpg cannot be read as a picture" in result.stderr and "not a picture; its 4" in result.stderr
+    assert "night.png: wholly black" in result.stderr
     assert result.stderr.rstrip().endswith("2 of 8 pictures failed") and "Traceback" not in result.stderr
     assert not (target / "bad.jpg").exists() and not (target / "deep" / "night.png").exists()
-    assert not list(target.rglob(".preprocess-*"))
+    assert not list(target.rglob("*.tmp"))
     again = run(source, target, "--size", 64, "--workers", workers)
     assert again.returncode == 1 and "6 skipped" in again.stdout  # a failure is never taken for finished
+
+
+@pytest.mark.skipif(not Path("/proc/self/mem").is_file(), reason="needs Linux")
+def test_a_picture_that_the_system_cannot_read_is_listed(tmp_path, source):
+    (source / "broken_disk.jpg").symlink_to("/proc/self/mem")  # reading its first byte is an I/O error
+    result = run(source, tmp_path / "dst", "--size", 64)
+    assert result.returncode == 1 and "6 written" in result.stdout and "1 failed" in result.stdout
+    assert "broken_disk.jpg: cannot be read (Input/output error)" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_a_target_that_cannot_be_written_ends_the_call(tmp_path, source):
+    (tmp_path / "dst" / "deep").mkdir(parents=True)
+    (tmp_path / "dst" / "deep" / "er").write_text("a file where a folder is needed")
+    result = run(source, tmp_path / "dst", "--size", 64)
+    assert result.returncode == 2 and "cannot write" in result.stderr and "Traceback" not in result.stderr
+
+
+def alive(process):
+    """Whether this process runs (a zombie does not)."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="needs Linux")
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_a_call_that_is_ended_leaves_no_worker_and_is_taken_up_again(tmp_path, how):
+    source, target = tmp_path / "src", tmp_path / "dst"
+    source.mkdir()
+    Image.fromarray(eye(1000, 1000)).save(source / "00.png")
+    for i in range(1, 40):
+        shutil.copy(source / "00.png", source / f"{i:02d}.png")
+    command = [sys.executable, str(ROOT / "preprocess.py"), source, target, "--size", "64", "--workers", "2"]
+    call = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while len(list(target.glob("*.png"))) < 3 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    workers = Path(f"/proc/{call.pid}/task/{call.pid}/children").read_text().split()
+    workers += [
+        child for pid in workers for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    ]
+    assert len(workers) >= 2
+    call.send_signal(how)
+    _, said = call.communicate(timeout=60)
+    assert call.returncode == {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGKILL: -9}[how]
+    assert "Traceback" not in said and ("interrupted" in said) == (how != signal.SIGKILL)
+    deadline = time.monotonic() + 10
+    while any(alive(worker) for worker in workers) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not any(alive(worker) for worker in workers)
+    finished = {path.name: path.stat().st_ino for path in target.glob("*.png")}
+    assert 3 <= len(finished) < 40
+    rest = run(source, target, "--size", 64, "--workers", 2)
+    assert rest.returncode == 0 and not list(target.glob("*.tmp")) and len(list(target.glob("*.png"))) == 40
+    made_again = [name for name, inode in finished.items() if (target / name).stat().st_ino != inode]
+    assert len(made_again) <= 2, (
+        made_again
+    )  # killed between writing a picture and giving it its source's time
+    assert f"{len(finished) - len(made_again)} skipped" in rest.stdout
+    assert len({path.read_bytes() for path in target.glob("*.png")}) == 1
 
 
 def test_unusable_arguments_end_with_status_2(tmp_path, source):
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("")
     cases = {
-        "is not a folder": (tmp_path / "absent", tmp_path / "dst"),
-        "holds no picture": (tmp_path / "empty", tmp_path / "dst"),
+        "absent is no folder that holds a picture": (tmp_path / "absent", tmp_path / "dst"),
+        "empty is no folder that holds a picture": (tmp_path / "empty", tmp_path / "dst"),
         "the same": (source, source),
         "one inside": (source, source / "dst"),
         "inside the other": (source, tmp_path),
-        "expected at least 16": (source, tmp_path / "dst", "--size", 8),
-        "at least 1": (source, tmp_path / "dst", "--workers", 0),
-        "Choose another name": (source, tmp_path / "file"),
+        "--size 8 --workers 1: expected 16 and 1 at least": (
+            source,
+            tmp_path / "dst",
+            "--size",
+            8,
+            "--workers",
+            1,
+        ),
+        "--workers 0: expected 16 and 1 at least": (source, tmp_path / "dst", "--workers", 0),
+        "file: File exists": (source, tmp_path / "file"),
         "invalid choice": (source, tmp_path / "dst", "--kind", "circle"),
     }
     for message, arguments in cases.items():
@@ -409,7 +541,8 @@ def test_unusable_arguments_end_with_status_2(tmp_path, source):
 
 def test_defaults_and_light_imports():
     args = preprocess.get_args_parser().parse_args(["a", "b"])
-    assert (args.size, args.kind) == (224, "fov") and 1 <= args.workers <= 16
+    assert (args.size, args.kind, args.workers) == (224, "fov", None)
+    assert 1 <= preprocess.default_workers() <= 16
     code = "import sys, preprocess; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
-    assert "--kind" in run("--help").stdout
+    assert "processes (default: the cores allowed)" in run("--help").stdout

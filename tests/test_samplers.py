@@ -1,4 +1,4 @@
-"""Samplers: balance, uniformity, determinism, exactly-once batches, class weights against hand-worked counts."""
+"""Samplers: balance, uniformity, determinism, exactly-once batches, weights against hand-worked ones."""
 
 import os
 from itertools import pairwise
@@ -9,7 +9,15 @@ import pytest
 import torch
 
 from errors import InputError
-from samplers import SAMPLERS, Batches, LabelBalancedSampler, class_weights, epoch_order, pos_weight, sample_weights
+from samplers import (
+    SAMPLERS,
+    Batches,
+    LabelBalancedSampler,
+    class_weights,
+    epoch_order,
+    pos_weight,
+    sample_weights,
+)
 
 LABELS = list("NDGCAHMO")
 
@@ -17,7 +25,7 @@ LABELS = list("NDGCAHMO")
 def patients(n=2000, seed=0):
     """Labels about as frequent as in ODIR, some together, a few rows without any."""
     rng = np.random.default_rng(seed)
-    return (rng.random((n, 8)) < [.33, .32, .06, .06, .045, .027, .05, .27]).astype(np.int64)
+    return (rng.random((n, 8)) < [0.33, 0.32, 0.06, 0.06, 0.045, 0.027, 0.05, 0.27]).astype(np.int64)
 
 
 def plain_order(labels, draws, rng):
@@ -31,11 +39,12 @@ def plain_order(labels, draws, rng):
 
 
 def check_balance(labels, order):
-    """Replay an order and hold it to the difference in counts that co-occurring labels force; return the counts.
+    """Replay an order, hold it to the difference in counts that co-occurring labels force; return the counts.
 
-    Claim: count(k) - min <= 1 + forced(k), where forced(k) counts the draws since label k was last among the least
-    sampled in which k came along with a label that was. Proof: at that moment t, count(k) = min(t) <= min(end); the
-    draw at t adds one at most; every later draw serves a least sampled label, which k is not: k can only be company.
+    Claim: count(k) - min <= 1 + forced(k), where forced(k) counts the draws since label k was last among the
+    least sampled in which k came along with a label that was. Proof: at that moment t, count(k) = min(t) <=
+    min(end); the draw at t adds one at most; every later draw serves a least sampled label, which k is not:
+    k can only be company.
     """
     counts, forced = np.zeros(labels.shape[1], int), np.zeros(labels.shape[1], int)
     for row in order:
@@ -64,7 +73,9 @@ def test_one_label_per_row_balances_to_within_one(draws):
     order = LabelBalancedSampler(classes, seed=1, num_samples=draws).order(3)
     counts = np.bincount(classes[order], minlength=7)
     assert counts.sum() == draws and counts.max() - counts.min() <= 1
-    assert (order == LabelBalancedSampler(np.eye(7, dtype=bool)[classes], seed=1, num_samples=draws).order(3)).all()
+    assert (
+        order == LabelBalancedSampler(np.eye(7, dtype=bool)[classes], seed=1, num_samples=draws).order(3)
+    ).all()
 
 
 def test_forced_company_grows_but_no_further():
@@ -76,7 +87,7 @@ def test_forced_company_grows_but_no_further():
 def test_more_labels_than_a_byte_or_two_holds():
     rng = np.random.default_rng(0)
     for width in (9, 16, 17, 70):
-        labels = (rng.random((300, width)) < .1).astype(int)
+        labels = (rng.random((300, width)) < 0.1).astype(int)
         check_balance(labels, LabelBalancedSampler(labels).order(0))
 
 
@@ -84,8 +95,10 @@ def test_distribution_is_that_of_the_plain_loop():
     labels = np.array([[1, 0, 0], [1, 1, 0], [0, 1, 0], [0, 1, 1], [0, 0, 1]])
     rng, sampler, ours, plain = np.random.default_rng(0), LabelBalancedSampler(labels, num_samples=3), {}, {}
     for epoch in range(3000):
-        for found, order in ((ours, tuple(sampler.order(epoch).tolist())),
-                             (plain, plain_order(labels, 3, rng))):
+        for found, order in (
+            (ours, tuple(sampler.order(epoch).tolist())),
+            (plain, plain_order(labels, 3, rng)),
+        ):
             found[order] = found.get(order, 0) + 1
     assert set(ours) == set(plain)  # every sequence of three that can occur
     both = np.array([[ours[order], plain[order]] for order in plain])
@@ -125,7 +138,7 @@ def test_a_label_nobody_carries_is_left_out_and_named():
     assert LabelBalancedSampler([0, 0, 2]).empty_labels == [1]
 
 
-@pytest.mark.parametrize("labels", [np.zeros((4, 2)), [[1, 2]], [[1, np.nan]], [], [-1, 0], [.5, 1.0]])
+@pytest.mark.parametrize("labels", [np.zeros((4, 2)), [[1, 2]], [[1, np.nan]], [], [-1, 0], [0.5, 1.0]])
 def test_labels_that_cannot_be_balanced_are_refused(labels):
     with pytest.raises(InputError, match="labels|targets"):
         LabelBalancedSampler(labels)
@@ -135,13 +148,15 @@ def test_weights_by_hand():
     targets = np.array([2, 0, 1, 0, 0, 2])
     assert class_weights(targets, 3).tolist() == [1, 3, 1.5] and class_weights(targets, 3).dtype == np.float32
     np.testing.assert_allclose(sample_weights(targets, 3), [1 / 2, 1 / 3, 1, 1 / 3, 1 / 3, 1 / 2])
-    found = pos_weight(torch.tensor([[1., 0.], [0., 1.], [0., 1.], [0., 1.]]))
+    found = pos_weight(torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 1.0], [0.0, 1.0]]))
     assert found.dtype == np.float32 and found.tolist() == [3, np.float32(1 / 3)]
 
 
 def test_weights_of_what_nobody_has_are_refused():
     with pytest.raises(InputError, match="label 1 has no positives among 2"):
         pos_weight(np.array([[1, 0], [0, 0]]))
+    with pytest.raises(InputError, match="label myopia has no positives among 2"):
+        pos_weight(np.array([[1, 0], [0, 0]]), ["glaucoma", "myopia"])
     with pytest.raises(InputError, match=r"pictures per class: \[1, 0, 1\]"):
         sample_weights(np.array([0, 2]), 3)
     with pytest.raises(InputError, match=r"pictures per class: \[1, 1, 0\]"):
@@ -158,12 +173,14 @@ def test_epoch_orders():
         order = epoch_order(kind, classes, seed=1, epoch=4)
         assert order.dtype == np.int64 and order.shape == (372,)
         assert (order == epoch_order(kind, classes, 1, 4)).all()
-        assert (order != epoch_order(kind, classes, 1, 5)).any() and (order != epoch_order(kind, classes, 2, 4)).any()
+        assert (order != epoch_order(kind, classes, 1, 5)).any() and (
+            order != epoch_order(kind, classes, 2, 4)
+        ).any()
         assert (epoch_order(kind, classes, 1, 0) != epoch_order(kind, classes, 0, 1)).any()
     assert sorted(epoch_order("shuffle", classes, 1, 4)) == list(range(372))
     assert (epoch_order("balanced", classes, 1, 4) == LabelBalancedSampler(classes, seed=1).order(4)).all()
     drawn = np.bincount(np.concatenate([classes[epoch_order("weighted", classes, 1, e)] for e in range(20)]))
-    assert (abs(drawn / drawn.sum() - 1 / 3) < .03).all()
+    assert (abs(drawn / drawn.sum() - 1 / 3) < 0.03).all()
     assert all(epoch_order(kind, patients(50), 0, 0).shape == (50,) for kind in ("shuffle", "balanced"))
     for kind, targets in (("uniform", classes), ("weighted", patients(50)), ("weighted", [0, 2])):
         with pytest.raises(InputError):
@@ -173,12 +190,15 @@ def test_epoch_orders():
 def test_weighted_is_torchs_sampler():
     classes = np.repeat([0, 1, 2], [30, 6, 2])
     mixed = int(np.random.SeedSequence([7, 2]).generate_state(1)[0])
-    theirs = torch.utils.data.WeightedRandomSampler(sample_weights(classes, 3).tolist(), 38,
-                                                    generator=torch.Generator().manual_seed(mixed))
+    theirs = torch.utils.data.WeightedRandomSampler(
+        sample_weights(classes, 3).tolist(), 38, generator=torch.Generator().manual_seed(mixed)
+    )
     assert epoch_order("weighted", classes, 7, 2).tolist() == list(theirs)
 
 
-@pytest.mark.parametrize("n, batch, world", [(20, 6, 1), (20, 6, 2), (19, 6, 4), (3, 8, 5), (0, 4, 2), (16, 4, 4)])
+@pytest.mark.parametrize(
+    "n, batch, world", [(20, 6, 1), (20, 6, 2), (19, 6, 4), (3, 8, 5), (0, 4, 2), (16, 4, 4)]
+)
 def test_all_ranks_see_every_row_once(n, batch, world):
     order = np.random.default_rng(0).integers(max(n // 2, 1), size=n)
     ranks = [list(Batches(order, batch, rank=rank, world=world)) for rank in range(world)]
@@ -196,24 +216,47 @@ def test_all_ranks_see_every_row_once(n, batch, world):
         seen[index] = repeat + 1
 
 
-def test_batches_resume_where_they_stopped():
+def test_batches_by_hand():
     order = np.array([4, 4, 1, 4, 0, 1, 2])
     assert list(Batches(order, 3)) == [[(4, 0), (4, 1), (1, 0)], [(4, 2), (0, 0), (1, 1)], [(2, 0)]]
-    rest = Batches(order, 3, start=1, rank=1, world=2)
-    assert list(rest) == [[(0, 0)], []] and list(rest) == [[(0, 0)], []] and len(rest) == 2
-    assert list(Batches(order, 3, start=3)) == [] and len(Batches(order, 3, start=3)) == 0
-    for wrong in ({"batch": 0}, {"start": 4}, {"start": -1}, {"rank": 2, "world": 2}, {"rank": -1}):
-        with pytest.raises(InputError, match="batch"):
-            Batches(order, **{"batch": 3, **wrong})
+    mine = Batches(order, 3, rank=1, world=2)
+    expected = [[(4, 1)], [(0, 0)], []]
+    assert list(mine) == expected and list(mine) == expected and len(mine) == 3  # it can be read again
+    assert list(Batches([], 3)) == [] and len(Batches([], 3)) == 0
+    assert list(Batches(order, 7)) == list(Batches(order, 100)) and len(Batches(order, 7)) == 1
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"batch": 0}, {"batch": -2}, {"rank": 2, "world": 2}, {"rank": -1}, {"world": 0}]
+)
+def test_batches_that_cannot_be_are_refused(wrong):
+    with pytest.raises(InputError, match="batch .* rank .* world"):
+        Batches([4, 1], **{"batch": 3, **wrong})
+
+
+def test_numbers_are_those_of_every_run_before():
+    """Orders of a seed and epoch, as the first release drew them: a changed one would change every result."""
+    assert epoch_order("shuffle", patients(40), 42, 3)[:8].tolist() == [28, 39, 29, 25, 8, 10, 24, 11]
+    assert epoch_order("balanced", patients(40), 42, 3)[:8].tolist() == [0, 27, 37, 33, 11, 0, 37, 33]
+    assert epoch_order("weighted", np.arange(40) % 5, 42, 3)[:8].tolist() == [26, 16, 14, 3, 35, 16, 18, 1]
 
 
 @pytest.mark.skipif("REAL_DATA" not in os.environ, reason="needs the official annotations (REAL_DATA)")
 def test_published_training_part():
     import pandas as pd
     from sklearn.model_selection import train_test_split
+
     table = pd.read_excel(Path(os.environ["REAL_DATA"]) / "odir" / "annotations.xlsx")
     table = table[~table["ID"].isin([*range(2174, 2183), 2957])]
     labels = train_test_split(table, test_size=0.2, random_state=42)[0][LABELS].to_numpy()
     assert pos_weight(labels).astype(float).round(4).tolist() == [
-        2.0184, 2.0953, 14.4254, 15.8193, 20.9843, 36.7297, 18.3889, 2.6640]
+        2.0184,
+        2.0953,
+        14.4254,
+        15.8193,
+        20.9843,
+        36.7297,
+        18.3889,
+        2.6640,
+    ]
     check_balance(labels, LabelBalancedSampler(labels, seed=42).order(0))
