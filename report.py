@@ -3,218 +3,327 @@
     python report.py
     python report.py --compare runs/odir-03 runs/odir-11
 
-A run belongs to the experiment whose line in run_all.sh it ran, whatever its folder is called. What differs from
-that line, what is stale, damaged or rendered is named. --compare prints the flags in which two runs differ, every
-score's difference with its 95 % interval and the ten patients they disagree on, and writes runs/compare.html.
+A run belongs to the experiment whose line in run_all.sh it ran, whatever its folder is called. What differs
+from that line, what is stale, damaged or rendered is named. --compare prints the flags in which two runs
+differ, the paired difference of every score with its 95 % interval and the ten rows they disagree on most,
+and writes runs/compare.html with their curves and photographs.
 """
 
 import argparse
-import base64
 import csv
 import io
 import json
 import math
-import re
+import os
 import sys
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import arguments
-from errors import InputError, Parser, guard, reading
+import runfolders
+from errors import InputError, Parser, end_with_parent, guard
 
-SCORES = (
-    "accuracy kappa quadratic_kappa f1 auc final auc_abnormal auc_acl auc_meniscus".split()
-)  # their order
-PREFIXES = {"": "", "per label": "", "classes": "", "auc": "", "challenge": "challenge_"}
-PREFIXES["per label, learned thresholds"] = "learned_"
-PICTURES = "confusion roc samples heatmaps reliability".split()
-ENTRY = "study experiment title note f1_by_label auc_by_label".split()  # the other columns are scores
-PROBS_BYTES, PAGE_BYTES = (
-    4_500_000,
-    9_500_000,
-)  # what probabilities, and pictures with them, may take of the page
-NOTHING = {"published": None, "measured": None, "std": None, "low": None, "high": None}
+# The order in which scores are shown.
+SCORES = "accuracy kappa quadratic_kappa f1 auc final auc_abnormal auc_acl auc_meniscus".split()
+PICTURES = "confusion roc reliability samples heatmaps".split()
+PROBS_BYTES, PAGE_BYTES = 4_500_000, 8_000_000  # room for probabilities, and for all with the pictures
+NOTHING = dict.fromkeys(("published", "measured", "std", "low", "high", "n"))
+OWN = {False: "own run", True: "shuffled-label control: kappa and AUC have to fall to chance"}
 
 
 def get_args_parser():
     parser = Parser(__doc__)
     parser.add_argument("--runs", type=Path, default="runs", help="run folders; the report goes there")
     beside = Path(__file__).with_name("published.csv")
-    parser.add_argument(
-        "--published", type=Path, default=beside, help="study, experiment, title, note, scores"
-    )
+    parser.add_argument("--published", type=Path, default=beside, help="a line for each experiment")
     parser.add_argument("--compare", nargs=2, type=Path, metavar=("A", "B"), help="two run folders")
     return parser
 
 
-# ---------------------------------------------------------------- what is read
+# ---------------------------------------------------------------- what is shown
 
 
-def read_published(path):
-    """A dict for each line of published.csv: ENTRY's columns as text, "scores" {name: figure or None}."""
-    with reading(f"--published {path}", "a table of published figures"):
-        with open(path, newline="", encoding="utf-8-sig") as stream:
-            table = list(csv.reader(stream, strict=True))
-        entries = []
-        for cells in table[1:]:
-            line = dict(zip(table[0], cells, strict=True))
-            entry = {key: line.pop(key) for key in ENTRY[:4]} | {key: line.pop(key, "") for key in ENTRY[4:]}
-            entry["scores"] = {name: checked(float(text)) if text else None for name, text in line.items()}
-            entries.append(entry)
-    names = [entry["experiment"] for entry in entries]
-    if not names or len(set(names)) < len(names):
-        raise InputError(f"--published {path}: expected a line for each experiment, and none twice")
-    return entries
+def match(run, lines):
+    """(experiment, the flags that differ from its line in run_all.sh); (None, []) for a run of its own."""
+    named = run["bare"] if run["bare"] in lines else None
+    if run["shuffled"] or run["status"] == "damaged":
+        return None if run["shuffled"] else named, []
+    if not {"dataset", "model", "lr", "batch", "epochs", "size"} <= run["args"].keys():
+        return named, ["its flags are not known"]
+    differing = {name: arguments.differences(run["args"], line) for name, line in lines.items()}
+    same = [name for name, flags in differing.items() if not flags]
+    if same and named not in same:
+        named = same[0]
+    return named, differing.get(named, [])
 
 
-def checked(value):
-    """Scores of a JSON file at any depth; null stands for NaN there. Raises ValueError for what is no score."""
-    if isinstance(value, dict):
-        return {key: checked(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [checked(inner) for inner in value]
-    if isinstance(value, bool) or value is not None and not -1 <= value <= 1:
-        raise ValueError(f"{value} is no score")
-    return math.nan if value is None else float(value)
+def make_rows(published, lines, runs):
+    """A row for every experiment, then one for every run without a line: a user's own, and the controls."""
+    entries, rows = {entry["experiment"]: entry for entry in published}, []
+    blank = dict.fromkeys(runfolders.ENTRY, "") | {"scores": {}}
+    for name, line in lines.items():
+        title = f"{line.model}, lr {line.lr:g} {line.scheduler}"
+        beyond = {"study": line.dataset, "experiment": name, "title": title, "kind": "beyond"}
+        entries.setdefault(name, blank | beyond)
+    for run in runs:
+        run["experiment"], run["differs"] = match(run, lines)
+        if not run["experiment"]:
+            own = {
+                "study": run["study"],
+                "experiment": run["base"],
+                "title": OWN[run["shuffled"]],
+                "kind": "own",
+            }
+            run["experiment"], run["differs"] = f"own {run['base']}", []
+            entries.setdefault(run["experiment"], blank | own)
+    for name, entry in entries.items():
+        own = [run for run in runs if run["experiment"] == name]
+        own = [run for run in own if run["data"] != "rendered"] or own  # those count where no real one is
+        alike = {}
+        for run in sorted(own, key=lambda run: bool(run["differs"])):
+            alike.setdefault(tuple(run["differs"]), []).append(run)
+        for k, group in enumerate(alike.values() or [[]]):
+            shown = f"{entry['experiment']} ({group[0]['name']})" if k else entry["experiment"]
+            rows.append(make_row(entry | {"experiment": shown}, group))
+    return rows
 
 
-def flatten(families):
-    """{"per label": {"f1": 0.4}, "challenge": {"f1": 0.9}} -> {"f1": 0.4, "challenge_f1": 0.9}, checked."""
-    flat = {}
-    for family, scores in families.items():
-        for name, value in scores.items():
-            flat[PREFIXES[family] + name] = checked(value)
-    return flat
+def counted(runs, problems):
+    """The finished runs whose mean is shown: one part of one data set, each seed once. Names the others."""
+    done, seeds = [], {}
+    for run in sorted(runs, key=lambda run: (run["status"] != "finished", not run["tested"])):
+        seed = str(run["args"].get("seed"))
+        if run["status"] != "finished":
+            problems += [f"{run['name']} is {run['status']}: not counted"] if done else []
+        elif done and (run["part"], run["digest"]) != (done[0]["part"], done[0]["digest"]):
+            problems.append(f"{run['name']} was scored on other data than {done[0]['name']}: not counted")
+        elif seed in seeds:
+            problems.append(f"{run['name']} has the seed of {seeds[seed]}: not counted twice")
+        else:
+            seeds[seed] = run["name"]
+            done.append(run)
+    return done
 
 
-def read_info(path, run):
-    """run.json: what is compared or computed with is checked, the rest is shown as it stands."""
-    info = json.loads(path.read_text(encoding="utf-8"))
-    if info["status"] not in ("running", "interrupted", "finished"):
-        raise ValueError(f"status {info['status']!r}")
-    run["scores"] = flatten({"": info.get("scores") or {}})
-    run["args"], run["study"] = dict(info.get("args") or {}), str(info["dataset"])
-    run["data"] = "rendered" if info["data"]["rendered"] else "real"
-    run["shuffled"] = run["shuffled"] or bool(info.get("shuffled_labels"))
-    run["status"], run["info"] = info["status"].replace("running", "unfinished"), info
+def make_row(entry, runs):
+    """A line of the tables: its runs (seeds; perhaps none) and their scores beside the published ones."""
+    problems = []
+    for run in runs:
+        problems += [f"{run['name']}: {problem}" for problem in run["problems"]]
+    done = counted(runs, problems)
+    first = (done or runs or [None])[0]
+    row = {**entry, "runs": runs, "n": len(done), "first": first, "problems": problems, "cells": {}}
+    row |= {"status": "not run", "data": "", "differs": []}
+    if first:
+        row |= {key: first[key] for key in ("status", "data", "differs")}
+    if done and row["data"] == "rendered":
+        row["status"] = "rendered"
+    elif done and row["differs"]:
+        row["status"] = "changed"
+    flags = set()
+    for run in done:
+        flags |= unlike(done[0]["args"], run["args"])
+    if flags:
+        problems.append(f"these runs differ in {', '.join(sorted(flags))}: their mean says little")
+    for score in dict.fromkeys([*entry["scores"], *(first["scores"] if done else [])]):
+        row["cells"][score] = make_cell(score, entry["scores"].get(score), done)
+    return row
 
 
-def read_tested(path, run):
-    """test_scores.json. Raises InputError where its scores are not those of this run's best checkpoint."""
-    tested, info = json.loads(path.read_text(encoding="utf-8")), run["info"]
-    if tested["split"] == "all":
-        raise InputError("--split all scores the training patients too; val or test is needed")
-    if tested["threshold"] != 0.5:
-        raise InputError(f"tested at --threshold {tested['threshold']}; the published figures are for 0.5")
-    if not tested["data"]["own"]:
-        raise InputError(f"it is of other data than the run's own ({tested['data']['root']})")
-    for key, value in tested["checkpoint"].items():
-        if value != info.get(f"best_{key}"):
-            raise InputError(f"it is stale ({key} {value}, the run's best is {info.get(f'best_{key}')})")
-    if tested["data"]["digest"] != info["data"]["digest"]:
-        raise InputError("it is stale (the data changed since)")
-    found = {"scores": flatten(tested["scores"]), "part": str(tested["split"])}
-    found["intervals"] = flatten(tested.get("intervals") or {})
-    found["trivial"] = {name: flatten(answer) for name, answer in (tested.get("trivial") or {}).items()}
-    found["by_label"] = checked(tested.get("labels") or {})
-    found["label_intervals"] = checked(tested.get("label_intervals") or {})
-    if tested["rows"] != tested["expected_rows"]:
-        run["problems"].append(f"scored {tested['rows']} of {tested['expected_rows']} rows")
-    run |= found | {"tested": tested}
+def unlike(args, others):
+    """The flags in which two runs differ, but for those that cannot matter."""
+    flags = {flag for flag in args | others if args.get(flag) != others.get(flag)}
+    return flags.difference(arguments.WHERE)
 
 
-def read_sheet(path):
-    """{column: values} of an xlsx file."""
-    return json.loads(kept(path, sheet_as_json))
+def make_cell(score, published, done):
+    """Published figure, mean and standard deviation over the seeds, interval of the first run."""
+    cell = NOTHING | {"published": published}
+    values = [run["scores"][score] for run in done if score in run["scores"]]
+    if values:
+        cell["measured"], cell["n"] = sum(values) / len(values), len(values)
+        cell["low"], cell["high"] = done[0]["intervals"].get(score, (None, None))
+    if len(values) > 1:
+        squares = [(value - cell["measured"]) ** 2 for value in values]
+        cell["std"] = math.sqrt(sum(squares) / (len(values) - 1))
+    return cell
 
 
-def sheet_as_json(path):
-    import openpyxl  # here and below, because --help has to answer at once
-
-    header, *rows = openpyxl.load_workbook(io.BytesIO(path.read_bytes()), read_only=True).active.values
-    columns = zip(*rows, strict=True)
-    return json.dumps(dict(zip(map(str, header), columns, strict=True))).encode()
-
-
-def read_history(path, run):
-    history = read_sheet(path)
-    for name, values in history.items():
-        if any(value is not None and not math.isfinite(value) for value in values):
-            raise ValueError(f"{name} holds no numbers")
-    run["history"] = history if history["epoch"] else None
+def columns_of(rows, prefix=""):
+    """The scores of a family ("", "challenge_", "learned_") that any of the rows has, in their order."""
+    found = []
+    for row in rows:
+        found += [score for score, cell in row["cells"].items() if cell != NOTHING and score not in found]
+    others = ("challenge_", "learned_")
+    mine = [score for score in found if score.startswith(prefix or others) == bool(prefix)]
+    order = [prefix + score for score in SCORES]
+    return sorted(mine, key=lambda score: order.index(score) if score in order else len(order))
 
 
-def read_answers(path, run):
-    """probs.xlsx and, beside it, ground_truth.xlsx -> "answers": labels, IDs, probabilities and truth (n, L)."""
+def show(value, digits=4):
+    if value is None:
+        return "–"
+    return "undefined" if value != value else f"{value:.{digits}f}"
+
+
+# ---------------------------------------------------------------- what is written
+
+
+def page_data(runs):
+    """What the page's script draws and compares: flags, curves and probabilities of runs, each part once."""
     import numpy as np
 
-    probs, truth = read_sheet(path), read_sheet(path.with_name("ground_truth.xlsx"))
-    ids, same = [str(name) for name in probs.pop("ID")], [str(name) for name in truth.pop("ID")]
-    probs, truth, labels = np.array([*probs.values()], float), np.array([*truth.values()], int), list(probs)
-    if same != ids or probs.shape != truth.shape or not ((probs >= 0) & (probs <= 1)).all():
-        raise ValueError("it does not fit ground_truth.xlsx, or holds no probabilities")
-    run["answers"] = {"labels": labels, "ids": ids, "probs": probs.T, "truth": truth.T}
+    from cache import digest
+    from tables import patients_of
+
+    parts, told, size = {}, [], 0
+    for number, run in enumerate(runs):
+        run["number"] = number
+        one = {key: run[key] for key in ("name", "study", "history", "args")}
+        name = digest(run["digest"], run["part"], run["ids"], run["labels"])[:12]
+        if run["ids"] and name not in parts:  # one data set has one truth: reading all takes twice as long
+            runfolders.read(run, "ground_truth.xlsx", runfolders.read_truth)
+            if run["truth"] is not None:
+                parts[name] = {"ids": run["ids"], "labels": run["labels"], "truth": run["truth"].tolist()}
+                parts[name]["patients"] = np.unique(patients_of(run["ids"]), return_inverse=True)[1].tolist()
+                parts[name]["families"], parts[name]["ordered"] = (
+                    runfolders.families_of(run),
+                    run["info"].get("ordered"),
+                )
+        if name in parts and size < PROBS_BYTES:
+            # Three bytes a probability, so rounded that what is above 0.5 stays above 0.5.
+            whole = np.ceil(run["probs"].reshape(-1, 1) * (2**24 - 1) - 0.5).astype(">u4")
+            one["part"], one["probs"] = name, runfolders.base64_of(whole.view(np.uint8)[:, 1:].tobytes())
+            size += len(one["probs"])
+        told.append(one)
+    return {"runs": told, "parts": parts, "where": arguments.WHERE}
 
 
-def read_picture(path, run):
-    run["pictures"][path.stem] = base64.b64encode(kept(path, shrink)).decode()
+def add_pictures(rows, room):
+    """The pictures of the runs that are shown, as long as the page has room for them."""
+    for row in [row for row in rows if row["first"]]:
+        run, known = row["first"], len(row["first"]["problems"])
+        # What test.py drew is as stale as its scores.
+        for name in PICTURES if room > 0 and run["tested"] else []:
+            runfolders.read(run, f"{name}.png", runfolders.read_picture)
+        room -= sum(map(len, run["pictures"].values()))
+        row["problems"] += [f"{run['name']}: {problem}" for problem in run["problems"][known:]]
 
 
-def shrink(path):
-    """A picture as WebP, at most 900 pixels wide."""
-    from PIL import Image
+def write_page(path, rows, text):
+    """One file without network; `text` is what `page_data` returns, as JSON."""
+    import jinja2
 
-    with Image.open(path) as image:
-        image = image.convert("RGB")
-    image.thumbnail((900, 6000), reducing_gap=2)
-    image.save(buffer := io.BytesIO(), "WEBP", quality=60, method=2)
-    return buffer.getvalue()
-
-
-def kept(path, make):
-    """make(path), as bytes, kept in the run's folder .report under the size and time of what it was made of."""
     from cache import replace_file
 
-    status = path.stat()
-    place = path.parent / ".report" / f"{path.name}-{status.st_size}-{status.st_mtime_ns}"
-    if place.is_file():
-        return place.read_bytes()
-    made = make(path)
-    try:
-        for old in place.parent.glob(f"{path.name}-*"):
-            old.unlink()
-        replace_file(place, lambda stream: stream.write(made))
-    except OSError:  # a folder that nobody may write to: it is made anew every time
-        pass
-    return made
+    loader = jinja2.FileSystemLoader(Path(__file__).parent)
+    environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {"show": show, "columns_of": columns_of}
+    data = json.loads(text, parse_constant=str)  # JavaScript knows no NaN in JSON
+    page = environment.get_template("report_template.html").render(rows=rows, data=data, empty=NOTHING)
+    replace_file(path, lambda stream: stream.write(page.encode("utf-8", "replace")))
 
 
-def read(run, name, reader):
-    """`reader` takes what a file of the run holds into `run`. What is damaged or does not count is named."""
-    path = run["folder"] / name
-    if not path.exists():  # a run that was stopped early, or not tested yet, lacks some
+def write_table(path, rows):
+    """results.csv: a line for each row, published and measured figures side by side."""
+    from cache import replace_file
+
+    lines = []
+    for row in rows:
+        line = {key: row[key] for key in ("study", "experiment", "title", "status", "data", "n")}
+        for score, cell in row["cells"].items():
+            line |= {f"{score}_{what}": value and f"{value:.6g}" for what, value in cell.items()}
+        info = row["first"]["info"] if row["first"] else {}
+        line |= {key: info.get(key) for key in ("seconds", "command", "commit", "device")}
+        line["part"] = row["first"]["part"] if row["n"] else ""
+        line["note"] = "; ".join(filter(None, [row["note"], *row["differs"], *row["problems"]]))
+        lines.append(line)
+    buffer = io.StringIO()
+    table = csv.DictWriter(buffer, dict.fromkeys(name for line in lines for name in line))
+    table.writeheader()
+    table.writerows(lines)
+    replace_file(path, lambda stream: stream.write(buffer.getvalue().encode("utf-8", "replace")))
+
+
+def print_table(rows):
+    """One study on the terminal."""
+    names = columns_of(rows)[:4]
+    names = ["final", "challenge_final"] if "final" in names else names
+    heads = "".join(f"{name.replace('_', ' '):27}" for name in names)
+    print(f"\n{rows[0]['study']}\n{'experiment':27}{'status':13}{'n':4}{heads}".rstrip())
+    for row in rows:
+        line = f"{row['experiment']:26} {row['status']:12} {row['n'] or '–':<4}"
+        for name in names:
+            cell = row["cells"].get(name, NOTHING)
+            spread = "" if cell["std"] is None else f" ± {cell['std']:.4f}"
+            line += f"{show(cell['published']):6} | {show(cell['measured']) + spread:18}"
+        print(line.rstrip())
+        if row["differs"] and row["status"] != "rendered":
+            print(f"    ≠ {', '.join(row['differs'])}")
+        for problem in row["problems"]:
+            print(f"    ! {problem}")
+
+
+def print_comparison(first, second, about):
+    """Flags in which two runs differ, paired differences of their scores, rows they disagree on."""
+    import metrics
+    from tables import patients_of
+
+    flags = arguments.differences(second["args"], argparse.Namespace(**first["args"]))
+    print(f"A {first['folder']}\nB {second['folder']}\nflags of B: {', '.join(flags) or 'those of A'}")
+    for problem in first["problems"] + second["problems"]:
+        print(f"    ! {problem}")
+    if about["why_not"]:
+        print(f"no scores are compared: {about['why_not']}")
         return
-    try:
-        with reading(name, "what a run writes"):
-            reader(path, run)
-    except InputError as error:
-        cause = error.__cause__
-        damage = f"is damaged ({type(cause).__name__}: {cause})"
-        run["problems"].append(f"{name} " + (damage if cause else f"is not counted: {error}"))
+    rules = {"patients": patients_of(first["ids"]), "labels": first["labels"]}
+    rules["ordered"] = first["info"].get("ordered", True)
+    for family in runfolders.families_of(first):
+        print(f"\n{family} scores, B less A, with the 95 % interval over patients")
+        truth = first["truth"].argmax(1) if family == "classes" else first["truth"]
+        found = metrics.paired_bootstrap(family, truth, first["probs"], second["probs"], **rules)
+        for score, gap in found.items():
+            print(f"  {score:16} {gap['difference']:+.4f}  [{gap['low']:+.4f}, {gap['high']:+.4f}]")
+    print("\nthe rows they disagree on most")
+    for row, k in runfolders.most_different(first, second):
+        a, b = first["probs"][row, k], second["probs"][row, k]
+        has = "has it" if first["truth"][row, k] else "has it not"
+        print(f"  {first['ids'][row]}: {first['labels'][k]} {a:.2f} by A, {b:.2f} by B ({has})")
+    if about["no_photos"]:
+        print(f"no photographs: {about['no_photos']}")
 
 
-def read_run(folder):
-    """A run folder as a dict; without a sound run.json its status is "damaged"."""
-    name = folder.name
-    bare = re.sub(r"-seed\d+$", "", re.sub(r"^((demo|control)-)+", "", name))
-    run = {"folder": folder, "name": name, "bare": bare, "base": re.sub(r"-seed\d+$", "", name), "info": {}}
-    run |= {"study": bare.split("-")[0], "status": "damaged", "data": "rendered" if "demo-" in name else ""}
-    run |= {"shuffled": "control-" in name, "args": {}, "part": "val", "scores": {}, "intervals": {}}
-    run |= {"by_label": {}, "label_intervals": {}, "trivial": {}, "tested": None, "history": None}
-    run |= {"answers": None, "pictures": {}, "problems": []}
-    if not (folder / "run.json").exists():
-        run["problems"].append("run.json is damaged (it is missing)")
-    read(run, "run.json", read_info)
-    if run["info"]:
-        read(run, "test_scores.json", read_tested)
-    read(run, "train_results.xlsx", read_history)
-    return run
+def main():
+    args = get_args_parser().parse_args()
+    if not args.runs.is_dir():
+        raise InputError(f"--runs {args.runs}: no such folder. Expected the one that holds the run folders")
+    published, lines = runfolders.read_published(args.published), arguments.experiments()
+    folders = args.compare
+    for folder in folders or []:
+        if not folder.is_dir():
+            raise InputError(f"--compare {folder}: no such folder. Expected two run folders, as runs/odir-03")
+    if not folders:
+        files = ("run.json", "last.pt", "best.pt", "train_results.xlsx")  # any of them makes it a run folder
+        folders = sorted({path.parent for file in files for path in args.runs.glob(f"*/{file}")})
+    with ProcessPoolExecutor(min(4, os.cpu_count()), initializer=end_with_parent) as pool:
+        runs = list(pool.map(runfolders.read_run, folders))  # the sheets of two hundred runs take long
+    data = page_data(runs)
+    if args.compare:
+        data |= runfolders.comparison(*runs)
+    text = json.dumps(data, default=str)
+    rows = make_rows(published, lines, runs)
+    add_pictures(rows, PAGE_BYTES - len(text))
+    write_page(args.runs / ("compare.html" if args.compare else "report.html"), rows, text)
+    if args.compare:
+        print_comparison(*runs, data)
+        print(f"wrote {args.runs / 'compare.html'}")
+        return
+    write_table(args.runs / "results.csv", rows)
+    for study in dict.fromkeys(row["study"] for row in rows):
+        print_table([row for row in rows if row["study"] == study])
+    print("\npublished | measured ± standard deviation over n seeds; rendered: drawn stand-ins, not patients")
+    print(f"wrote {args.runs / 'results.csv'}\nwrote {args.runs / 'report.html'}")
+
+
+if __name__ == "__main__":
+    sys.exit(guard(main))

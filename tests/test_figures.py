@@ -7,6 +7,7 @@ import warnings
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 from sklearn.metrics import roc_auc_score
 
@@ -182,7 +183,8 @@ def test_the_mark_stands_above_every_word_and_picture():
     figure = figures.mark_rendered(figures.heatmaps(rows))
     array = drawn(figure)
     assert array.shape[1] < 1000 * 60 / 110, "wider than a page"
-    renderer = figure.canvas.get_renderer()
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    figure.draw(renderer)
     mark = figure._suptitle.get_window_extent(renderer)
     words = [text.get_window_extent(renderer) for text in figure.axes[0].texts]
     assert mark.y0 > max(word.y1 for word in words)

@@ -1,0 +1,263 @@
+"""Run folders and published.csv as report.py needs them: checked, and what is stale or damaged named.
+
+python -c "import runfolders, pathlib; print(runfolders.read_run(pathlib.Path('runs/odir-03'))['problems'])"
+"""
+
+import base64
+import csv
+import io
+import json
+import math
+import re
+from pathlib import Path
+
+from errors import InputError, reading
+
+PREFIXES = {"": "", "per label": "", "classes": "", "auc": "", "challenge": "challenge_"}
+PREFIXES["per label, learned thresholds"] = "learned_"
+ENTRY = "study experiment title note f1_by_label auc_by_label".split()  # the other columns are scores
+
+
+def read_published(path):
+    """A dict for each line of published.csv: ENTRY's columns as text, "scores" {name: figure or None}."""
+    with reading(f"--published {path}", "a table of published figures"):
+        with open(path, newline="", encoding="utf-8-sig") as stream:
+            names, *table = csv.reader(stream, strict=True)
+        entries = []
+        for cells in table:
+            line = dict(zip(names, cells, strict=True))
+            entry = {key: line.pop(key) for key in ENTRY[:4]} | {key: line.pop(key, "") for key in ENTRY[4:]}
+            entry["scores"] = {name: figure(float(text)) if text else None for name, text in line.items()}
+            entries.append(entry | {"kind": "published"})
+    found = {entry["experiment"] for entry in entries}
+    if not found or len(found) < len(entries) or len(set(names)) < len(names):
+        raise InputError(f"--published {path}: expected a line for each experiment; none and no column twice")
+    return entries
+
+
+def figure(value):
+    """A score of a JSON file, null as NaN. Raises ValueError or TypeError for what is no score."""
+    if isinstance(value, bool) or value is not None and not -1 <= value <= 1:
+        raise ValueError(f"{value} is no score")
+    return math.nan if value is None else float(value)
+
+
+def pair(values):
+    low, high = values
+    return figure(low), figure(high)
+
+
+def flatten(families, convert=figure):
+    """{"per label": {"f1": 0.4}, "challenge": {"f1": 0.9}} -> {"f1": 0.4, "challenge_f1": 0.9}, checked."""
+    flat = {}
+    for family, scores in families.items():
+        for name, value in scores.items():
+            flat[PREFIXES[family] + name] = convert(value)
+    return flat
+
+
+def read_info(path, run):
+    """run.json: what is computed with is checked, the rest is shown as it stands."""
+    info = json.loads(path.read_text(encoding="utf-8"))
+    if info["status"] not in ("running", "interrupted", "finished"):
+        raise ValueError(f"status {info['status']!r}")
+    run["scores"] = flatten({"": info.get("scores") or {}})
+    run["args"], run["study"] = dict(info.get("args") or {}), str(info["dataset"])
+    run["data"], run["digest"] = (
+        "rendered" if info["data"]["rendered"] else "real",
+        info["data"].get("digest"),
+    )
+    run["rows"], run["patients"] = (dict(info["data"].get(key) or {}) for key in ("parts", "patients"))
+    run["shuffled"] = run["shuffled"] or bool(info.get("shuffled_labels"))
+    run["status"], run["info"] = info["status"].replace("running", "unfinished"), info
+
+
+def read_tested(path, run):
+    """test_scores.json. Raises InputError where its scores are not those of this run's best checkpoint."""
+    tested = json.loads(path.read_text(encoding="utf-8"))
+    if tested["split"] == "all":
+        raise InputError("--split all scores the training patients too; val or test is needed")
+    if tested["threshold"] != 0.5:
+        raise InputError(f"tested at --threshold {tested['threshold']}; the published figures are for 0.5")
+    if not tested["data"]["own"]:
+        raise InputError(f"it is of other data than the run's own ({tested['data']['root']})")
+    for key in ("epoch", "loss", "digest"):
+        best, seen = run["info"].get(f"best_{key}"), tested["checkpoint"][key]
+        if best is None or best != seen:
+            raise InputError(f"it is stale (of a checkpoint with {key} {seen}; the run's best has {best})")
+    if tested["data"]["digest"] != run["digest"]:
+        raise InputError("it is stale (the data changed after the training)")
+    found = {"scores": flatten(tested["scores"]), "intervals": flatten(tested.get("intervals") or {}, pair)}
+    found["trivial"] = {name: flatten(answer) for name, answer in (tested.get("trivial") or {}).items()}
+    for key, name, convert in (("by_label", "labels", figure), ("label_intervals", "label_intervals", pair)):
+        found[key] = {score: flatten({"": one}, convert) for score, one in (tested.get(name) or {}).items()}
+    if tested["rows"] != tested["expected_rows"]:
+        run["problems"].append(f"scored {tested['rows']} of the {tested['expected_rows']} rows of its part")
+    run |= found | {"tested": tested, "part": str(tested["split"])}
+
+
+def read_sheet(path):
+    """{column: values} of an xlsx file. openpyxl takes long, so they are kept as JSON."""
+    return json.loads(kept(path, sheet_as_json))
+
+
+def sheet_as_json(path):
+    import openpyxl  # here, as others below, because --help has to answer at once
+
+    header, *rows = openpyxl.load_workbook(io.BytesIO(path.read_bytes()), read_only=True).active.values
+    columns = zip(*rows, strict=True)
+    return json.dumps(dict(zip(map(str, header), columns, strict=True)), default=str).encode()
+
+
+def read_history(path, run):
+    history = read_sheet(path)
+    for name, values in history.items():
+        history[name] = [value if value is None else float(f"{value:.5g}") for value in values]
+    run["history"] = history if history["epoch"] else None
+
+
+def read_probs(path, run):
+    import numpy as np
+
+    sheet = read_sheet(path)
+    run["ids"] = [str(name) for name in sheet.pop("ID")]
+    probs = np.array([*sheet.values()], float).T  # (n, L)
+    if not ((probs >= 0) & (probs <= 1)).all():
+        raise ValueError("it holds no probabilities")
+    run["labels"], run["probs"] = list(sheet), probs
+
+
+def read_truth(path, run):
+    import numpy as np
+
+    sheet = read_sheet(path)
+    ids = [str(name) for name in sheet.pop("ID")]
+    if (ids, list(sheet)) != (run["ids"], run["labels"]):
+        raise ValueError("it does not fit probs.xlsx")
+    truth = np.array([*sheet.values()], float).T  # (n, L)
+    if not np.isin(truth, (0, 1)).all():
+        raise ValueError("it holds other than 0 and 1")
+    run["truth"] = truth.astype(int)
+
+
+def read_picture(path, run):
+    run["pictures"][path.stem] = base64_of(kept(path, shrink))
+
+
+def base64_of(data):
+    return base64.b64encode(data).decode()
+
+
+def shrink(path, width=800):
+    """A picture as WebP."""
+    from PIL import Image
+
+    with Image.open(path) as image:
+        image = image.convert("RGB")
+    image.thumbnail((width, 6000), reducing_gap=2)
+    image.save(buffer := io.BytesIO(), "WEBP", quality=50, method=2)
+    return buffer.getvalue()
+
+
+def kept(path, make):
+    """make(path), bytes, kept in the run's folder .report under the size and time of what it was made of."""
+    from cache import replace_file
+
+    status = path.stat()
+    place = path.parent / ".report" / f"{path.name}-{status.st_size}-{status.st_mtime_ns}"
+    if place.is_file():
+        return place.read_bytes()
+    made = make(path)
+    try:
+        for old in place.parent.glob(f"{path.name}-*"):
+            old.unlink()
+        replace_file(place, lambda stream: stream.write(made))
+    except OSError:  # a run folder that nobody may write to: it is made anew every time
+        pass
+    return made
+
+
+def read(run, name, reader):
+    """`reader` takes what a file holds into `run`. What is damaged or does not count is named."""
+    path = run["folder"] / name
+    if not path.exists():  # a run that was stopped early, or not tested yet, lacks some
+        return
+    try:
+        with reading(name, "what a run writes"):
+            reader(path, run)
+    except InputError as error:
+        cause = error.__cause__
+        damage = f"is damaged ({type(cause).__name__}: {cause})"
+        run["problems"].append(f"{name} {damage if cause else f'is not counted: {error}'}")
+
+
+def read_run(folder):
+    """A run folder as a dict; without a sound run.json its status is "damaged"."""
+    bare = re.sub(r"^((demo|control)-)+|-seed\d+$", "", folder.name)
+    run = dict(folder=folder, name=folder.name, bare=bare, base=re.sub(r"-seed\d+$", "", folder.name))
+    run |= dict(study=bare.split("-")[0], status="damaged", data="rendered" if "demo-" in folder.name else "")
+    run |= dict(shuffled="control-" in folder.name, problems=[], digest=None, part="val")
+    run |= dict.fromkeys(("tested", "history", "rows", "patients", "ids", "labels", "probs", "truth"))
+    for key in ("info", "args", "scores", "intervals", "by_label", "label_intervals", "trivial", "pictures"):
+        run[key] = {}
+    if not (folder / "run.json").exists():
+        run["problems"].append("run.json is damaged (it is missing)")
+    read(run, "run.json", read_info)
+    read(run, "train_results.xlsx", read_history)
+    if run["info"]:
+        read(run, "test_scores.json", read_tested)
+    if run["tested"]:  # else they are of another checkpoint too
+        read(run, "probs.xlsx", read_probs)
+    return run
+
+
+# ---------------------------------------------------------------- two runs
+
+
+def families_of(run):
+    """The score families of a run in which two runs can be compared: they share the threshold 0.5."""
+    return [family for family in run["tested"]["scores"] if "thresholds" not in family]
+
+
+def why_not(first, second):
+    """Why the scores of two runs cannot be compared, or None."""
+    for run in (first, second):
+        if not run["ids"]:
+            return f"{run['name']} lacks what test.py writes for its best checkpoint"
+        read(run, "ground_truth.xlsx", read_truth)
+    if any(first[key] != second[key] for key in ("ids", "labels")):
+        return "they were scored on other rows or labels"
+    if first["truth"] is None or second["truth"] is None or (first["truth"] != second["truth"]).any():
+        return "their truth differs, or is damaged"
+    return None
+
+
+def most_different(first, second):
+    """Up to ten rows, the largest difference in any label first, as [(row, label)]."""
+    gaps = abs(second["probs"] - first["probs"])
+    worst = (-gaps.max(1)).argsort(kind="stable")[:10]
+    return [(int(row), int(gaps[row].argmax())) for row in worst]
+
+
+def photographs(first, second):
+    """{ID: its photographs as base64} of the rows that differ most. InputError where the data are gone."""
+    with reading(f"the photographs of {first['name']}", "a data set"):
+        from tables import read as read_data
+
+        found, frame = {}, read_data(first["study"], first["info"]["data"]["root"], first["labels"]).frame
+        files = dict(zip(frame["ID"].astype(str), frame["files"], strict=True))
+        for row, _ in most_different(first, second):
+            pictures = [Path(file) for file in files[first["ids"][row]] if not file.endswith(".npy")]
+            found[first["ids"][row]] = [base64_of(shrink(file, 200)) for file in pictures]
+    return found
+
+
+def comparison(first, second):
+    """What the page needs of two chosen runs beside `page_data`."""
+    data = {"chosen": [0, 1], "photos": {}, "why_not": why_not(first, second), "no_photos": None}
+    if not data["why_not"]:
+        try:
+            data["photos"] = photographs(first, second)
+        except InputError as error:
+            data["no_photos"] = str(error)
+    return data
