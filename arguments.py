@@ -37,43 +37,18 @@ SCHEDULES = {
     "cosine": (None, None),
 }
 RECIPES = {"odir": ("eyes", "pair"), "mrnet": ("knee",)}  # random views; the others take eyes and lab
-EYE_MODELS = ("v0", "v1", "v2")
+EYE_MODELS = ("v0", "v1", "v2", "v3")
 # A resumed run keeps these: they decide shapes, the rows, or what the optimiser and the schedule hold.
-FIXED = (
-    *(
-        "dataset",
-        "freeze_epochs",
-        "model",
-        "trunk",
-        "labels",
-        "size",
-        "crop",
-        "preprocess",
-        "fine_tune",
-        "bn",
-    ),
-    *("weights", "optimizer", "scheduler", "trunk_lr", "ema", "split_seed", "val_fraction", "test_fraction"),
-    *("calibration_fraction", "pseudo_labels", "min_confidence", "shuffle_labels", "name", "runs", "keep"),
-)
+FIXED = "dataset freeze_epochs model trunk labels size crop preprocess fine_tune bn weights optimizer".split()
+FIXED += "scheduler trunk_lr ema keep split_seed val_fraction test_fraction calibration_fraction".split()
+FIXED += "pseudo_labels min_confidence shuffle_labels name runs".split()
 LEAST = dict(size=16, batch=1, epochs=1, patience=1, freeze_epochs=0, views=0, seed=0, split_seed=0, lr=1e-12)
 LEAST |= dict(max_lr=1e-12, weight_decay=0, momentum=0, min_confidence=0, schedule_epochs=1, workers=0)
 LEAST |= dict(warmup_epochs=0, trunk_lr=0, ema=0, folds=0, weight_power=0, calibration_fraction=0)
-MOST = dict(momentum=1, min_confidence=1, ema=1, calibration_fraction=0.5)
+MOST = dict(momentum=1, min_confidence=1, ema=0.99999, calibration_fraction=0.5)
 LARGEST_SIZE = 4096  # pixels: larger than any fundus camera's picture
 # Two runs that differ in these alone are one experiment.
-WHERE = (
-    "seed",
-    "name",
-    "resume",
-    "runs",
-    "cache",
-    "workers",
-    "device",
-    "precision",
-    "compile",
-    "data",
-    "feature_cache",
-)
+WHERE = "seed name resume runs cache workers device precision compile data feature_cache".split()
 
 
 def add_machine_flags(parser, precision="auto"):
@@ -129,15 +104,17 @@ def get_args_parser(dataset="odir", description=None):
     )
 
     add = parser.add_argument_group("network").add_argument
-    text = "v0, v1, v2: both eyes; mrnet; alexnet, efficientnet-b1, efficientnet-lite0 or torchvision's name"
+    text = "v0 to v3: both eyes; mrnet; alexnet, efficientnet-b1, efficientnet-lite0 or torchvision's name"
     add("--model", default="v0", help=text)
-    text = "of v0, v1, v2: resnet50 (write-up), efficientnet-lite0, or torchvision's name"
+    text = "of v0 to v3: resnet50 (write-up), efficientnet-lite0, or torchvision's name"
     add("--trunk", default="resnet50", help=text)
     text = "imagenet (write-up), none, one of torchvision's names (IMAGENET1K_V1), a best.pt or a state_dict"
     add("--weights", default="imagenet", help=text)
     add("--fine-tune", action=yes_no, default=False, help="train the trunk too (13-17, the other studies)")
     add("--freeze-epochs", type=int, default=0, help="of --fine-tune: the head alone first (dr lab: 5)")
-    text = "BatchNorm: fitted once (default), the weights' own, or moving with each batch (--fine-tune)"
+    text = (
+        "BatchNorm: fitted once (resnet50), the weights' own (other trunks), or of each batch (--fine-tune)"
+    )
     add("--bn", choices=["fitted", "pretrained", "batch"], help=text)
 
     add = parser.add_argument_group("optimisation").add_argument
@@ -205,38 +182,49 @@ def get_args_parser(dataset="odir", description=None):
     return parser
 
 
-def parse(argv, stored=None, description=None):
+def read_flags(argv, stored=None, description=None):
     """Flags as given, over the stored ones of a resumed run, over the data set's published defaults."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--dataset", default="odir")
     name = first.parse_known_args(argv)[0].dataset
     parser = get_args_parser(name if name in PUBLISHED else "odir", description)
     parser.set_defaults(**(stored or {}))
-    args = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def parse(argv):
+    """The arguments of a new run, complete and checked."""
+    args = read_flags(argv)
     check_args(args)
     return resolve(args)
 
 
 def get_args(argv=None, description=None):
     """-> (args, what last.pt holds or None)."""
-    args = parse(argv, description=description)
-    if not args.resume:
-        return args, None
-    import checkpoint  # here, because it imports torch
+    args, state = read_flags(argv, description=description), None
+    if args.resume:
+        import checkpoint  # here, because it imports torch
 
-    state = checkpoint.load_last(args.resume)
-    stored = state["args"]
-    args = parse(argv, stored)
-    refused = [name for name in FIXED if getattr(args, name) != stored[name]]
-    if refused:
-        kept = ", ".join(f"--{name.replace('_', '-')} {stored[name]}" for name in refused)
-        raise InputError(f"a resumed run keeps its {kept}: start a new run to change it")
-    return args, state
+        state = checkpoint.load_last(args.resume)
+        stored = state["args"]
+        args = read_flags(argv, stored)
+        refused = [name for name in FIXED if getattr(args, name) != stored[name]]
+        if refused:
+            kept = ", ".join(f"--{name.replace('_', '-')} {stored[name]}" for name in refused)
+            raise InputError(f"a resumed run keeps its {kept}: start a new run to change it")
+    check_args(args)
+    return resolve(args), state
 
 
 def resolve(args):
     """Give a value to every default that depends on another flag, so that run.json says what was used."""
-    args.bn = args.bn or ("batch" if args.fine_tune else "fitted")
+    if args.bn is None:
+        # The original's statistics drifted towards the fundus pictures. Of another trunk than the published
+        # one the weights' own are better (docs/results.md).
+        published = args.trunk == "resnet50" and args.model not in ("efficientnet-lite0",)
+        args.bn = "fitted" if published else "pretrained"
+        if args.fine_tune:
+            args.bn = "batch"
     epochs, gamma = SCHEDULES[args.scheduler]
     if args.schedule_epochs is None:
         args.schedule_epochs = epochs
@@ -307,8 +295,9 @@ def check_network(args):
         raise InputError("--freeze-epochs needs --fine-tune: without it the trunk is frozen all along")
     if args.trunk_lr != 1 and not args.fine_tune:
         raise InputError("--trunk-lr needs --fine-tune: without it the trunk does not learn")
-    if args.folds and (args.fine_tune or args.bn == "batch"):
-        raise InputError("--folds needs a frozen trunk whose features are kept: use --calibration-fraction")
+    if args.folds and (args.fine_tune or args.bn == "batch" or not args.feature_cache or name != "odir"):
+        advice = "odir, without --fine-tune and --no-feature-cache; else use --calibration-fraction"
+        raise InputError(f"--folds needs kept features of eye pairs: {advice}")
     if args.calibration_fraction and args.folds:
         raise InputError("--calibration-fraction and --folds are two ways to learn thresholds: choose one")
     if args.folds == 1:
@@ -333,6 +322,8 @@ def check_optimisation(args):
         )
     if args.scheduler == "cyclic" and args.optimizer != "sgd":
         raise InputError("--scheduler cyclic cycles sgd's momentum too: give --optimizer sgd")
+    if args.warmup_epochs is not None and args.warmup_epochs > args.epochs:
+        raise InputError(f"--warmup-epochs {args.warmup_epochs:g}: expected --epochs {args.epochs} or less")
     if args.warmup_epochs is not None and args.scheduler != "cosine":
         raise InputError("--warmup-epochs belongs to --scheduler cosine")
     if args.momentum is not None and args.optimizer != "sgd":

@@ -23,14 +23,8 @@ RECIPES = {
     # MRNet: one draw for the whole volume; shift is a share of the width.
     "knee": {"rotate": 25, "shift": 0.11, "hflip": True},
 }
-COLUMNS = {  # of a draw
-    "rotate": slice(0, 1),
-    "crop": slice(1, 3),
-    "shift": slice(3, 5),
-    "hflip": slice(5, 6),
-    "vflip": slice(6, 7),
-    "jitter": slice(7, 11),
-}
+COLUMNS = {"rotate": slice(0, 1), "crop": slice(1, 3), "shift": slice(3, 5)}  # of a draw
+COLUMNS |= {"hflip": slice(5, 6), "vflip": slice(6, 7), "jitter": slice(7, 11)}
 
 
 def draw(seed, view, keys, pictures):
@@ -93,8 +87,9 @@ def jitter(images, u, strengths):
 
     `images` (N, 3, H, W) in 0..1, `u` (N, 4) in [0, 1). Equals torchvision's adjust_* one after the other.
     """
-    factors = (1 + (2 * u[:, i, None, None, None] - 1) * strengths[i] for i in range(3))
-    brightness, contrast, saturation = factors
+    brightness, contrast, saturation = (
+        1 + (2 * u[:, i, None, None, None] - 1) * strengths[i] for i in range(3)
+    )
     images = (images * brightness).clamp_(0, 1)  # a copy, which the next steps change in place
     mean = grey(images).mean((1, 2, 3), keepdim=True)
     images.sub_(mean).mul_(contrast).add_(mean).clamp_(0, 1)
@@ -152,8 +147,7 @@ def prepare_batch(batch, device, recipe="none", size=None):
 def prepare_volumes(volumes, lengths, uniforms, recipe):
     """Three planes of uint8 slices (sum of slices, S, S) -> ([(sum of slices, 3, S, S)] * 3, lengths).
 
-    Each exam's volume is stretched to 0..255 by its own minimum and maximum (a constant one becomes 0), then
-    normalised by MRNet's published mean and deviation.
+    Each exam is stretched to 0..255 by its own minimum and maximum (a constant one becomes 0), then normalised.
     """
     matrices = None
     if recipe != "none" and lengths[0]:
@@ -164,9 +158,7 @@ def prepare_volumes(volumes, lengths, uniforms, recipe):
         exams = [plane[:0].float()]  # a rank may have none
         for number, slices in enumerate(plane.float().split(counts)):
             low, high = slices.amin(), slices.amax()
-            slices = (slices - low).mul_(
-                255 / (high - low).clamp_min(1)
-            )  # uint8: a difference below 1 is none
+            slices = (slices - low).mul_(255 / (high - low).clamp_min(1))  # of integers: below 1 is none
             if matrices is not None:
                 slices = resample(slices[None], matrices[number, None], slices.shape[-1])[0]
             exams.append(slices)

@@ -1,355 +1,336 @@
-"""What a run costs, against the plain loop that people write first, both sides in this one process, in turn.
+"""What a run costs, against the plain loop that people write first: both sides in one process, in turn.
 
-    python benchmark.py                       # every benchmark on data/odir, or on rendered eyes where that is missing
-    python benchmark.py extraction sampler    # some of them
+    python benchmark.py extraction sampler
 
-prints a line per benchmark: medians of both sides, their ratio and its smallest and largest value. The plain loop is
-float32, contiguous, one process; every picture is decoded and goes through the trunk in every epoch.
+prints what each side does in a second, the median ratio and its spread. The plain loop is float32 and
+contiguous; it decodes every picture in every epoch and pushes it through the trunk.
 """
 
-import argparse
 import copy
-import functools
 import json
-import resource
-import statistics
+import re
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
-import torchvision
 from PIL import Image
 
-import dataset
 import engine
 import metrics
 import models
 import preprocess
 import samplers
-from augment import normalise, prepare_batch
+import split
+import tables
+from augment import draw, prepare_batch
+from cache import kept_array
 from checkpoint import describe_machine
-from errors import InputError, guard
-from pictures import VolumeSet
+from dataset import FeatureSet, VolumeSet
+from errors import Parser, guard
+from features import FastTrunk
+from learner import Learner
 
 HERE = Path(__file__).parent
-EPOCHS = {"0": 36, "1": 32, "2": 47, "3": 59, "4": 59, "5": 59, "6": 42, "7": 100, "11": 47, "12": 30}  # published epochs run
+EPOCHS = {"00": 36, "01": 32, "02": 47, "03": 59, "04": 59, "05": 59, "06": 42, "07": 100, "11": 47, "12": 30}
 
 
 def get_args_parser():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(BENCHMARKS)} (default: all)")
-    parser.add_argument("--data", default="data/odir", help="ODIR folder (default: data/odir)")
-    parser.add_argument("--fullsize", help="folder of full-size photographs for preprocessing (default: the first pictures of --data)")
-    parser.add_argument("--mrnet", default="data/rendered/mrnet", help="MRNet folder (default: data/rendered/mrnet)")
-    parser.add_argument("--pictures", type=int, default=128, help="pictures of one measurement (default: 128)")
-    parser.add_argument("--repeats", type=int, default=3, help="measurements of each side (default: 3)")
-    parser.add_argument("--size", type=int, default=224, help="pixels a side (default: 224)")
-    parser.add_argument("--batch", type=int, default=64, help="pictures of a training step (default: 64)")
-    parser.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="where it runs")
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add("names", nargs="*", choices=BENCHMARKS, metavar="NAME", help=", ".join(BENCHMARKS))
+    add("--data", type=Path, default=Path("data/odir"), help="eye pairs")
+    add("--fullsize", type=Path, default=Path("data/fullsize"), help="photographs as the camera left them")
+    add("--mrnet", type=Path, default=Path("data/rendered/mrnet"), help="knees")
+    add("--run", type=Path, default=Path("runs/odir-03"), help="of report: a tested run, which it multiplies")
+    add("--trunk", choices=["resnet50", *models.EFFICIENTNETS], default="resnet50", help="network")
+    add("--pictures", type=int, default=128, help="pictures of one measurement")
+    add("--size", type=int, default=224, help="pixels a side")
+    add("--repeats", type=int, default=3, help="measurements of each side")
+    add("--rows", type=int, default=10**6, help="of sampler, growth and head, at most")
     return parser
 
 
-# ---------------------------------------------------------------- measuring
-
-def seconds(function, device):
-    """Wall time of one call, the device's queue emptied before and after."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    function()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
-def in_turn(plain, ours, repeats, device):
-    """[seconds of `plain`], [seconds of `ours`], A B A B ... after one warm-up of each."""
-    plain(), ours()
-    pairs = [(seconds(plain, device), seconds(ours, device)) for _ in range(repeats)]
-    return [a for a, _ in pairs], [b for _, b in pairs]
-
-
-def line(name, plain, ours, unit=None, amount=1):
-    """Print medians, ratio and spread; with `unit` both sides as `amount` per second. Returns the median ratio."""
-    ratios = [a / b for a, b in zip(plain, ours, strict=True)]
-    a, b = statistics.median(plain), statistics.median(ours)
-    sides = f"plain {amount / a:.1f} {unit}, ours {amount / b:.1f} {unit}" if unit else f"plain {a:.2f} s, ours {b:.2f} s"
-    print(f"{name}: {sides}, ratio {statistics.median(ratios):.1f} ({min(ratios):.1f} to {max(ratios):.1f}, n={len(ratios)})", flush=True)
-    return statistics.median(ratios)
-
-
-def matrix_product(device, precision, n):
-    """(an n x n matrix product to time, its floating-point operations): the machine's own limit in this precision."""
-    a, b = (torch.randn(n, n, device=device, dtype=engine.PRECISIONS[precision]) for _ in range(2))
-    times = max(1, 2**38 // (2 * n**3))
-    return lambda: [a @ b for _ in range(times)], 2 * times * n**3
-
-
-def trunk_operations(size):
-    """Floating-point operations of ResNet-50's trunk for one picture (two per multiply-add), convolutions alone."""
-    total = []
-    net = torchvision.models.resnet50()
-    for module in net.modules():
-        if isinstance(module, torch.nn.Conv2d):
-            module.register_forward_hook(lambda m, _, out: total.append(2 * out[0].numel() * m.weight[0].numel()))
-    with torch.no_grad():
-        net.eval()(torch.zeros(1, 3, size, size))
-    return sum(total)
-
-
-def eye_files(args, count):
-    table, _, _ = dataset.read("odir", args.data)
-    parts, _ = dataset.drop_missing({"all": table}, "drop")
-    files = [file for row in parts["all"]["files"] for file in row]
-    return [files[i % len(files)] for i in range(count)]
-
-
-# ---------------------------------------------------------------- the plain side
-
-def plain_batch(files, size):
-    """Decode, resize, to tensor, normalise: one process, one picture after the other."""
-    images = [torch.from_numpy(np.array(Image.open(f).convert("RGB").resize((size, size), Image.Resampling.BILINEAR))) for f in files]
-    return normalise(torch.stack(images).permute(0, 3, 1, 2).contiguous().float() / 255)
-
-
-def plain_epoch(net, head, optimizer, files, args, device, train=True):
-    """One epoch as people write it: frozen ResNet-50, both eyes, a linear head."""
-    for start in range(0, len(files), 64):
-        images = plain_batch(files[start:start + 64], args.size).to(device)
-        with torch.no_grad():
-            features = net(images).reshape(len(images) // 2, -1)
-        if train:
-            loss = torch.nn.functional.binary_cross_entropy_with_logits(head(features), torch.zeros(len(features), 8, device=device))
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-
-
-# ---------------------------------------------------------------- the benchmarks
-
-def in_parts(net, images, size):
-    return [net(part) for part in images.split(size)]
-
-
-def extraction(args, device):
-    """A frozen ResNet-50's features of pictures in memory: plain, folded in the fast precision, and compiled."""
-    precision = engine.pick_precision("auto", device)
-    net = torchvision.models.resnet50().eval().to(device)
-    net.fc = torch.nn.Identity()
-    images = torch.randn(args.pictures, 3, args.size, args.size, device=device)
-    step = 16 if device.type == "cpu" else 256
-    work = trunk_operations(args.size) * len(images)
-    for compile in (False, True):
-        fast = models.FastTrunk(net, engine.PRECISIONS[precision], compile).to(device)
-        ours = functools.partial(in_parts, fast, images, step)
-        with torch.inference_mode():
-            first = seconds(functools.partial(fast, images[:step]), device)
-            line(f"extraction {'compiled' if compile else 'eager'} ({precision}, {args.size})",
-                 *in_turn(functools.partial(in_parts, net, images, 64), ours, args.repeats, device), "pictures/s", len(images))
-            for n in (8192,) if device.type == "cuda" else (2048, 4096):  # the smaller one lies in a CPU's caches
-                product, operations = matrix_product(device, precision, n)
-                limit, taken = in_turn(product, ours, 4 * args.repeats, device)
-                shares = [(work / b) / (operations / a) for a, b in zip(limit, taken, strict=True)]
-                reached, possible = (amount / statistics.median(times) / 1e9 for amount, times in ((work, taken), (operations, limit)))
-                print(f"  {reached:.0f} GFLOP/s, {statistics.median(shares):.0%} ({min(shares):.0%} to {max(shares):.0%}) "
-                      f"of the {possible:.0f} of a {n} x {n} matrix product, in turn with it", flush=True)
-        print(f"  first call {first:.1f} s", flush=True)
-
-
-def whole_run(args, device, experiments=("3",)):
-    """Experiments from nothing and again with features kept, as whole processes; the plain loop from three epochs."""
-    table, _, _ = dataset.read("odir", args.data)
-    parts, _ = dataset.drop_missing(dataset.split("odir", table), "drop")
-    files = [file for row in parts["train"]["files"][:args.pictures] for file in row]
-    net = torchvision.models.resnet50().eval().to(device)
-    net.fc, head = torch.nn.Identity(), torch.nn.Linear(4096, 8).to(device)
-    optimizer = torch.optim.SGD(head.parameters(), lr=0.05, momentum=0.9)
-    plain_epoch(net, head, optimizer, files[:64], args, device)
-    per_picture = [seconds(lambda: plain_epoch(net, head, optimizer, files, args, device), device) / len(files) for _ in range(3)]
-    pictures = 2 * (len(parts["train"]) + len(parts["val"]))
-    print(f"plain epoch of {pictures} pictures: " + ", ".join(f"{value * pictures:.0f} s" for value in per_picture)
-          + f" (from {len(files)} pictures each)")
-    with tempfile.TemporaryDirectory() as folder:
-        flags = ["--data", str(Path(args.data).absolute()), "--missing", "drop", "--weights", "none"]
-        for again in (False, True):
-            start, epochs = time.perf_counter(), 0
-            for number in experiments:
-                subprocess.run([sys.executable, HERE / "train.py", *experiment_flags(number), *flags, "--name", f"{number}-{again}",
-                                "--device", device.type, "--epochs", str(EPOCHS[number]), "--patience", "1000"],
-                               cwd=folder, check=True, stdout=subprocess.DEVNULL)
-                epochs += json.loads(Path(folder, "runs", f"{number}-{again}", "run.json").read_text())["epochs_run"]
-            taken = time.perf_counter() - start
-            line(f"experiment(s) {' '.join(experiments)}, {epochs} epochs, {'features kept' if again else 'from nothing'}",
-                 [value * pictures * epochs for value in per_picture], [taken] * 3)
-
-
-def experiment_flags(number):
-    """The flags of an eye-pair experiment, as its line in run_all.sh has them."""
-    name = f"run odir-{int(number):02d} "
-    text = next(text for text in (HERE / "run_all.sh").read_text().splitlines() if text.startswith(name))
-    return text.removeprefix(name).split()
-
-
-def study(args, device):
-    """Experiments 0-7, 11 and 12."""
-    whole_run(args, device, tuple(EPOCHS))
-
-
-def preprocessing(args, device):
-    """Photographs to 224: full-size arrays, against reduced-scale decoding."""
-    folder = Path(args.fullsize) if args.fullsize else None
-    files = sorted(map(str, folder.glob("*.jpg"))) if folder else eye_files(args, 16)
-    if not files:
-        raise InputError(f"--fullsize {folder}: no .jpg in it")
-    differences = []
-    plain, ours = in_turn(lambda: [plain_preprocess(f, 224) for f in files],
-                          lambda: [preprocess.load_picture(f, "fov", 224) for f in files], args.repeats, device)
-    for file in files:
-        differences.append(np.abs(plain_preprocess(file, 224).astype(float) - preprocess.load_picture(file, "fov", 224)[0]).mean())
-    width, height = Image.open(files[0]).size
-    line(f"preprocessing {width} x {height} to 224, one core", plain, ours, "pictures/s", len(files))
-    print(f"  mean difference {np.mean(differences):.2f} of 255, largest picture {max(differences):.2f}")
-
-
-def plain_preprocess(file, size):
-    """Decode in full, mask by arrays, crop, black out, crop, resize: what a notebook does."""
-    picture = np.array(Image.open(file).convert("RGB"))
-    for step in range(2):
-        mask = np.array(Image.fromarray(picture).convert("L")) > 7
-        picture = picture[np.ix_(mask.any(1), mask.any(0))]
-        if step == 0:
-            y, x = np.mgrid[:picture.shape[0], :picture.shape[1]]
-            centre = picture.shape[0] // 2, picture.shape[1] // 2
-            picture = picture * ((y - centre[0])**2 + (x - centre[1])**2 <= min(centre)**2)[:, :, None].astype(np.uint8)
-    return np.array(Image.fromarray(picture).resize((size, size), Image.Resampling.BILINEAR))
-
-
-def sampler(args, device):
-    """One epoch of the balanced sampler over a million rows, against a loop over the counts (timed on 20 000 draws)."""
-    rng = np.random.default_rng(0)
-    labels = (rng.random((1_000_000, 8)) < rng.uniform(0.02, 0.4, 8)).astype(np.int64)
-    members = [np.flatnonzero(column) for column in labels.T]
-
-    def plain(draws=20_000):
-        counts = np.zeros(8, np.int64)
-        for _ in range(draws):
-            row = rng.choice(members[rng.choice(np.flatnonzero(counts == counts.min()))])
-            counts += labels[row]
-
-    ours, setting_up = timed(samplers.LabelBalancedSampler, labels)
-    a, b = in_turn(plain, lambda: ours.order(0), args.repeats, device)
-    line("balanced sampler, an epoch of 1 000 000 rows, 8 labels", [value * 50 for value in a], b)
-    print(f"  setting it up: {setting_up:.2f} s (the plain loop's lists of rows by label are not counted either)")
-    probs = rng.random((1_000_000, 8))
-    print(f"  all per-label and challenge scores of 1 000 000 patients: "
-          f"{seconds(lambda: [metrics.scores(f, labels, probs) for f in ('per label', 'challenge')], device):.1f} s")
-
-
-def finetune(args, device):
-    """A training step of the whole ResNet-50: plain float32 loop, ours from kept uint8 pictures, ours on a resident batch."""
-    precision = engine.pick_precision("auto", device)
-    files = eye_files(args, args.batch)
-    kept = np.stack([preprocess.load_picture(file, "fov", args.size)[0] for file in files])[:, None]
-    slow = torchvision.models.resnet50(num_classes=8).to(device)
-    fast = copy.deepcopy(slow).to(memory_format=torch.channels_last)
-    criterion, targets = engine.Criterion("multilabel"), torch.zeros(len(files), 8)
-    resident = prepare_batch({"images": torch.from_numpy(kept), "targets": targets}, device)[0][0].flatten(0, 1)
-
-    def step(net, images, context):
-        with context:
-            logits = net(images)
-        loss = criterion(logits.float(), targets.to(device))[0].mean()
-        net.zero_grad(set_to_none=True)
-        loss.backward()
-
-    def plain_step():
-        step(slow, plain_batch(files, args.size).to(device), engine.autocast(device, "fp32"))
-
-    def our_step():
-        batch = prepare_batch({"images": torch.from_numpy(kept[np.arange(len(files))]), "targets": targets}, device)[0][0].flatten(0, 1)
-        step(fast, batch, engine.autocast(device, precision))
-
-    plain, ours = in_turn(plain_step, our_step, args.repeats, device)
-    line(f"fine-tuning step, ResNet-50, batch {len(files)}, {args.size} ({precision})", plain, ours, "pictures/s", len(files))
-    alone, ours = in_turn(lambda: step(fast, resident, engine.autocast(device, precision)), our_step, args.repeats, device)
-    print(f"  share of the resident-batch step: {statistics.median(a / b for a, b in zip(alone, ours, strict=True)):.0%}")
-
-
-def mrnet(args, device):
-    """One training pass over exams: batch 1 in float32, contiguous, against batch 4 in the fast precision."""
-    table, labels, _ = dataset.read("mrnet", args.mrnet)
-    table = table[:max(4, args.pictures // 16)]
-    data = VolumeSet(table["files"], dataset.targets_of(table, labels), 224)
-    precision = engine.pick_precision("auto", device)
-    slow = models.build_model("mrnet", 3).to(device)
-    fast = copy.deepcopy(slow).to(memory_format=torch.channels_last)
-    criterion = engine.Criterion("multilabel")
-
-    def epoch(net, batch, chosen):
-        optimizer = torch.optim.Adam(net.parameters(), lr=1e-5, weight_decay=0.01)
-        for keys in samplers.Batches(np.arange(len(table)), batch):
-            inputs, targets = prepare_batch(data[keys], device)
-            if chosen == "fp32":
-                inputs = ([plane.contiguous() for plane in inputs[0]], inputs[1])
-            with engine.autocast(device, chosen):
-                logits = net(*inputs)
-            optimizer.zero_grad()
-            criterion(logits.float(), targets)[0].mean().backward()
-            optimizer.step()
-
-    for batch in (1, 4):
-        plain, ours = in_turn(lambda: epoch(slow, 1, "fp32"), lambda: epoch(fast, batch, precision), args.repeats, device)  # noqa: B023
-        line(f"MRNet epoch, batch {batch}, {precision}", plain, ours, "exams/s", len(table))
-
-
-def growth(args, device):
-    """Annotations of 10^3 to 10^6 patients through reading, splitting, sampling and scoring: seconds and memory."""
-    rng = np.random.default_rng(0)
-    for n in (10**3, 10**4, 10**5, 10**6):
-        labels = (rng.random((n, 8)) < 0.2).astype(int)
-        sheet = pd.DataFrame(labels, columns=dataset.ODIR_LABELS)
-        sheet.insert(0, "ID", np.arange(n) + 10_000)
-        for side in ("Left", "Right"):
-            sheet[f"{side}-Fundus"] = [f"{i}_{side.lower()}.jpg" for i in range(n)]
-        with tempfile.TemporaryDirectory() as folder:
-            sheet.to_csv(Path(folder, "full_df.csv"), index=False)
-            table, read = timed(dataset.read, "odir", folder)
-        parts, split = timed(dataset.split, "odir", table[0])
-        targets = dataset.targets_of(parts["train"], table[1])
-        _, sampled = timed(samplers.epoch_order, "balanced", targets, 0, 0)
-        _, scored = timed(metrics.scores, "per label", targets, rng.random(targets.shape))
-        print(f"{n:>9} patients: read {read:.2f} s, split {split:.2f} s, sample {sampled:.2f} s, score {scored:.2f} s; "
-              f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB", flush=True)
-
-
 def timed(function, *args):
+    """(what a call returns, its seconds); a GPU's queue is emptied."""
     start = time.perf_counter()
     result = function(*args)
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
     return result, time.perf_counter() - start
 
 
-BENCHMARKS = {"extraction": extraction, "run": whole_run, "study": study, "preprocessing": preprocessing, "sampler": sampler,
-              "finetune": finetune, "mrnet": mrnet, "growth": growth}
+def in_turn(repeats, *sides):
+    """Seconds (sides, repeats): A B A B ... after a round to warm up."""
+    rounds = []
+    for _ in range(repeats + 1):
+        rounds.append([timed(side)[1] for side in sides])
+    return np.array(rounds[1:]).T
+
+
+def show(name, plain, ours, unit="s", amount=None):
+    """Print both medians, in seconds or as `amount` per second; the median ratio and its spread."""
+    ratios, sides = plain / ours, [np.median(plain), np.median(ours)]
+    if amount:
+        sides = [amount / side for side in sides]
+    spread = f"{np.median(ratios):.1f} ({ratios.min():.1f} to {ratios.max():.1f}, n={len(ratios)})"
+    print(f"{name}: plain {sides[0]:.4g}, ours {sides[1]:.4g} {unit}, ratio {spread}", flush=True)
+
+
+def script(name, *flags, cwd):
+    command = [sys.executable, HERE / name, *map(str, flags)]
+    subprocess.run(command, cwd=cwd, check=True, stdout=subprocess.DEVNULL)
+
+
+def photographs(args):
+    """{part: left, right, left ... of the patients that have both photographs}."""
+    parts, _ = split.drop_missing(split.split("odir", tables.read("odir", args.data).frame), "drop")
+    return {name: frame["files"].explode().tolist() for name, frame in parts.items()}
+
+
+@torch.inference_mode()
+def each(function, items):
+    for item in items:
+        function(item)
+
+
+def step(net, inputs, precision="fp32"):
+    """A training step towards zeros."""
+    with engine.autocast(next(net.parameters()).device, precision):
+        logits = net(*inputs).float()
+    loss = torch.nn.functional.binary_cross_entropy_with_logits(logits, torch.zeros_like(logits))
+    net.zero_grad()
+    loss.backward()
+    torch.optim.SGD(net.parameters(), lr=1e-6).step()
+
+
+def plain_epoch(net, trained, files, size, device):
+    """Decode, resize, run the trunk, train the head (or all of it), batch by batch."""
+    for start in range(0, len(files), 64):
+        images = [Image.open(file).convert("RGB") for file in files[start : start + 64]]
+        images = np.stack([image.resize((size, size), Image.Resampling.BILINEAR) for image in images])
+        pairs = (
+            torch.from_numpy(images).permute(0, 3, 1, 2).contiguous().unflatten(0, (-1, 2)).to(device) / 255
+        )
+        with torch.no_grad():
+            inputs = pairs if trained is net else net.features(pairs)
+        step(trained, (inputs,))
+
+
+def plain_preprocess(file):
+    """What a notebook does: decode in full, mask by arrays, crop, black out, crop, resize."""
+    picture = np.array(Image.open(file).convert("RGB"))
+    for once in (True, False):
+        mask = np.array(Image.fromarray(picture).convert("L")) > 7
+        picture = picture[np.ix_(mask.any(1), mask.any(0))]
+        if once:
+            height, width = picture.shape[:2]
+            y, x = np.mgrid[:height, :width]
+            inside = (y - height // 2) ** 2 + (x - width // 2) ** 2 <= (min(height, width) // 2) ** 2
+            picture = picture * inside[:, :, None].astype(np.uint8)
+    return np.array(Image.fromarray(picture).resize((224, 224), Image.Resampling.BILINEAR))
+
+
+def plain_draws(labels, draws):
+    """The balanced sampler as a loop over the counts."""
+    rng, counts = np.random.default_rng(0), np.zeros(labels.shape[1], np.int64)
+    members = [np.flatnonzero(column) for column in labels.T]
+    for _ in range(draws):
+        least = rng.choice(np.flatnonzero(counts == counts.min()))
+        counts += labels[rng.choice(members[least])]
+    return counts
+
+
+def extraction(args, device):
+    """Features of pictures in memory: folded, in the fast precision, compiled; against a matrix product."""
+    precision = engine.pick_precision("auto", device, args.trunk)
+    net = models.build_trunk(args.trunk, args.size, True)[0].eval().to(device)
+    images = torch.randn(args.pictures, 3, args.size, args.size, device=device)
+    n, batch = (4096, 16) if device.type == "cpu" else (8192, 256)
+    matrix = torch.randn(n, n, device=device, dtype=engine.PRECISIONS[precision])
+    for compiled in (False, True):
+        fast = FastTrunk(net, precision, compiled).to(device)
+        sides = [partial(each, net, images.split(64)), partial(each, fast, images.split(batch))]
+        plain, ours, product = in_turn(args.repeats, *sides, partial(torch.mm, matrix, matrix))
+        name = f"extraction, {args.trunk}, {args.size}, {precision}, {'compiled' if compiled else 'eager'}"
+        show(name, plain, ours, "pictures/s", len(images))
+        if args.trunk == "resnet50":  # which multiplies and adds 4.09 x 10^9 times a picture of 224 pixels
+            shares = 8.18e9 * (args.size / 224) ** 2 * len(images) / ours / (2 * n**3 / product)
+            limit = f"{2e-9 * n**3 / np.median(product):.0f} GFLOP/s of {n} x {n} matrices"
+            print(f"  {np.median(shares):.0%} ({min(shares):.0%} to {max(shares):.0%}) of the {limit}")
+
+
+def run(args, device, experiments=("03",)):
+    """Whole processes, from nothing and with what these kept; a plain epoch before and after each."""
+    parts, lines = photographs(args), (HERE / "run_all.sh").read_text()
+    net = models.build_model("v0", 8, "none", args.size, args.trunk).to(device).eval()
+    files = parts["train"][: args.pictures]
+    plain = partial(plain_epoch, net, net.classifier, files, args.size, device)
+    factor = len(parts["train"] + parts["val"]) / len(files) * sum(EPOCHS[one] for one in experiments)
+    common = ["--data", args.data.resolve(), "--missing", "drop", "--trunk", args.trunk, "--patience", 1000]
+    common += ["--weights", "imagenet" if args.trunk == "efficientnet-lite0" else "none"]
+    before = in_turn(1, plain)[0, 0]
+    with tempfile.TemporaryDirectory() as folder:
+        for state in ("from nothing", "kept"):
+            taken = 0
+            for one in experiments:
+                flags = re.search(f"^run odir-{one} (.*)", lines, re.M)[1].split()
+                flags += [*common, "--size", args.size, "--epochs", EPOCHS[one], "--name", f"{one} {state}"]
+                taken += timed(partial(script, "train.py", *flags, cwd=folder))[1]
+            after = timed(plain)[1]
+            name = f"{args.trunk}, experiments {' '.join(experiments)} {state}, whole processes"
+            show(name, np.array([before, after]) * factor, np.array([taken, taken]))
+            before = after
+
+
+def preprocessing(args, device):
+    """Full-size arrays against reduced-scale decoding, to 224 pixels on one core."""
+    files = sorted(args.fullsize.glob("*.jpg"))
+    ours = partial(preprocess.load_picture, kind="fov", size=224)
+    seconds = in_turn(args.repeats, partial(each, plain_preprocess, files), partial(each, ours, files))
+    show("preprocessing", *seconds, "pictures/s", len(files))
+
+
+def sampler(args, device):
+    """An epoch of the balanced sampler, 8 labels, against a fiftieth of it by the plain loop."""
+    rng = np.random.default_rng(0)
+    labels = (rng.random((args.rows, 8)) < rng.uniform(0.02, 0.4, 8)).astype(np.int64)
+    ours = partial(samplers.LabelBalancedSampler(labels).order, 0)
+    plain, taken = in_turn(args.repeats, partial(plain_draws, labels, args.rows // 50), ours)
+    show(f"balanced sampler, an epoch of {args.rows} rows", plain * 50, taken)
+
+
+def finetune(args, device):
+    """A step of 64 pictures by precision and layout, from kept pictures; what preparing these takes."""
+    files = photographs(args)["train"][:64]
+    kept = np.stack([preprocess.load_picture(file, "fov", args.size)[0] for file in files])
+    batch = {
+        "images": torch.from_numpy(kept).unflatten(0, (-1, 2)),
+        "targets": torch.zeros(len(files) // 2, 8),
+    }
+    batch["uniforms"] = draw(0, 0, [(row, 0) for row in range(len(files) // 2)], 2)
+    net = models.build_model("v0", 8, "none", args.size, args.trunk).to(device).train()
+    images = prepare_batch(batch, device)[0][0]
+    sides = {"plain": partial(plain_epoch, net, net, files, args.size, device)}
+    for precision in ("fp32", "bf16"):
+        sides[precision] = partial(step, copy.deepcopy(net), (images.contiguous(),), precision)
+        fast = copy.deepcopy(net).to(memory_format=torch.channels_last)
+        sides[f"{precision}, channels last"] = partial(step, fast, (images,), precision)
+    for recipe in ("none", "pair"):
+        sides[recipe] = partial(prepare_batch, batch, device, recipe)
+    seconds = dict(zip(sides, in_turn(args.repeats, *sides.values()), strict=True))
+    for name in list(sides)[1:5]:
+        title = f"fine-tuning, {args.trunk}, {args.size}, batch {len(files)}, {name}"
+        show(title, seconds["plain"], seconds[name] + seconds["none"], "pictures/s", len(files))
+        plainly, pair = [np.median(seconds[recipe] / seconds[name]) for recipe in ("none", "pair")]
+        print(f"  preparing a batch takes {plainly:.1%} of the step on it, with --augment pair {pair:.1%}")
+
+
+def knees(net, data, batch, precision, device):
+    for keys in samplers.Batches(np.arange(len(data)), batch):
+        step(net, prepare_batch(data.__getitems__(keys), device)[0], precision)
+
+
+def mrnet(args, device):
+    """A training pass over knees: one by one in float32, against the fast precision and layout."""
+    table = tables.read("mrnet", args.mrnet)
+    frame, precision = table.frame.head(args.pictures // 16), engine.pick_precision("auto", device)
+    data = VolumeSet(frame["files"], tables.targets_of(frame, table.labels), 224)
+    slow = models.build_model("mrnet", 3).to(device)
+    fast = copy.deepcopy(slow).to(memory_format=torch.channels_last)
+    sides = [partial(knees, fast, data, batch, precision, device) for batch in (1, 4)]
+    plain, *ours = in_turn(args.repeats, partial(knees, slow, data, 1, "fp32", device), *sides)
+    for batch, seconds in zip((1, 4), ours, strict=True):
+        show(f"MRNet, {precision}, batch {batch}", plain, seconds, "knees/s", len(data))
+
+
+def powers(largest):
+    """10^3, 10^4 ... and the largest."""
+    return [10**power for power in range(3, 9) if 10**power <= largest]
+
+
+def anonymous():
+    """GiB of this process's memory that no file backs (Linux)."""
+    return int(Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0]) / 2**20
+
+
+def growth(args, device):
+    """Sheets of 10^3 patients and more: read, split, drawn from, scored."""
+    rng = np.random.default_rng(0)
+    for n in powers(args.rows):
+        sheet = pd.DataFrame((rng.random((n, 8)) < 0.2).astype(int), columns=tables.ODIR_LABELS)
+        sheet["ID"] = np.arange(n) + 10_000
+        for side in ("left", "right"):
+            sheet[f"{side.title()}-Fundus"] = [f"{i}_{side}.jpg" for i in range(n)]
+        with tempfile.TemporaryDirectory() as folder:
+            sheet.to_csv(Path(folder, "full_df.csv"), index=False)
+            table, read = timed(tables.read, "odir", folder)
+        parts, cut = timed(split.split, "odir", table.frame)
+        targets = tables.targets_of(parts["train"], table.labels)
+        _, drawn = timed(samplers.epoch_order, "balanced", targets, 0, 0)
+        _, scored = timed(metrics.scores, "per label", targets, rng.random(targets.shape))
+        told = f"read {read:.2f} s, split {cut:.2f} s, sample {drawn:.2f} s, score {scored:.2f} s"
+        print(f"{n:>8} patients: {told}; {anonymous():.2f} GiB of memory", flush=True)
+
+
+def fill(array):
+    for start in range(0, len(array), 1000):
+        array[start : start + 1000] = np.random.default_rng(start).random(array.shape[1], np.float32)
+
+
+def watched(batch, device, memory):
+    memory.append(anonymous())
+    return prepare_batch(batch, device)
+
+
+def head(args, device):
+    """An epoch of a linear head on 10^3 and more kept rows of 2048 features (10^6: 8 GB of disk)."""
+    for n in powers(args.rows):
+        net, memory = torch.nn.Linear(2048, 8).to(device), [0.0]
+        rules = dict(optimizer=torch.optim.SGD(net.parameters(), lr=0.05), scheduler=None, features=None)
+        rules |= dict(criterion=engine.Criterion("multilabel"), scaler=torch.amp.GradScaler(enabled=False))
+        own = Learner(net, None, ema=None, cosine=None, seed=0, precision="fp32", device=device, **rules)
+        batches = samplers.Batches(samplers.epoch_order("shuffle", np.zeros(n), 0, 0), 32)
+        with tempfile.TemporaryDirectory(dir=".") as folder:  # not /tmp, which may lie in memory
+            kept = torch.from_numpy(kept_array(Path(folder, "rows.npy"), (n, 2048), np.float32, fill))
+            loader = engine.make_loader(FeatureSet(kept, np.zeros((n, 8), np.float32)), batches)
+            prepare = partial(watched, device=device, memory=memory)
+            _, seconds = timed(engine.train_one_epoch, net, loader, prepare, own, 0, "fp32")
+        print(f"{n:>8} rows: {seconds:.2f} s an epoch, {max(memory):.2f} GiB of memory at most", flush=True)
+
+
+def report(args, device):
+    """The report of 200 copies of a tested run, with other seeds."""
+    facts = json.loads((args.run / "run.json").read_text())
+    with tempfile.TemporaryDirectory() as folder:
+        for number in range(200):
+            copied = Path(folder, "runs", f"odir-{number % 13:02d}-seed{42 + number}")
+            shutil.copytree(args.run, copied, ignore=shutil.ignore_patterns("*.pt", ".*"))
+            facts["name"], facts["args"]["seed"] = copied.name, 42 + number
+            (copied / "run.json").write_text(json.dumps(facts))
+        for when in ("first", "again"):
+            _, seconds = timed(partial(script, "report.py", cwd=folder))
+            size = Path(folder, "runs", "report.html").stat().st_size / 1e6
+            print(f"report of 200 runs, {when}: {seconds:.1f} s, {size:.1f} MB", flush=True)
+
+
+BENCHMARKS = {"extraction": extraction, "run": run, "study": partial(run, experiments=tuple(EPOCHS))}
+BENCHMARKS |= {"preprocessing": preprocessing, "sampler": sampler, "mrnet": mrnet, "finetune": finetune}
+BENCHMARKS |= {"growth": growth, "head": head, "report": report}
 
 
 def main(argv=None):
-    args = get_args_parser().parse_args(argv)
-    unknown = [name for name in args.names if name not in BENCHMARKS]
-    if unknown:
-        raise InputError(f"unknown benchmark {', '.join(unknown)}: expected of {', '.join(BENCHMARKS)}")
-    if not Path(args.data).is_dir():
-        args.data = "data/rendered/odir"
-        subprocess.run([sys.executable, HERE / "render_data.py", args.data, "--dataset", "odir"], check=True)
-    if not Path(args.mrnet).is_dir() and (not args.names or "mrnet" in args.names):
-        subprocess.run([sys.executable, HERE / "render_data.py", args.mrnet, "--dataset", "mrnet", "--patients", "16"], check=True)
-    device = engine.pick_device(args.device)
-    print(f"{time.strftime('%Y-%m-%d')}, {describe_machine(device)}, {preprocess.default_workers()} cores, torch {torch.__version__}: "
-          f"python benchmark.py {' '.join(sys.argv[1:])}")
+    args, device = get_args_parser().parse_args(argv), engine.pick_device("auto")
+    if "mrnet" in args.names and not args.mrnet.is_dir():
+        script("render_data.py", args.mrnet, "--dataset", "mrnet", "--patients", 16, cwd=".")
+    machine = f"{describe_machine(device)}, {preprocess.default_workers()} cores, torch {torch.__version__}"
+    print(f"{time.strftime('%Y-%m-%d')}, {machine}: {' '.join(args.names or BENCHMARKS)}", flush=True)
     for name in args.names or BENCHMARKS:
         BENCHMARKS[name](args, device)
 

@@ -32,17 +32,19 @@ def digest(*parts):
 
 def file_stamps(files):
     """(path, bytes, time of change in ns) of every file: what an array made of them depends on."""
-    stamps = []
-    for file in files:
-        status = os.stat(file)
-        stamps.append((os.path.abspath(file), status.st_size, status.st_mtime_ns))
-    return stamps
+    found = [(os.path.abspath(file), os.stat(file)) for file in files]
+    return [(path, status.st_size, status.st_mtime_ns) for path, status in found]
 
 
-def file_stem(text):
-    """A name as the stem of a file: without a picture's suffix and what a file name cannot hold."""
-    stem = re.sub(r"\.(png|jpe?g|tiff?|bmp)$", "", str(text), flags=re.IGNORECASE)
-    return re.sub(r"[^\w.-]+", "_", stem).lstrip(".")
+def file_names(names):
+    """Names as .png files: without a picture's suffix and what a file name cannot hold; -2 on a second one."""
+    taken, files = {}, []
+    for name in names:
+        stem = re.sub(r"\.(png|jpe?g|tiff?|bmp)$", "", str(name), flags=re.IGNORECASE)
+        stem = re.sub(r"[^\w.-]+", "_", stem).lstrip(".")
+        taken[stem.lower()] = number = taken.get(stem.lower(), 0) + 1
+        files.append(f"{stem}-{number}.png" if number > 1 else f"{stem}.png")
+    return files
 
 
 def temporary_name(path):
@@ -55,9 +57,8 @@ def replace_file(path, write, mode="wb"):
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_name(path)
-    encoding = None if "b" in mode else "utf-8"
     try:
-        with open(temporary, mode, encoding=encoding) as stream:
+        with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as stream:
             write(stream)
         os.replace(temporary, path)
     finally:
@@ -87,8 +88,7 @@ def is_whole(path, shape, dtype):
 def kept_array(path, shape, dtype, fill):
     """The array (shape, dtype) of `path`, mapped from disk.
 
-    `fill(array)` makes it where it is missing or cut short.
-    Raises InputError where the folder cannot be written.
+    `fill(array)` makes it where it is missing or cut short. InputError: the folder cannot be written.
     """
     path, shape, dtype = Path(path), tuple(int(n) for n in shape), np.dtype(dtype)
     if not is_whole(path, shape, dtype):
@@ -103,9 +103,9 @@ def kept_array(path, shape, dtype, fill):
             del array  # Windows renames no mapped file
             os.replace(temporary, path)
         except OSError as error:
+            advice = "free some space or name another folder with --cache"
             raise InputError(
-                f"the cache {path.parent} cannot be written ({error.strerror}): free some space or name "
-                "another folder with --cache"
+                f"the cache {path.parent} cannot be written ({error.strerror}): {advice}"
             ) from error
         finally:
             temporary.unlink(missing_ok=True)

@@ -21,6 +21,8 @@ def cam_layers(model, inputs):
     trunk = plain(model.backbone)
     if isinstance(trunk, torchvision.models.VisionTransformer):
         return [trunk.encoder.layers[-1].ln_1]
+    if isinstance(trunk, torchvision.models.SwinTransformer):  # before it the channels come last
+        return [trunk.permute]
     if hasattr(model, "cam_layer"):
         return [trunk.get_submodule(model.cam_layer)]
     seen = []
@@ -58,9 +60,9 @@ def as_map(features):
 def grad_cam(model, *inputs):
     """The maps of every class -> (logits (B, K), maps, picks).
 
-    maps: float32 (N, K, h, w), each scaled to a maximum of 1 (a map without positive evidence stays 0), N =
-    B * pictures. For MRNet: a list of three (1, K, h, w), of ONE exam's slice with the strongest answer in
-    each plane, and `picks` its slice numbers; None otherwise.
+    maps: float32 (B * pictures, K, h, w), each with a maximum of 1 (without positive evidence it stays 0).
+    For MRNet: a list of three (1, K, h, w), of ONE exam's slice with the strongest answer in each plane, and
+    `picks` its slice numbers; None otherwise.
     """
     model.eval()
     layers, activations = cam_layers(model, inputs), []
@@ -98,8 +100,8 @@ def scaled(maps):
 def explain(model, batch, device):
     """Heat maps of one row's batch -> (names, pictures, maps).
 
-    A picture uint8 (S, S, 3) and its maps (K, h, w) for each eye, for the one photograph, or, for knees,
-    for each plane's slice with the strongest answer; the names say which.
+    A picture uint8 (S, S, 3) and its maps (K, h, w) for each eye, for the one photograph, or for each plane's
+    slice with the strongest answer; the names say which.
     """
     inputs, _ = prepare_batch(batch, device)
     _, maps, picks = grad_cam(model, *inputs)

@@ -16,36 +16,25 @@ from errors import InputError, Parser, guard
 from metrics import challenge_scores, trivial_scores, undefined_scores
 
 LABELS = ["N", "D", "G", "C", "A", "H", "M", "O"]
-EYES = ["Left-Fundus", "Right-Fundus", "Left-Diagnostic Keywords", "Right-Diagnostic Keywords"]
-OFFICIAL = ["Patient Age", "Patient Sex", *EYES]  # what annotations.xlsx has besides
 NAMES = {"kappa": "Cohen kappa", "f1": "micro F1", "auc": "AUC", "final": "final score"}
 
 
 def get_args_parser():
     parser = Parser(__doc__)
     parser.add_argument("ground_truth", type=Path, help="xlsx or csv with ID and 0/1 in N,D,G,C,A,H,M,O")
-    parser.add_argument(
-        "predictions", type=Path, help="xlsx or csv with ID and probabilities in the same columns"
-    )
+    parser.add_argument("predictions", type=Path, help="xlsx or csv with ID and probabilities in them")
     return parser
 
 
 def read_labels(path, binary):
-    """The columns N to O of a sheet as float64, indexed by ID: 0/1 if `binary`, otherwise within 0 to 1.
-
-    InputError names the file, and the rows of the sheet, of whatever is missing or cannot be trusted.
-    """
+    """The columns N to O of a sheet as float64, indexed by ID: 0/1 if `binary`, otherwise within 0 to 1."""
     import pandas as pd  # here, so that --help answers at once
 
     from sheets import check_columns, check_rows, read_sheet
 
-    wanted = ["ID", *LABELS]
     sheet = read_sheet(path, dtype=object)
-    check_columns(path, sheet, wanted)
-    other = set(map(str, sheet.columns)) - {*wanted, *(OFFICIAL if binary else ())}
-    if other:
-        raise InputError(f"{path}: other columns {sorted(other)}; expected {','.join(wanted)}")
-    sheet = sheet[wanted]
+    check_columns(path, sheet, ["ID", *LABELS])
+    sheet = sheet[["ID", *LABELS]]
     filled = sheet.notna().any(axis=1)  # blank rows are nothing, but they count as rows
     numbers = sheet.apply(pd.to_numeric, errors="coerce").astype(np.float64)
     broken = numbers["ID"] % 1 != 0  # so of NaN and of what is infinite
@@ -80,8 +69,8 @@ def main(argv=None):
     for name, found in answers.items():
         cells = ["undefined" if np.isnan(found[key]) else f"{found[key]:.4f}" for key in NAMES]
         print(f"{name:20}" + "".join(f"{cell:>14}" for cell in cells))
-    priors = "every patient gets the labels' frequencies in this ground truth"
-    print(f"\nclass priors: {priors}. Micro F1 is cell accuracy.")
+    print("\nclass priors: every patient gets the labels' frequencies in this ground truth.", end=" ")
+    print("Micro F1 is cell accuracy.")
     for sentence in undefined_scores(y_true, y_prob, LABELS, "challenge"):
         print(f"undefined: {sentence}")
 

@@ -5,9 +5,11 @@ last.pt   what the next epoch needs: weights, optimiser, schedule, scaler, avera
 run.json  how the run was made and what came out of it
 """
 
+import contextlib
 import datetime
 import functools
 import io
+import itertools
 import json
 import platform
 import shlex
@@ -19,14 +21,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from cache import digest, replace_file
+from cache import digest, file_stamps, replace_file
 from errors import InputError, reading
 
 FORMAT = 2
 
 
 def load_file(path):
-    """A file written by torch.save, checksums compared, nothing unpickled but tensors and plain containers."""
+    """A file of torch.save, checksums compared, nothing unpickled but tensors and plain containers."""
     path = Path(path)
     if not path.is_file():
         raise InputError(f"{path}: there is no such checkpoint")
@@ -50,14 +52,13 @@ def load_checkpoint(path, kind="best"):
 
 
 def load_last(folder):
-    """last.pt of a run; where it is missing or damaged, InputError names the epoch that best.pt still
-    holds.
-    """
+    """last.pt of a run; where it is missing or damaged, InputError names the epoch that best.pt holds."""
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError(f"--resume {folder}: there is no such run folder")
     try:
-        return load_checkpoint(folder / "last.pt", "last")
+        stamps = file_stamps([folder / "last.pt"]) if (folder / "last.pt").exists() else []
+        return {**load_checkpoint(folder / "last.pt", "last"), "stamps": stamps}
     except InputError as error:
         try:
             epoch = load_checkpoint(folder / "best.pt")["epoch"]
@@ -65,10 +66,9 @@ def load_last(folder):
             advice = f"delete {folder} and start it again"
             raise InputError(f"{error}. No epoch of this run can be trusted ({other}): {advice}") from error
         best = folder / "best.pt"
-        raise InputError(
-            f"{error}. The last good epoch is {epoch}, the best so far: {best} holds it for test.py. This run cannot "
-            f"go on; a new one can start from that epoch with --weights {best}"
-        ) from error
+        left = f"The last good epoch is {epoch}, the best so far: {best} holds it for test.py"
+        advice = f"This run cannot go on; a new one can start from that epoch with --weights {best}"
+        raise InputError(f"{error}. {left}. {advice}") from error
 
 
 def save_checkpoint(path, kind, **state):
@@ -117,6 +117,14 @@ def home_of(path):
     return path.parent if (path.parent / "run.json").exists() else path.with_name(f"test-{path.stem}")
 
 
+def is_taken(folder):
+    """Whether a folder holds more than a run leaves that was stopped before its first checkpoint."""
+    if not folder.is_dir():
+        return folder.exists()
+    begun = {"run.json", "split.csv", "repaired.txt"}
+    return any(file.name not in begun and not file.name.startswith(".") for file in folder.iterdir())
+
+
 def check_name(args):
     """Refuse a --name that is taken, before anything is prepared."""
     if not args.name or args.resume:
@@ -124,13 +132,13 @@ def check_name(args):
     if Path(args.name).name != args.name:
         raise InputError(f"--name {args.name}: expected a plain name, without folders")
     folder = Path(args.runs) / args.name
-    if folder.exists():
+    if is_taken(folder):
         advice = f"choose another --name, or go on with --resume {folder}"
         raise InputError(f"{folder} exists and is never overwritten: {advice}")
 
 
 def new_run_folder(args):
-    """Make and return runs/<name>; without a name the first free number. Never an existing one."""
+    """Make runs/<name>; without a name the first free number. Never an existing one."""
     runs = Path(args.runs)
     try:
         runs.mkdir(parents=True, exist_ok=True)
@@ -138,15 +146,14 @@ def new_run_folder(args):
         advice = "name a folder that can be written"
         raise InputError(f"--runs {runs} cannot be made ({error.strerror}): {advice}") from error
     check_name(args)
-    number = 1
-    while True:
-        folder = runs / (args.name or f"{args.dataset}-{args.model}-{number:03d}")
-        try:
-            folder.mkdir(parents=True)
+    if args.name:
+        (runs / args.name).mkdir(exist_ok=True)
+        return runs / args.name
+    for number in itertools.count(1):
+        folder = runs / f"{args.dataset}-{args.model}-{number:03d}"
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir()
             return folder
-        except FileExistsError:
-            check_name(args)
-            number += 1
 
 
 def lock_run(folder):
@@ -164,11 +171,10 @@ def lock_run(folder):
             import fcntl
 
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
+    except (BlockingIOError, PermissionError) as error:
         stream.close()
-        raise InputError(
-            f"{folder} is being trained by another process: wait for its end, or stop it"
-        ) from error
+        problem = f"{folder} is being trained by another process"
+        raise InputError(f"{problem}: wait for its end, or stop it") from error
     return stream
 
 
@@ -202,10 +208,8 @@ def versions():
     import torchvision
 
     names = {"torch": torch, "torchvision": torchvision, "numpy": np}
-    return {
-        "python": platform.python_version(),
-        **{name: module.__version__ for name, module in names.items()},
-    }
+    found = {name: module.__version__ for name, module in names.items()}
+    return {"python": platform.python_version(), **found}
 
 
 def describe_machine(device):
@@ -216,10 +220,9 @@ def describe_machine(device):
 
 
 def commit():
-    """The commit of the code that runs, with + when files differ from it; "unknown" outside a git checkout."""
-    git = functools.partial(
-        subprocess.run, capture_output=True, text=True, check=True, cwd=Path(__file__).parent
-    )
+    """The commit of the code that runs, with + when files differ from it; "unknown" without git."""
+    here = dict(capture_output=True, text=True, check=True, cwd=Path(__file__).parent)
+    git = functools.partial(subprocess.run, **here)
     try:
         head = git(["git", "rev-parse", "--short=12", "HEAD"]).stdout.strip()
         changed = git(["git", "status", "--porcelain", "-uno"]).stdout.strip()
@@ -240,19 +243,17 @@ def now():
 
 
 def write_sheet(path, frame):
-    """A DataFrame as .xlsx: first row frozen, numbers shown with four digits, text never taken for a
-    formula.
-    """
+    """A DataFrame as .xlsx: first row frozen, numbers with four digits, text never taken for a formula."""
     import pandas as pd
 
     buffer = io.BytesIO()  # a zip archive on a full disk complains twice
     with pd.ExcelWriter(buffer, engine="openpyxl") as writer:
         frame.to_excel(writer, index=False, freeze_panes=(1, 0))
-        for column in next(iter(writer.sheets.values())).columns:
-            column[0].parent.column_dimensions[column[0].column_letter].width = max(
-                9, len(str(column[0].value)) + 3
-            )
-            for cell in column[1:]:
+        sheet = next(iter(writer.sheets.values()))
+        for column in sheet.columns:
+            width = max(9, len(str(column[0].value)) + 3)
+            sheet.column_dimensions[column[0].column_letter].width = width
+            for cell in column:
                 if cell.data_type == "f":
                     cell.data_type = "s"
                 if isinstance(cell.value, float):

@@ -9,13 +9,14 @@ Pictures are decoded once, in parallel, and kept on disk as uint8.
 import json
 import subprocess
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 import tables
 from augment import draw
@@ -49,6 +50,13 @@ class RowSet(torch.utils.data.Dataset):
     def __len__(self):
         return len(self.targets)
 
+    def add_targets(self, batch, keys, pictures):
+        """Targets, and what draws the random views, to a batch of these keys."""
+        batch["targets"] = self.targets[[row for row, _ in keys]]
+        if self.view is not None and keys:
+            batch["uniforms"] = draw(self.seed, self.view, keys, pictures)
+        return batch
+
 
 class PictureSet(RowSet):
     """Eye pairs or photographs: batches {"images": uint8 (B, P, S, S, 3), "targets", "uniforms"}.
@@ -65,16 +73,12 @@ class PictureSet(RowSet):
 
     def __getitems__(self, keys):
         keys = as_keys(keys)
-        index = [i for i, _ in keys]
-        places = self.pictures.rows[index]
+        places = self.pictures.rows[[row for row, _ in keys]]
         if self.on_device:
             images = self.pictures.resident[torch.from_numpy(places).to(self.targets.device)]
         else:
             images = torch.from_numpy(self.pictures.array()[places])
-        batch = {"images": images, "targets": self.targets[index]}
-        if self.view is not None and keys:
-            batch["uniforms"] = draw(self.seed, self.view, keys, places.shape[1])
-        return batch
+        return self.add_targets({"images": images}, keys, places.shape[1])
 
     def __getitem__(self, index):
         batch = self.__getitems__([index])
@@ -82,8 +86,7 @@ class PictureSet(RowSet):
 
 
 class FeatureSet(RowSet):
-    """Kept features (n, D): batches {"features": (B, D), "targets"}. An integer index gives (features,
-    target).
+    """Kept features (n, D): batches {"features": (B, D), "targets"}. An integer index gives one of each.
 
     `place`: {(row, repeat): number of its features}, for augmented views; else row i has features i.
     """
@@ -96,20 +99,19 @@ class FeatureSet(RowSet):
 
     def __getitems__(self, keys):
         keys = as_keys(keys)
-        rows = [self.place[key] for key in keys] if self.place else [row for row, _ in keys]
-        index = torch.tensor(rows, dtype=torch.long, device=self.features.device)
-        return {"features": self.features[index], "targets": self.targets[index]}
+        numbers = [self.place[key] for key in keys] if self.place else [row for row, _ in keys]
+        index = torch.tensor(numbers, dtype=torch.long, device=self.features.device)
+        return self.add_targets({"features": self.features[index]}, keys, 0)
 
     def __getitem__(self, index):
         return self.features[index], self.targets[index]
 
 
 class VolumeSet(RowSet):
-    """Knees: batches {"volumes": three uint8 (sum of slices, S, S), "lengths": slices of each exam,
-    "targets"}.
+    """Knees: batches {"volumes": three uint8 (sum of slices, S, S), "lengths": of each exam, "targets"}.
 
-    `how`: "crop" cuts the centre S x S of the 256 x 256 slices (published: 224), "none" scales them to S x
-    S. An integer index gives ([three uint8 (slices, S, S)], target).
+    `how`: "crop" cuts the centre S x S of the 256 x 256 slices (published: 224), "none" scales them to S x S.
+    An integer index gives ([three uint8 (slices, S, S)], target).
     """
 
     def __init__(self, files, targets, size, how="crop", seed=0, view=None):
@@ -126,16 +128,13 @@ class VolumeSet(RowSet):
 
     def __getitems__(self, keys):
         keys = as_keys(keys)
-        empty = torch.zeros((0, self.size, self.size), dtype=torch.uint8)
-        volumes, lengths = [], []
+        empty = torch.zeros((0, self.size, self.size), dtype=torch.uint8)  # a rank may have no exam
+        batch = {"volumes": [], "lengths": []}
         for plane in range(len(PLANES)):
-            exams = [self.read(self.files[i][plane]) for i, _ in keys]
-            volumes.append(torch.cat([empty, *exams]))
-            lengths.append([len(exam) for exam in exams])
-        batch = {"volumes": volumes, "lengths": lengths, "targets": self.targets[[i for i, _ in keys]]}
-        if self.view is not None and keys:
-            batch["uniforms"] = draw(self.seed, self.view, keys, 0)
-        return batch
+            exams = [self.read(self.files[row][plane]) for row, _ in keys]
+            batch["volumes"].append(torch.cat([empty, *exams]))
+            batch["lengths"].append([len(exam) for exam in exams])
+        return self.add_targets(batch, keys, 0)
 
     def __getitem__(self, index):
         batch = self.__getitems__([index])
@@ -170,12 +169,10 @@ def volume_fault(file):
 
 @dataclass
 class Part:
-    """What is trained or evaluated on. `pictures` is None for knees, whose volumes are read as they are
-    needed.
-    """
+    """What is trained or evaluated on."""
 
     table: pd.DataFrame  # ID, patient, files ...: a row per patient, photograph or exam
-    pictures: Pictures | None
+    pictures: Pictures | None  # None for knees, whose volumes are read as they are needed
     targets: np.ndarray  # float32 (n, L) 0/1, or int64 (n,) class numbers
     expected: int = 0  # rows that the part should have
     size: int = 224
@@ -193,18 +190,16 @@ class Part:
     def subset(self, rows):
         """The part with these rows (numbers) alone."""
         pictures = self.pictures and self.pictures.chosen(self.pictures.rows[rows])
-        return Part(self.table.iloc[rows], pictures, self.targets[rows], len(rows), self.size, self.how)
+        return Part(self.table.iloc[rows], pictures, self.targets[rows], self.expected, self.size, self.how)
 
-    def dataset(self):
-        """As a torch data set, without random views."""
+    def dataset(self, seed=0, view=None, device=None):
+        """As a torch data set. `view`: number of its random views; `device`: where its pictures may lie."""
         if self.pictures is None:
-            return VolumeSet(self.table["files"], self.targets, self.size, self.how)
-        return PictureSet(self.pictures, self.targets)
+            return VolumeSet(self.table["files"], self.targets, self.size, self.how, seed, view)
+        return PictureSet(self.pictures, self.targets, seed, view, device)
 
     def shown(self, row):
-        """The pictures of a row, uint8 (S, S, 3) each: both eyes, one photograph, or each plane's middle
-        slice.
-        """
+        """Pictures of a row, uint8 (S, S, 3): both eyes, one photograph, or each plane's middle slice."""
         if self.pictures is not None:
             return list(self.pictures.array()[self.pictures.rows[row]])
         volumes = [read_volume(file) for file in self.table["files"].iloc[row]]
@@ -214,8 +209,6 @@ class Part:
         """Width by height of the photograph, where it was squashed into a square."""
         if self.how != "none" or self.pictures is None:
             return 1.0
-        from PIL import Image
-
         with Image.open(self.table["files"].iloc[row][0]) as image:
             return image.width / image.height
 
@@ -230,7 +223,7 @@ class Data:
     family: str  # of its scores
     ordered: bool  # whether the classes are grades
     facts: dict  # for run.json
-    frames: dict = field(default_factory=dict)  # name -> table of every part, opened or not
+    frames: dict  # name -> table of every part, opened or not
 
     @property
     def train(self):
@@ -253,46 +246,66 @@ def eval_size(args):
     return args.crop or args.size
 
 
+def decode_files(files, args, size):
+    """The Pictures of rows of files: one process of a machine decodes, the others find the result."""
+    with together():
+        if local_rank() == 0:
+            Pictures(files, args.preprocess, size, args.cache, args.workers)
+    return Pictures(files, args.preprocess, size, args.cache, args.workers)
+
+
 def open_part(table, targets, args, size, missing):
-    """Decode what a part needs -> (Part, rows left out). An unreadable file stops, or leaves its row out
-    ("drop").
-    """
-    files = list(table["files"])
+    """Decode what a part needs -> (Part, rows left out). An unreadable file stops, or costs its row."""
+    files, nothing = list(table["files"]), "no row is left that has all its pictures, and readable ones"
+    if not files:
+        raise InputError(nothing)
     if args.dataset == "mrnet":
-        pictures, faults = None, {}
-        for file in (file for row in files for file in row):
-            if fault := volume_fault(file):
-                faults[file] = fault
+        pictures = None
+        faults = {file: volume_fault(file) for row in files for file in row}
+        faults = {file: fault for file, fault in faults.items() if fault}
     else:
-        with together():  # one process of a machine decodes, the others find the result
-            if local_rank() == 0:
-                Pictures(files, args.preprocess, size, args.cache, args.workers)
-        pictures = Pictures(files, args.preprocess, size, args.cache, args.workers)
+        pictures = decode_files(files, args, size)
         faults = pictures.failed
     bad = np.array([any(file in faults for file in row) for row in files], dtype=bool)
-    if bad.any() and missing == "stop":
-        shown = "; ".join(list(faults.values())[:3])
-        advice = "Replace them, or leave these rows out with --missing drop"
-        raise InputError(f"{len(faults)} file(s) cannot be read, the first: {shown}. {advice}")
+    with together():  # a file may be damaged on one machine alone
+        if bad.any() and missing == "stop":
+            shown = "; ".join(list(faults.values())[:3])
+            advice = "Replace them, or leave these rows out with --missing drop"
+            raise InputError(f"{len(faults)} file(s) cannot be read, the first: {shown}. {advice}")
+    if bad.all():
+        raise InputError(nothing)
     part = Part(table, pictures, targets, len(table), size, args.preprocess)
     return part.subset(np.flatnonzero(~bad)) if bad.any() else part, int(bad.sum())
 
 
-def find_data(name, given):
-    """The data folder: --data as given, data/<name>, or rendered stand-ins, drawn when they are wanted
-    first.
-    """
-    root = Path(given or Path("data") / name)
-    if given or root.is_dir():
-        return root
-    root, line = Path("data") / "rendered" / name, "!" * 78
-    print(f"{line}\n!! There is no data/{name}. This run takes RENDERED STAND-INS from {root}:")
+def find_data(args):
+    """The data folder: --data, data/<name>, or that of rendered stand-ins."""
+    root = Path(args.data or Path("data") / args.dataset)
+    return root if args.data or root.is_dir() else Path("data") / "rendered" / args.dataset
+
+
+def render_stand_ins(args, root):
+    """Say that there are no data, and draw the stand-ins when they are wanted first."""
+    line = "!" * 78
+    print(f"{line}\n!! There is no data/{args.dataset}. This run takes RENDERED STAND-INS from {root}:")
     print(f"!! its scores say nothing about real eyes or knees. Real data: docs/data.md.\n{line}", flush=True)
     script = str(Path(__file__).parent / "render_data.py")
-    command = [sys.executable, script, str(root), "--dataset", name, "--patients", "160"]
+    command = [sys.executable, script, str(root), "--dataset", args.dataset, "--patients", "160"]
     if not tables.is_rendered(root) and subprocess.run(command).returncode:
         raise InputError(f"the stand-ins could not be rendered into {root}")
-    return root
+
+
+def read_parts(args, root):
+    """Read and split -> (tables.Table, {part: its rows}), nothing looked for on disk yet."""
+    table = tables.read(args.dataset, root, args.labels)
+    frames = split(args.dataset, table.frame, args.val_fraction, args.test_fraction, args.split_seed)
+    if args.pseudo_labels:
+        chosen = table.labels, root, args.pseudo_labels, args.min_confidence
+        frames["train"], added = tables.add_pseudo_labels(frames, *chosen)
+        table.notes.append(f"{added} pseudo-labelled picture(s) join the training part")
+    if args.calibration_fraction:
+        frames["train"], frames["calibration"] = set_aside(frames["train"], args)
+    return table, frames
 
 
 def load(args):
@@ -300,57 +313,30 @@ def load(args):
 
     Raises InputError for everything that is not as its layout says, and where nothing is left to train on.
     """
+    root = find_data(args)
+    with together():  # what goes wrong in one process ends all of them
+        if local_rank() == 0 and not args.data and root.parent.name == "rendered":
+            render_stand_ins(args, root)
     with together():
-        if local_rank() == 0:
-            find_data(args.dataset, args.data)
-    with together():
-        root = (
-            find_data(args.dataset, args.data)
-            if args.data or not local_rank()
-            else rendered_or_real(args.dataset)
-        )
-        table = tables.read(args.dataset, root, args.labels)
-        frames = split(args.dataset, table.frame, args.val_fraction, args.test_fraction, args.split_seed)
-        notes = list(table.notes)
-        if args.pseudo_labels:
-            frames["train"], added = tables.add_pseudo_labels(
-                frames, table.labels, root, args.pseudo_labels, args.min_confidence
-            )
-            notes.append(f"{added} pseudo-labelled picture(s) join the training part")
-        if args.calibration_fraction:
-            frames["train"], frames["calibration"] = set_aside(frames["train"], args)
+        table, frames = read_parts(args, root)
         expected = {name: len(frame) for name, frame in frames.items()}
         frames, left_out = drop_missing(frames, args.missing)
         if left_out:
-            notes.append(f"{left_out} row(s) without a picture are left out (--missing drop)")
-    parts, unreadable = {}, 0
-    for name in ("train", "val", *(["calibration"] if args.calibration_fraction else [])):
+            table.notes.append(f"{left_out} row(s) without a picture are left out (--missing drop)")
+
+    parts, unreadable, repaired = {}, 0, set()
+    for name in [name for name in frames if name != "test"]:  # training never opens the test part
         targets = targets_of(frames[name], table.labels)
         size = args.size if name == "train" else eval_size(args)
-        parts[name], bad = open_part(frames[name], targets, args, size, args.missing)
-        parts[name].expected, frames[name] = expected[name], parts[name].table
-        unreadable += bad
-        if not len(parts[name]):
-            raise InputError(f"no row is left in the {name} part: there is nothing to train on")
-    repaired = {file for part in parts.values() if part.pictures for file in part.pictures.repaired}
-    duplicates = count_duplicates(parts["train"], parts["val"])
-    if duplicates and args.duplicates == "stop":
-        problem = f"{duplicates} validation row(s) hold a picture that is in training too: their scores say too much"
-        raise InputError(
-            f"{problem}. Remove one of each, or go on with --duplicates keep, which every output says"
-        )
-    facts = {
-        "root": str(root),
-        "rendered": tables.is_rendered(root),
-        "notes": notes,
-        "left_out": left_out,
-        "unreadable": unreadable,
-        "repaired": sorted(repaired),
-        "duplicates": duplicates,
-        "digest": data_digest(frames, table.labels),
-        "parts": {name: len(frame) for name, frame in frames.items()},
-        "patients": {name: frame["patient"].nunique() for name, frame in frames.items()},
-    }
+        part, bad = open_part(frames[name], targets, args, size, args.missing)
+        part.expected = expected[name]
+        parts[name], frames[name], unreadable = part, part.table, unreadable + bad
+        repaired.update(part.pictures.repaired if part.pictures else [])
+    facts = dict(root=str(root), rendered=tables.is_rendered(root), notes=table.notes, left_out=left_out)
+    facts |= dict(unreadable=unreadable, repaired=sorted(repaired), digest=data_digest(frames, table.labels))
+    facts["duplicates"] = count_duplicates(parts["train"], parts["val"], args)
+    facts["parts"] = {name: len(frame) for name, frame in frames.items()}
+    facts["patients"] = {name: frame["patient"].nunique() for name, frame in frames.items()}
     if args.shuffle_labels:
         order = np.random.default_rng(args.seed).permutation(len(parts["train"]))
         parts["train"].targets = parts["train"].targets[order]
@@ -358,24 +344,26 @@ def load(args):
     return Data(parts, table.labels, about["task"], about["family"], table.ordered, facts, frames)
 
 
-def rendered_or_real(name):
-    root = Path("data") / name
-    return root if root.is_dir() else Path("data") / "rendered" / name
+def count_duplicates(train, val, args):
+    """Validation rows of which a picture is in training too: the same bytes, or the same decoded pixels.
 
-
-def count_duplicates(train, val):
-    """Validation rows of which a picture is in training too: the same bytes, or the same pixels after
-    decoding.
+    Raises InputError where there are some, unless --duplicates keep was given.
     """
-    known = {content for files in row_contents(train) for content in files}
-    return sum(any(content in known for content in files) for files in row_contents(val))
+    pictures = val.pictures
+    if pictures is not None and val.size != train.size:  # pixels are compared at one size
+        pictures = decode_files(list(val.table["files"]), args, train.size)
+    known = set().union(*row_contents(train, train.pictures))
+    count = sum(not known.isdisjoint(contents) for contents in row_contents(val, pictures))
+    if count and args.duplicates == "stop":
+        problem = f"{count} validation row(s) hold a picture that is in training too: scores say too much"
+        raise InputError(f"{problem}. Remove one of each, or go on with --duplicates keep, which outputs say")
+    return count
 
 
-def row_contents(part):
-    """Per row the digests of its files; of a knee each plane's middle slice."""
-    if part.pictures is not None:
-        contents = part.pictures.contents
-        return [{content for place in row for content in contents[place]} for row in part.pictures.rows]
+def row_contents(part, pictures):
+    """Of each row a set of what its pictures hold, by digest; of a knee by each plane's middle slice."""
+    if pictures is not None:
+        return [{one for place in row for one in pictures.contents[place]} for row in pictures.rows]
     found = []
     for files in part.table["files"]:
         volumes = [read_volume(file) for file in files]
@@ -394,41 +382,34 @@ def data_digest(frames, labels):
 # ---------------------------------------------------------------- a part of a run that is finished
 
 
-def load_part(args, saved, split, root=None, missing="stop", pictures=True):
-    """The rows of a checkpoint's part in their order, opened -> (Part, facts). `all`: every row of the data
-    set.
+def load_part(args, saved, split, root=None, missing="stop"):
+    """The rows of a checkpoint's part in their order, opened -> (Part, facts). `all`: every row of the data.
 
     facts: root, rendered, notes, own (whether these are the rows and labels that the run had), left_out.
     Raises InputError where rows or labels are not the run's, unless `root` names another data set.
     """
-    given, root = root, root or saved["data"]["root"]
+    home = saved["data"]["root"]
+    other = root is not None and Path(root).resolve() != Path(home).resolve()
+    root = root or home
     table = tables.read(args.dataset, root, saved["labels"] if args.dataset in ("retina", "mrnet") else None)
     if table.labels != saved["labels"]:
-        theirs = ", ".join(saved["labels"])
-        raise InputError(
-            f"{root} has the classes {', '.join(table.labels)}; this network was trained on {theirs}"
-        )
-    other = given is not None and Path(given).resolve() != Path(saved["data"]["root"]).resolve()
+        theirs, here = ", ".join(saved["labels"]), ", ".join(table.labels)
+        raise InputError(f"{root} has the classes {here}; this network was trained on {theirs}")
     frame, expected = choose_rows(table.frame, saved, split, other, missing)
-    changed = changed_labels(frame, saved)
-    notes = list(table.notes)
+    changed, known = changed_labels(frame, saved)
     if changed and not other:
-        raise InputError(
-            f"{len(changed)} row(s) of {root} have other labels than in training, the first: {', '.join(changed[:5])}. "
-            "Restore them, or name another data set with --data"
+        problem = (
+            f"{len(changed)} row(s) of {root} have other labels than in training: {', '.join(changed[:5])}"
         )
-    own = not changed and {str(i) for i in frame["ID"]} <= {i for ids in saved["split"].values() for i in ids}
+        raise InputError(f"{problem}. Restore them, or name another data set with --data")
+    own = not other or not changed and known == len(frame)
     if other:
         same = "the rows and labels are the run's" if own else "these are other rows or labels than the run's"
-        notes.append(f"--data names another folder than the run's; {same}")
-    frames, left_out = drop_missing({split: frame}, missing)
-    part, unreadable = open_part(
-        frames[split], targets_of(frames[split], table.labels), args, eval_size(args), missing
-    )
-    if not len(part):
-        raise InputError("no row is left to evaluate")
+        table.notes.append(f"--data names another folder than the run's; {same}")
+    frame = drop_missing({split: frame}, missing)[0][split]
+    part, _ = open_part(frame, targets_of(frame, table.labels), args, eval_size(args), missing)
     part.expected = expected
-    facts = {"root": str(root), "rendered": tables.is_rendered(root), "notes": notes, "own": own}
+    facts = {"root": str(root), "rendered": tables.is_rendered(root), "notes": table.notes, "own": own}
     return part, {**facts, "left_out": expected - len(part)}
 
 
@@ -443,23 +424,20 @@ def choose_rows(frame, saved, split, other, missing):
     by_id = frame.set_index(frame["ID"].astype(str))
     there = [i for i in wanted if i in by_id.index]
     if len(there) < len(wanted) and (missing == "stop" or not there):
-        advice = (
-            "Use --split all for other patients, or --missing drop"
-            if other
-            else "They have changed since training"
-        )
-        gone = len(wanted) - len(there)
-        raise InputError(
-            f"{gone} of the {len(wanted)} rows of the run's {split} part are not in this data set. {advice}"
-        )
+        missed = f"{len(wanted) - len(there)} of the {len(wanted)} rows of the run's {split} part"
+        advice = "--split all takes other patients" if other else "They have changed since training"
+        raise InputError(f"{missed} are not in this data set. {advice}; --missing drop leaves them out")
     return by_id.loc[there].reset_index(drop=True), len(wanted)
 
 
 def changed_labels(frame, saved):
-    """IDs of rows that carry other labels than the run's."""
-    stored = {}
+    """(IDs of rows that carry other labels than the run's, number of rows that the run had)."""
+    stored, changed, known = {}, [], 0
     for part, ids in saved["split"].items():
         stored.update(zip(ids, saved["targets"][part].tolist(), strict=True))
     now = targets_of(frame, saved["labels"]).tolist()
-    ids = [str(i) for i in frame["ID"]]
-    return [i for i, target in zip(ids, now, strict=True) if i in stored and stored[i] != target]
+    for i, target in zip(frame["ID"].astype(str), now, strict=True):
+        known += i in stored
+        if i in stored and stored[i] != target:
+            changed.append(i)
+    return changed, known

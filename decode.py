@@ -13,14 +13,12 @@ import torch
 
 from cache import digest, file_stamps, is_whole, kept_array, replace_file
 from engine import progress
-from errors import InputError, end_with_parent, reading
+from errors import InputError, end_with_parent
 from preprocess import default_workers, load_picture
 
 
 def decode(file, kind, size):
-    """One picture -> (uint8 (size, size, 3), repaired, reason why there is none, its content, system's
-    error).
-    """
+    """One picture -> (uint8 (size, size, 3), repaired, why there is none, its content, system's error)."""
     nothing = np.zeros((size, size, 3), np.uint8)
     try:
         picture, repaired = load_picture(file, kind, size)
@@ -48,8 +46,7 @@ def decode_all(files, kind, size, workers=None):
 
 
 class Pictures:
-    """The pictures of some rows, decoded once and kept: `.rows` (n, P) points into `.array()` (m, S, S, 3)
-    uint8.
+    """Pictures decoded once and kept: `.rows` (n, P) points into `.array()`, uint8 (m, S, S, 3).
 
     `.failed` {file: reason}, `.repaired` [file] and `.contents` [[digest of bytes, digest of pixels] of
     each file] say what was found. Raises InputError where the system refuses to read a file.
@@ -63,13 +60,19 @@ class Pictures:
         self.path = Path(cache) / f"pictures-{self.key[:20]}.npy"
         self.shape = (len(self.files), size, size, 3)
         self.mapped, self.resident = None, None
-        facts_file = self.path.with_suffix(".json")
-        if not facts_file.exists() or not is_whole(self.path, self.shape, np.uint8):
+        facts = self.kept_facts()
+        if facts is None or not is_whole(self.path, self.shape, np.uint8):
             self.path.unlink(missing_ok=True)
             kept_array(self.path, self.shape, np.uint8, self.fill)
-        with reading(facts_file, "facts about kept pictures (delete it, and they are made again)"):
-            facts = json.loads(facts_file.read_text())
-            self.failed, self.repaired, self.contents = facts["failed"], facts["repaired"], facts["contents"]
+            facts = self.kept_facts()
+        self.failed, self.repaired, self.contents = facts["failed"], facts["repaired"], facts["contents"]
+
+    def kept_facts(self):
+        """What was found when the pictures were decoded; None where that is missing or damaged."""
+        try:
+            return json.loads(self.path.with_suffix(".json").read_text())
+        except (OSError, ValueError):
+            return None
 
     def fill(self, array):
         facts, refused = {"failed": {}, "repaired": [], "contents": []}, []
@@ -85,10 +88,8 @@ class Pictures:
             if system:
                 refused.append(system)
         if refused:
-            shown = "; ".join(refused[:3])
-            raise InputError(
-                f"the system refuses to read {len(refused)} file(s): {shown}. Mend it, then run again"
-            )
+            problem = f"the system refuses to read {len(refused)} file(s)"
+            raise InputError(f"{problem}: {'; '.join(refused[:3])}. Mend it, then run again")
         replace_file(self.path.with_suffix(".json"), lambda stream: json.dump(facts, stream), "w")
 
     def array(self):

@@ -1,5 +1,6 @@
 """One epoch of training and one pass of prediction, for every study; devices, precision, seeds, processes."""
 
+import collections
 import contextlib
 import math
 import os
@@ -15,11 +16,12 @@ import torch.nn.functional as F
 from torchvision.ops import sigmoid_focal_loss
 from tqdm.auto import tqdm
 
-from errors import InputError
+from errors import InputError, end_with_parent
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PATIENT = timedelta(hours=12)  # the other processes wait this long while one decodes pictures
 SHORT = timedelta(minutes=10)  # and this long for a step
+LAG = 8  # steps of a GPU between a loss and the look at it, the same on every rank
 _patient_group = None
 
 
@@ -52,9 +54,8 @@ def start_processes(device, deterministic=False):
     if device.type == "cuda" and "LOCAL_RANK" in os.environ:
         device = torch.device("cuda", local_rank())
         torch.cuda.set_device(device)
-    torch.backends.cudnn.benchmark = (
-        not deterministic
-    )  # sizes are fixed: the fastest algorithm is looked for once
+    # Sizes are fixed, so the fastest algorithm is looked for once.
+    torch.backends.cudnn.benchmark = not deterministic
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
@@ -77,20 +78,17 @@ def gather(value):
 
 @contextlib.contextmanager
 def together():
-    """A step of the set-up: an error of one process ends all of them, with its message.
-
-    The step itself must hold no exchange between processes.
-    """
-    problem = None
+    """A step without exchange between processes: an error of one ends all of them, with its message."""
+    problem, message = None, ""
     try:
         yield
     except Exception as error:
-        problem = error
-    messages = gather(None if problem is None else f"{type(problem).__name__}: {problem}")
+        problem, message = error, f"{error}" if isinstance(error, InputError) else repr(error)
+    messages = gather(message)
     if problem is not None:
         raise problem
     for number, message in enumerate(messages):
-        if message is not None:
+        if message:
             raise InputError(f"process {number} of {world()} cannot go on: {message}")
 
 
@@ -110,11 +108,12 @@ def all_sum(tensor):
     return tensor
 
 
-def share_buffers(module):
+def share_buffers(*modules):
     """Rank 0's buffers everywhere: BatchNorm statistics that moved apart are validated as they are saved."""
     if world() > 1:
-        for buffer in module.buffers():
-            dist.broadcast(buffer, 0)
+        for module in modules:
+            for buffer in module.buffers():
+                dist.broadcast(buffer, 0)
 
 
 def distribute(module, device):
@@ -214,17 +213,13 @@ class Criterion:
     def label_losses(self, logits, targets):
         """(B, L)"""
         if self.loss == "bce":
-            return F.binary_cross_entropy_with_logits(
-                logits, targets, pos_weight=self.weight, reduction="none"
-            )
+            weight = self.weight
+            return F.binary_cross_entropy_with_logits(logits, targets, pos_weight=weight, reduction="none")
         if self.loss == "focal":
             losses = sigmoid_focal_loss(logits, targets, alpha=-1, gamma=2)
             return losses if self.weight is None else losses * torch.where(targets == 1, self.weight, 1.0)
-        probs = logits.sigmoid()
-        shifted = (probs - 0.05).clamp(min=0)
-        positive = targets * torch.log(probs.clamp(min=1e-8))
-        negative = (1 - targets) * torch.log((1 - shifted).clamp(min=1e-8)) * shifted**4
-        return -(positive + negative)
+        shifted = (logits.sigmoid() - 0.05).clamp(min=0)
+        return -targets * F.logsigmoid(logits) - (1 - targets) * torch.log(1 - shifted) * shifted**4
 
     def probs(self, logits):
         return logits.sigmoid() if self.task == "multilabel" else logits.softmax(1)
@@ -239,40 +234,39 @@ class Outputs(Criterion):
 
 def check_finite(loss, epoch, step=" (validation)"):
     if not math.isfinite(loss):
-        raise FloatingPointError(
-            f"the loss is {float(loss)} in epoch {epoch}{step}: lower --lr, or look at the data"
-        )
+        advice = "lower --lr, or look at the data"
+        raise FloatingPointError(f"the loss is {float(loss)} in epoch {epoch}{step}: {advice}")
 
 
 class LossWatch:
-    """Raises FloatingPointError at a loss that is not finite, without waiting for a GPU.
+    """Raises FloatingPointError at a loss that is not finite, on every rank at the same step.
 
-    A GPU's loss is copied beside the computation, and looked at once it has arrived.
+    A GPU's loss is copied beside the computation and looked at LAG steps later, so nothing waits for it.
     """
 
     def __init__(self, epoch):
-        self.epoch, self.waiting = epoch, []
+        self.epoch, self.waiting = epoch, collections.deque()
 
     def see(self, loss, step):
         arrived = None
         if loss.is_cuda:
-            host = torch.empty((), pin_memory=True)
-            host.copy_(loss, non_blocking=True)
+            host = torch.empty((), pin_memory=True).copy_(loss, non_blocking=True)
             arrived = torch.cuda.Event()
             arrived.record()
             loss = host
         self.waiting.append((step, loss, arrived))
-        while self.waiting and (self.waiting[0][2] is None or self.waiting[0][2].query()):
-            self.check(*self.waiting.pop(0)[:2])
+        if arrived is None or len(self.waiting) > LAG:
+            self.check()
+
+    def check(self):
+        step, loss, arrived = self.waiting.popleft()
+        if arrived is not None:
+            arrived.synchronize()
+        check_finite(loss, self.epoch, f", step {step}")
 
     def finish(self):
-        for step, loss, arrived in self.waiting:
-            if arrived is not None:
-                arrived.synchronize()
-            self.check(step, loss)
-
-    def check(self, step, loss):
-        check_finite(loss, self.epoch, f", step {step}")
+        while self.waiting:
+            self.check()
 
 
 # ---------------------------------------------------------------- the two passes
@@ -366,6 +360,7 @@ def make_loader(data, batches, workers=0, device=None):
         collate_fn=as_it_is,  # a data set hands out whole batches
         num_workers=workers,
         pin_memory=pin,  # what lies on a GPU already cannot be pinned
+        worker_init_fn=end_with_parent,
         prefetch_factor=4 if workers else None,
         generator=torch.Generator(),
     )

@@ -7,28 +7,24 @@ import argparse
 import contextlib
 import difflib
 import errno
+import multiprocessing
 import os
 import re
+import shlex
 import signal
 import sys
 import threading
 import time
 
 # What the system says of a place that cannot be written.
-DISK_ERRORS = (
-    errno.ENOSPC,
-    errno.EROFS,
-    errno.EACCES,
-    errno.EPERM,
-    errno.EDQUOT,
-    errno.EFBIG,
-    errno.EEXIST,
-    errno.ENOTDIR,
-)
+DISK_ERRORS = {errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT}
+DISK_ERRORS |= {errno.EFBIG, errno.EEXIST, errno.ENOTDIR}
 DISK_ADVICE = (
     "What was there before is whole. Free some space or choose another folder, then give the same command "
     "again (a training that had begun: --resume)."
 )
+# How gloo and nccl say that a process they share a run with is no longer there.
+LOST = ("closed by peer", "reset by peer", "Broken pipe", "Timed out waiting", "remote process exited")
 
 
 class InputError(ValueError):
@@ -79,34 +75,44 @@ def reading(path, what):
         raise InputError(f"{path} cannot be read as {what} ({type(error).__name__}: {text})") from error
 
 
-def end_with_parent():
-    """End this process within a second of its parent's end. Initializer of worker processes."""
+def end_with_parent(*_):
+    """End this process when its parent ends. Initializer of worker processes."""
     # Ctrl-C reaches every process of a terminal. What happens then is the parent's decision.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    watch_parent(lambda: os._exit(1))
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    # Not os.getppid(): where workers come from a fork server, that is the server.
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=call_after, args=(parent.join, os._exit, 1), daemon=True).start()
 
 
-def watch_parent(end):
-    """Call `end` once this process has lost its parent (a killed process cannot tell its children)."""
+def wait_for_parent():
+    """Return once this process has lost its parent (a killed process cannot tell its children)."""
     parent = os.getppid()
+    while os.getppid() == parent:
+        time.sleep(0.5)
 
-    def watch():
-        while os.getppid() == parent:
-            time.sleep(0.5)
-        end()
 
-    threading.Thread(target=watch, daemon=True).start()
+def call_after(wait, function, *args):
+    wait()
+    function(*args)
 
 
 def terminate(number, _):
     raise Terminated(number)
 
 
+def end_workers():
+    """Kill the worker processes: at its exit Python would wait for the pictures that they decode."""
+    for worker in multiprocessing.active_children():
+        worker.kill()
+
+
 def guard(main, *args):
     """Run `main(*args)` and return its exit status (0 where it returns None).
 
-    2: input or a place on disk that the user can mend. 1: a loss that is not finite, or too little memory.
-    130, 143: Ctrl-C, SIGTERM. Everything else keeps its traceback.
+    2: input or a place on disk that the user can mend. 1: a loss that is not finite, too little memory, or
+    another process of the run that has ended. 130, 143: Ctrl-C, SIGTERM. The rest keeps its traceback.
+    An exception's `go_on` is the command that goes on; without one it is the command that was given.
     """
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
@@ -114,7 +120,8 @@ def guard(main, *args):
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, terminate)
     if "END_WITH_PARENT" in os.environ:  # run_all.sh: its scripts must not outlive it
-        watch_parent(lambda: os.kill(os.getpid(), signal.SIGTERM))
+        end = (wait_for_parent, os.kill, os.getpid(), signal.SIGTERM)
+        threading.Thread(target=call_after, args=end, daemon=True).start()
     try:
         return main(*args) or 0
     except InputError as error:
@@ -122,7 +129,8 @@ def guard(main, *args):
     except FloatingPointError as error:
         return fail(1, f"error: {error}")
     except KeyboardInterrupt as error:
-        return fail(143 if isinstance(error, Terminated) else 130, "interrupted")
+        end_workers()
+        return fail(143 if isinstance(error, Terminated) else 130, f"interrupted. {how_to_go_on(error)}")
     except BrokenPipeError:  # the reader of our output, `| head` say, has gone
         sys.stdout = None
         return 141
@@ -134,6 +142,9 @@ def guard(main, *args):
     except (MemoryError, RuntimeError) as error:
         # torch's own types are RuntimeErrors, and torch is not imported here just to name them.
         text = str(error).partition("\n")[0] or "host memory"
+        if any(words in text for words in LOST):
+            said = "error: another process of this run has ended, which says why"
+            return fail(1, f"{said} ({text}). {how_to_go_on(error)}")
         if type(error).__name__ == "BrokenProcessPool" or "DataLoader worker" in text:
             return fail(1, f"error: a worker process was killed ({text}). Try fewer --workers.")
         memory = isinstance(error, MemoryError) or "can't allocate memory" in text
@@ -142,6 +153,10 @@ def guard(main, *args):
         return fail(1, f"error: out of memory ({text}). Try a smaller --batch or --size.")
 
 
+def how_to_go_on(error):
+    return f"Go on with:\n    {getattr(error, 'go_on', None) or shlex.join(['python', *sys.argv])}"
+
+
 def fail(status, message):
-    print(message, file=sys.stderr)
+    print(message, file=sys.stderr, flush=True)
     return status

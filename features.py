@@ -18,7 +18,7 @@ import engine
 from augment import mirror_batch, prepare_batch
 from cache import digest, is_whole, kept_array
 from checkpoint import state_digest
-from dataset import FeatureSet, PictureSet, VolumeSet
+from dataset import FeatureSet, PictureSet, eval_size
 from errors import InputError
 from preprocess import default_workers
 from samplers import Batches
@@ -108,9 +108,7 @@ def compiled(module):
 
     compilers = (inductor.cpp.cxx[1] or "", "g++", "clang++", "cl")
     if not next(module.parameters()).is_cuda and not any(map(shutil.which, compilers)):
-        raise InputError(
-            "--compile needs a C++ compiler (g++, clang++ or cl): install one or leave --compile out"
-        )
+        raise InputError("--compile needs a C++ compiler (g++, clang++ or cl): install one or leave it out")
     inductor.freezing = True  # weights of a frozen trunk may be packed once
     return torch.compile(module)
 
@@ -119,41 +117,35 @@ def compiled(module):
 
 
 def fit_batchnorm(model, pictures, args, precision, device):
-    """Set the trunk's BatchNorm statistics to those of at most BN_PICTURES training pictures, drawn by the
-    seed.
+    """Set the trunk's BatchNorm statistics to those of BN_PICTURES training pictures at most.
 
-    Layer by layer means over batches of 64 (torch's cumulative average). Where the original's running
-    statistics drifted to, without the drift. Kept on disk.
+    Means over batches of 64, layer by layer (torch's cumulative average): where the original's running
+    statistics drifted to, without the drift. The seed draws the pictures. Kept on disk.
     """
     layers = [module for module in model.backbone.modules() if isinstance(module, BatchNorm)]
     total = sum(2 * layer.num_features for layer in layers)
     if not total:
         return
-    rng = np.random.default_rng(args.seed)
-    chosen = np.sort(rng.permutation(pictures.rows.size)[:BN_PICTURES])
-    rows = pictures.rows.reshape(-1, 1)[chosen]
+    order = np.random.default_rng(args.seed).permutation(pictures.rows.size)
+    rows = pictures.rows.reshape(-1, 1)[np.sort(order[:BN_PICTURES])]
     trunk = state_digest(model.normalise, model.backbone)
     key = digest(pictures.key, trunk, precision, args.seed, BN_PICTURES, "batchnorm-2")
-
-    def fill(array):
-        run_batchnorm(model, layers, pictures.chosen(rows), args.seed, precision, device)
-        values = [torch.cat([layer.running_mean, layer.running_var]) for layer in layers]
-        array[:] = torch.cat(values).float().cpu().numpy()
-
     path = Path(args.cache) / f"batchnorm-{key[:20]}.npy"
-    values = torch.from_numpy(np.array(engine.from_rank0(kept_array, path, (total,), np.float32, fill)))
+    fill = functools.partial(
+        run_batchnorm, model, layers, pictures.chosen(rows), args.seed, precision, device
+    )
+    kept = torch.from_numpy(np.array(engine.from_rank0(kept_array, path, (total,), np.float32, fill)))
     for layer in layers:
-        mean, variance, values = values.split(
-            [layer.num_features, layer.num_features, len(values) - 2 * layer.num_features]
-        )
-        layer.running_mean.copy_(mean)
-        layer.running_var.copy_(variance)
+        statistics, kept = kept[: 2 * layer.num_features], kept[2 * layer.num_features :]
+        layer.running_mean.copy_(statistics[: layer.num_features])
+        layer.running_var.copy_(statistics[layer.num_features :])
         layer.num_batches_tracked.zero_()  # the same whether fitted now or kept: it is part of the digest
 
 
-def run_batchnorm(model, layers, pictures, seed, precision, device):
-    """Send the pictures through the trunk with BatchNorm alone in training mode."""
+def run_batchnorm(model, layers, pictures, seed, precision, device, array):
+    """Fill `array` with the statistics of pictures that go through with BatchNorm alone in training mode."""
     model.backbone.to(memory_format=torch.channels_last).eval()
+    momenta = [layer.momentum for layer in layers]
     for layer in layers:
         layer.reset_running_stats()
         layer.momentum = None  # cumulative average
@@ -166,8 +158,10 @@ def run_batchnorm(model, layers, pictures, seed, precision, device):
             images = prepare_batch(batch, device)[0][0].flatten(0, 1)
             if len(images) > 1:
                 model.backbone(model.normalise(images))
-    for layer in layers:
-        layer.momentum = 0.1
+    for layer, momentum in zip(layers, momenta, strict=True):
+        layer.momentum = momentum
+    values = [torch.cat([layer.running_mean, layer.running_var]) for layer in layers]
+    array[:] = torch.cat(values).float().cpu().numpy()
 
 
 # ---------------------------------------------------------------- kept features
@@ -187,75 +181,63 @@ class TrunkFeatures:
         self.held = {}  # plain features stay; augmented views come and go
 
     def __call__(self, pictures, view=None, keys=None):
-        """A float32 tensor (n, D): on the GPU where a quarter of its free memory holds it, else mapped from
-        disk.
+        """A float32 tensor (n, D): on the GPU where a quarter of its free memory holds it, else on disk.
 
         `keys`: the (row, repeat) pairs of an augmented view that are wanted; every row once without them.
         """
         args, drawn = self.args, None
         if view is not None:
-            drawn = (args.augment, args.crop or args.size, args.seed, view)
+            drawn = (args.augment, eval_size(args), args.seed, view)
         keys = [(row, 0) for row in range(len(pictures.rows))] if keys is None else keys
         about = (self.digest, self.precision, args.compile, drawn, "features-2")
         key = digest(pictures.key, pictures.rows, np.array(keys), *about)
         if key in self.held:
             return self.held[key]
         path, shape = Path(args.cache) / f"features-{key[:20]}.npy", (len(keys), feature_width(self.model))
-        if not engine.from_rank0(is_whole, path, shape, np.dtype(np.float32)):
+        if engine.world() == 1:
             extract = functools.partial(self.extract, pictures, view, keys)
-            if engine.rank() == 0:
-                kept_array(path, shape, np.float32, extract)
-            else:
-                extract(None)
-        features = kept_array(path, shape, np.float32, None) if engine.rank() == 0 else None
-        if engine.world() > 1:  # the other machines do not see this disk
-            features = engine.gather(features)[0]
+            features = kept_array(path, shape, np.float32, extract)
+        else:
+            features = self.extract_together(path, shape, pictures, view, keys)
         features = on_device(torch.from_numpy(features), self.device)
         if drawn is None:
             self.held[key] = features
         return features
 
+    def extract_together(self, path, shape, pictures, view, keys):
+        """Each process extracts its share; rank 0 keeps all, because other machines do not see its disk."""
+        if engine.from_rank0(is_whole, path, shape, np.dtype(np.float32)):
+            return engine.from_rank0(kept_array, path, shape, np.float32, None)
+        mine = keys[engine.rank() :: engine.world()]
+        share = np.empty((len(mine), shape[1]), np.float32)
+        with engine.together():
+            self.extract(pictures, view, mine, share)
+        features = np.empty(shape, np.float32)
+        for number, other in enumerate(engine.gather(share)):
+            features[number :: engine.world()] = other
+        with engine.together():
+            if engine.rank() == 0:
+                kept_array(path, shape, np.float32, functools.partial(np.copyto, src=features))
+        return features
+
     @torch.inference_mode()
     def extract(self, pictures, view, keys, array):
-        """Fill `array` with the features of `keys`; every rank computes its share, rank 0 holds the array."""
+        """Fill `array` (len(keys), D) with the features of `keys`."""
         args = self.args
         if self.fast is None:
             self.fast = with_fast_trunk(self.model, self.precision, args.compile).to(self.device)
         data = PictureSet(pictures, np.zeros(len(pictures.rows), np.float32), args.seed, view, self.device)
         rows = extract_rows(pictures.size, pictures.rows.shape[1], self.device)
-        batches = KeyBatches(keys, rows * engine.world())
-        workers = loader_workers(args, self.device, data)
+        batches = [keys[start : start + rows] for start in range(0, len(keys), rows)]
+        loader = engine.make_loader(data, batches, loader_workers(args, self.device, data), self.device)
         recipe, size = (args.augment, args.crop or args.size) if view is not None else ("none", None)
-        done = 0
-        for batch in engine.progress(
-            engine.make_loader(data, batches, workers, self.device), "extracting features"
-        ):
+        for number, batch in enumerate(engine.progress(loader, "extracting features")):
             images = prepare_batch(batch, self.device, recipe, size)[0][0]
-            shares = engine.gather(self.fast.features(images).cpu().numpy())
-            block = np.empty((sum(map(len, shares)), shares[0].shape[1]), np.float32)
-            for number, share in enumerate(shares):
-                block[number :: engine.world()] = share
-            if not np.isfinite(block).all():
-                raise InputError(
-                    f"the trunk's features are not finite in {self.precision}: try --precision fp32"
-                )
-            if array is not None:
-                array[done : done + len(block)] = block
-            done += len(block)
-
-
-class KeyBatches:
-    """Keys (row, repeat) in their order, for this rank, as samplers.Batches gives rows."""
-
-    def __init__(self, keys, batch):
-        self.keys, self.batch = keys, batch
-
-    def __iter__(self):
-        for start in range(0, len(self.keys), self.batch):
-            yield self.keys[start + engine.rank() : start + self.batch : engine.world()]
-
-    def __len__(self):
-        return -(-len(self.keys) // self.batch)
+            found = self.fast.features(images).cpu().numpy()
+            if not np.isfinite(found).all():
+                problem = f"the trunk's features are not finite in {self.precision}"
+                raise InputError(f"{problem}: try --precision fp32")
+            array[number * rows : number * rows + len(found)] = found
 
 
 def feature_width(model):
@@ -263,9 +245,7 @@ def feature_width(model):
 
 
 def extract_rows(size, pictures_per_row, device):
-    """Rows of one batch of extraction: fewer of larger pictures, so that memory does not grow with the
-    size.
-    """
+    """Rows of one batch of extraction: fewer of larger pictures, so that memory does not grow."""
     pictures = EXTRACT_BATCH.get(device.type, EXTRACT_BATCH["cpu"])
     if size > 224:
         pictures = int(pictures * (224 / size) ** 2)
@@ -291,13 +271,6 @@ def loader_workers(args, device, data):
     return min(8, default_workers() // engine.local_world())
 
 
-def live_data(args, part, device, view=None):
-    """The data set of a part whose pictures go through the network."""
-    if part.pictures is None:
-        return VolumeSet(part.table["files"], part.targets, args.size, args.preprocess, args.seed, view)
-    return PictureSet(part.pictures, part.targets, args.seed, view, device)
-
-
 def training_data(args, learner, part, epoch, batches):
     """What an epoch trains on -> (data set, module to train, its precision).
 
@@ -310,15 +283,14 @@ def training_data(args, learner, part, epoch, batches):
     frozen = not args.fine_tune or epoch < args.freeze_epochs
     if not frozen or args.bn == "batch" or part.pictures is None:
         model = learner.model.to(memory_format=torch.channels_last)
-        return live_data(args, part, learner.device, view), model, learner.precision
+        return part.dataset(args.seed, view, learner.device), model, learner.precision
     if not args.feature_cache:
         fast = with_fast_trunk(learner.model, learner.precision).to(learner.device)
-        return live_data(args, part, learner.device, view), fast, "fp32"
+        return part.dataset(args.seed, view, learner.device), fast, "fp32"
     head = learner.model.classifier
     if view is None:
         return FeatureSet(learner.features(part.pictures), part.targets), head, "fp32"
-    # Of an augmented view every drawn (row, repeat) is a picture of its own, with features at a place of
-    # their own.
+    # Of an augmented view every drawn (row, repeat) is a picture of its own, with features of its own.
     keys = sorted(set(zip(batches.order.tolist(), batches.repeats.tolist(), strict=True)))
     place = {key: number for number, key in enumerate(keys)}
     features = learner.features(part.pictures, view, keys)
@@ -338,14 +310,14 @@ class Mirrored(nn.Module):
 
 def predict_live(args, fast, part, criterion, device, mirrored=False):
     """(mean loss, probs (n, K)) of a part whose pictures go through `fast` (with_fast_trunk)."""
-    data = live_data(args, part, device)
-    rows = (
-        args.batch if part.pictures is None else extract_rows(part.size, part.pictures.rows.shape[1], device)
-    )
+    data = part.dataset(device=device)
+    rows = args.batch
+    if part.pictures is not None:
+        rows = extract_rows(part.size, part.pictures.rows.shape[1], device)
     batches = Batches(np.arange(len(part.targets)), rows * engine.world(), engine.rank(), engine.world())
     loader = engine.make_loader(data, batches, loader_workers(args, device, data), device)
-    prepare = functools.partial(prepare_batch, device=device)
-    return engine.predict(Mirrored(fast) if mirrored else fast, loader, prepare, criterion)
+    network = Mirrored(fast) if mirrored else fast
+    return engine.predict(network, loader, functools.partial(prepare_batch, device=device), criterion)
 
 
 def evaluate(args, model, features, part, criterion, precision, device):
@@ -355,6 +327,5 @@ def evaluate(args, model, features, part, criterion, precision, device):
     data = FeatureSet(features(part.pictures), part.targets)
     batches = Batches(np.arange(len(part.targets)), 4096, engine.rank(), engine.world())
     loader = engine.make_loader(data, batches, device=device)
-    return engine.predict(
-        model.classifier, loader, functools.partial(prepare_batch, device=device), criterion
-    )
+    prepare = functools.partial(prepare_batch, device=device)
+    return engine.predict(model.classifier, loader, prepare, criterion)

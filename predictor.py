@@ -1,8 +1,8 @@
-"""A trained network that answers for pictures, the same from Python as from the command line.
+"""A trained network that answers for pictures: the same numbers from Python as from the command line.
 
-    net = predictor.load("best.pt") net.predict("left.jpg", "right.jpg")     # {"N": 0.07, "D": 0.81, ...};
-    lists of pairs, a folder, arrays too net.heatmap("left.jpg", "right.jpg")     # [("left eye", picture,
-    {"N": map, ...}), ...]
+    net = predictor.load("best.pt")
+    net.predict("left.jpg", "right.jpg")  # {"N": 0.07, "D": 0.81, ...}; of a list or a folder a list of these
+    net.heatmap("left.jpg", "right.jpg")  # [("left eye", picture, {"N": map, ...}), ("right eye", ...)]
 
 This is not a medical device.
 """
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from PIL import Image
+from PIL import Image, ImageFile
 
 import cam
 import checkpoint
@@ -20,152 +20,154 @@ import engine
 import features
 import models
 import tables
-from arguments import LARGEST_SIZE
+from arguments import check_args
 from dataset import Part, eval_size, volume_fault
 from decode import GivenPictures, decode_all
 from errors import InputError, reading
-from preprocess import prepare
+from preprocess import prepare, to_rgb
 
-ROWS = 256  # decoded at a time: what lies in memory does not grow with what is asked
-PER_ROW = {"odir": 2, "mrnet": 3}  # files of a row; else one
+IN_MEMORY = 1 << 28  # bytes of pictures decoded at a time: memory does not grow with what is asked
+PER_ROW = {"odir": 2, "mrnet": 3}  # files of a row; of the other data sets one
 
 
 def load(path, device="auto", precision=None, workers=None):
-    """The network of a best.pt, or of a run's folder, or the mean of several (a list) -> Predictor or
-    Ensemble.
+    """The network of a best.pt or of a run's folder; of a list of them, one that answers with their mean.
 
     precision: auto, fp32, bf16 or fp16; by default what the run was asked to use. Raises InputError.
     """
-    if isinstance(path, list | tuple) and len(path) > 1:
-        return Ensemble([load(one, device, precision, workers) for one in path])
-    path = path[0] if isinstance(path, list | tuple) else path
-    return Predictor(checkpoint.find_checkpoint(path), device, precision, workers)
+    paths = path if isinstance(path, list | tuple) else [path]
+    net, *others = [Predictor(checkpoint.find_checkpoint(one), device, precision, workers) for one in paths]
+    for other in others:
+        if (other.labels, other.args.dataset) != (net.labels, net.args.dataset):
+            raise InputError(f"{other.path} has other labels or another data set than {net.path}")
+        net.members.append(other)
+        net.thresholds = None  # they belong to one network
+    return net
 
 
 class Predictor:
-    """One network with all that its checkpoint says: `.labels`, `.task`, `.thresholds`, `.saved`, `.args`."""
+    """One network with all that its checkpoint says: `.labels`, `.task`, `.thresholds`, `.saved`, `.args`.
+
+    `.members` are the networks whose mean `predict` gives: this one, and those that `load` added.
+    """
 
     def __init__(self, path, device, precision, workers):
-        self.path, self.device = Path(path), engine.pick_device(device)
+        self.path, self.device, self.members = Path(path), engine.pick_device(device), [self]
         self.saved = checkpoint.load_checkpoint(path)
         with reading(path, "a best.pt of this repository"):
             self.args = argparse.Namespace(**self.saved["args"])
             self.labels, self.task, self.family = (self.saved[key] for key in ("labels", "task", "family"))
             self.thresholds, self.prior = self.saved["thresholds"], np.array(self.saved["prior"])
             self.ordered, self.rendered = self.saved["ordered"], self.saved["data"]["rendered"]
-            size = eval_size(self.args)
-            if not 16 <= size <= LARGEST_SIZE:
-                raise InputError(f"{path} asks for pictures of {size} pixels; expected 16 to {LARGEST_SIZE}")
-            model = models.build_model(self.args.model, len(self.labels), "none", size, self.args.trunk)
-            models.load_strict(model, self.saved["model"], path)
-            self.digest = checkpoint.state_digest(self.saved["model"])
-        self.args.workers, self.args.cache = workers, "cache"
+            self.names = tables.full_names(self.args.dataset, self.labels)
+            self.model = self.build()
+        self.digest = checkpoint.state_digest(self.saved["model"])
+        # A checkpoint names no folder that is written, and no way of computing that gives other numbers.
+        self.args.workers, self.args.cache, self.args.compile = workers, "cache", False
         self.precision = engine.pick_precision(precision or self.args.precision, self.device, self.args.model)
-        self.model = model.to(self.device)
         self.fast = features.with_fast_trunk(self.model, self.precision)
-        self.names = tables.full_names(self.args.dataset, self.labels)
+
+    def build(self):
+        """The network with its weights. Raises InputError for flags that train.py would refuse, too."""
+        try:
+            check_args(self.args)
+        except InputError as error:
+            raise InputError(f"{self.path} was made with flags that cannot be: {error}") from error
+        args, size = self.args, eval_size(self.args)
+        model = models.build_model(args.model, len(self.labels), "none", size, args.trunk)
+        models.load_strict(model, self.saved["model"], self.path)
+        return model.to(self.device)
 
     @property
     def random_trunk(self):
-        """Whether the maps are of a trunk that has learned nothing."""
+        """Whether its maps are of a trunk that has learned nothing."""
         return self.args.weights == "none" and not self.args.fine_tune
 
+    # ---------------------------------------------------------------- rows of a data set
+
     def evaluate(self, part, criterion=None, mirrored=False):
-        """(mean loss, probs (n, K)) of a dataset.Part; `mirrored`: the mean with that of the mirrored
-        pictures.
-        """
+        """(mean loss, probs (n, K)) of a dataset.Part; `mirrored`: probs are the mean of both views."""
         criterion = criterion or engine.Criterion(self.task)
         kept = features.TrunkFeatures(self.model, self.args, self.precision, self.device)
-        loss, probs = features.evaluate(
-            self.args, self.model, kept, part, criterion, self.precision, self.device
-        )
+        asked = self.args, self.model, kept, part, criterion, self.precision, self.device
+        loss, probs = features.evaluate(*asked)
         if mirrored:
-            other = features.predict_live(self.args, self.fast, part, criterion, self.device, mirrored=True)[
-                1
-            ]
-            probs = (probs + other) / 2
+            probs = (probs + self.live(part, mirrored=True)) / 2
         return loss, probs
 
-    def explain(self, part, row):
-        """Heat maps of a row by the network that gave its number -> [(name, picture, {label: map (h, w)}),
-        ...].
-        """
-        batch = part.dataset().__getitems__([row])
-        names, pictures, maps = cam.explain(self.fast, batch, self.device)
-        found = []
-        for name, picture, one in zip(names, pictures, maps, strict=True):
-            found.append((name, picture, dict(zip(self.labels, one, strict=True))))
-        return found
+    def live(self, part, mirrored=False):
+        """probs (n, K) of a part whose pictures all go through the network."""
+        criterion = engine.Criterion(self.task)
+        return features.predict_live(self.args, self.fast, part, criterion, self.device, mirrored)[1]
 
-    def map_rows(self, part, row, probs, truth=()):
-        """What figures.heatmaps draws of a row: a line for each eye, photograph or plane."""
-        lines, title = [], str(part.table["ID"].iloc[row])
+    def explain(self, part, row):
+        """Heat maps of a row by the network that gave its number: [(name, picture, {label: map (h, w)})]."""
+        found = zip(*cam.explain(self.fast, part.dataset().__getitems__([row]), self.device), strict=True)
+        return [(name, picture, dict(zip(self.labels, maps, strict=True))) for name, picture, maps in found]
+
+    def truth(self, part):
+        """(n, K) of booleans: the labels that the rows of a part carry."""
+        if self.task == "multilabel":
+            return part.targets == 1
+        return part.targets[:, None] == np.arange(len(self.labels))
+
+    def map_rows(self, part, row, probs, truth=None):
+        """What figures.heatmaps draws of a row with `truth` (K,): a line for each eye, photograph or plane."""
+        lines, known = [], [] if truth is None else [self.names[k] for k in np.flatnonzero(truth)]
         for name, picture, maps in self.explain(part, row):
-            answers = list(zip(self.names, probs.tolist(), maps.values(), strict=True))
-            line = {
-                "title": f"{title} {name}".strip(),
-                "picture": picture,
-                "maps": answers,
-                "truth": list(truth),
-            }
-            lines.append(line | {"aspect": part.aspect(row)})
+            line = {"title": f"{part.table['ID'].iloc[row]} {name}".strip(), "picture": picture}
+            line["maps"] = list(zip(self.names, probs.tolist(), maps.values(), strict=True))
+            lines.append({**line, "truth": known, "aspect": part.aspect(row)})
         return lines
 
+    # ---------------------------------------------------------------- pictures that somebody gives
+
     def open_rows(self, rows):
-        """Decode rows of pictures (paths, arrays uint8 (H, W, 3) or PIL images) -> (Part, {row: why it
-        cannot be read}).
-        """
-        size, kind, faults = eval_size(self.args), self.args.preprocess, {}
-        files = [source for row in rows for source in row]
-        per_row = PER_ROW.get(self.args.dataset, 1)
+        """Decode rows of pictures: paths, PIL images or arrays -> (Part, {row: why it cannot be read})."""
+        size, how, per_row = eval_size(self.args), self.args.preprocess, PER_ROW.get(self.args.dataset, 1)
+        sources = [as_path(source) for row in rows for source in row]
         if self.args.dataset == "mrnet":
-            reasons, pictures = [volume_fault(file) for file in files], None
+            pictures, reasons = None, [volume_fault(source) for source in sources]
         else:
-            paths = [source for source in files if isinstance(source, str | Path)]
-            decoded, array, reasons = decode_all(paths, kind, size, self.args.workers), [], []
-            for source in files:
-                picture, reason = decode_given(source, kind, size, decoded)
-                array.append(picture)
-                reasons.append(reason)
-            pictures = GivenPictures(np.stack(array), np.arange(len(files)).reshape(len(rows), per_row))
-        for place, reason in enumerate(reasons):
-            if reason:
-                row = place // per_row
-                faults[row] = "; ".join([*([faults[row]] if row in faults else []), reason])
-        targets = np.zeros((len(rows), len(self.labels)), np.float32)  # not looked at
+            array, reasons = decode_sources(sources, how, size, self.args.workers)
+            pictures = GivenPictures(array, np.arange(len(sources)).reshape(len(rows), per_row))
+        faults = {}
+        for row in range(len(rows)):
+            found = [reason for reason in reasons[row * per_row : (row + 1) * per_row] if reason]
+            if found:
+                faults[row] = "; ".join(found)
+        targets = np.zeros((len(rows), len(self.labels)), np.float32)  # nobody looks at them
         if self.task == "multiclass":
             targets = np.zeros(len(rows), np.int64)
         table = pd.DataFrame({"ID": range(len(rows)), "files": list(map(tuple, rows))})
-        part = Part(table, pictures, targets, len(rows), size, kind)
+        part = Part(table, pictures, targets, len(rows), size, how)
         return part.subset([row for row in range(len(rows)) if row not in faults]), faults
 
     def answer(self, rows, mirrored=False):
-        """Probabilities (n, K) of rows of pictures, NaN for what cannot be read, and {row: why}."""
-        probs, faults = np.full((len(rows), len(self.labels)), np.nan, np.float32), {}
-        for start in range(0, len(rows), ROWS):
-            part, unread = self.open_rows(rows[start : start + ROWS])
-            faults.update({start + row: reason for row, reason in unread.items()})
-            if len(part):
-                found = self.answer_part(part, mirrored)
-                probs[start + part.table["ID"].to_numpy()] = found
+        """Mean probabilities (n, K) of rows of pictures, NaN where one cannot be read; {row: why}."""
+        probs, faults = np.zeros((len(rows), len(self.labels)), np.float32), {}
+        for member in self.members:
+            size, per_row = eval_size(member.args), PER_ROW.get(member.args.dataset, 1)
+            step = max(1, IN_MEMORY // (3 * per_row * size**2))
+            for start in range(0, len(rows), step):
+                part, unread = member.open_rows(rows[start : start + step])
+                faults.update({start + row: reason for row, reason in unread.items()})
+                if not len(part):
+                    continue
+                found = member.live(part)
+                if mirrored:
+                    found = (found + member.live(part, mirrored=True)) / 2
+                probs[start + part.table["ID"].to_numpy()] += found / len(self.members)
+        probs[list(faults)] = np.nan
         return probs, faults
 
-    def answer_part(self, part, mirrored):
-        criterion = engine.Criterion(self.task)
-        probs = features.predict_live(self.args, self.fast, part, criterion, self.device)[1]
-        if mirrored:
-            other = features.predict_live(self.args, self.fast, part, criterion, self.device, mirrored=True)[
-                1
-            ]
-            probs = (probs + other) / 2
-        return probs
-
     def predict(self, *given, tta=False):
-        """{label: probability} of one patient, photograph or exam; a list of them for a list, a folder or a
-        CSV.
+        """{label: probability} of one patient, picture or exam; of a list, a folder or a CSV a list of these.
 
-        given: LEFT, RIGHT for eye pairs, one picture, or an exam's folder. Pictures are paths, PIL images
-        or arrays uint8 (H, W, 3); paths alone for knees. Raises InputError for what cannot be read.
+        given: LEFT, RIGHT of eye pairs; one picture; an exam's folder or its three files. Pictures are paths,
+        PIL images or arrays uint8 (H, W, 3); knees are paths. A large JPEG is decoded at a reduced size, so
+        that an array of its full size gives slightly other numbers. tta: the mean with the mirrored pictures.
+        Raises InputError for what cannot be read.
         """
         rows, many = self.rows_of(given)
         probs, faults = self.answer(rows, tta)
@@ -175,6 +177,7 @@ class Predictor:
         return answers if many else answers[0]
 
     def rows_of(self, given):
+        """Sources as `predict` takes them -> (rows of pictures, whether they are many)."""
         if len(given) == 1 and isinstance(given[0], list):
             rows = []
             for one in given[0]:
@@ -185,56 +188,39 @@ class Predictor:
             return list(frame["files"]), many
         wanted = PER_ROW.get(self.args.dataset, 1)
         if len(given) != wanted or self.args.dataset == "mrnet":
-            raise InputError(
-                f"{len(given)} picture(s) were given; this network takes {wanted} at a time, knees as files"
-            )
-        return [tuple(given)], False
+            takes = "paths alone" if self.args.dataset == "mrnet" else f"{wanted} of a patient, or a list"
+            raise InputError(f"{len(given)} picture(s) in memory were given; this network takes {takes}")
+        return [given], False
 
     def heatmap(self, *given):
-        """[(name, picture uint8 (S, S, 3), {label: map (h, w) in 0..1})] of one patient: a picture per eye
-        or plane.
-        """
-        rows, _ = self.rows_of(given)
-        part, faults = self.open_rows(rows[:1])
+        """[(name, picture uint8 (S, S, 3), {label: map (h, w) in 0..1})] of a patient's eyes or planes."""
+        part, faults = self.open_rows(self.rows_of(given)[0][:1])
         if faults:
             raise InputError(faults[0])
         return self.explain(part, 0)
 
 
-def decode_given(source, kind, size, decoded):
-    """A picture as the network sees it (size, size, 3), and why there is none; paths come from `decoded` in
-    turn.
-    """
-    if isinstance(source, str | Path):
-        picture, _, reason, _, system = next(decoded)
-        return picture, reason or system
-    try:
-        image = source if isinstance(source, Image.Image) else Image.fromarray(np.asarray(source))
-        return prepare(image.convert("RGB"), kind, size), ""
-    except (InputError, TypeError, ValueError) as error:
-        return np.zeros((size, size, 3), np.uint8), f"a picture in memory: {error}"
+def as_path(source):
+    """A PIL picture that was opened and not decoded yet is read from its file, as the command line does."""
+    if isinstance(source, ImageFile.ImageFile) and source.tile and source.filename:
+        return source.filename
+    return source
 
 
-class Ensemble:
-    """Several networks for the same labels: the mean of their probabilities."""
-
-    def __init__(self, members):
-        self.members, first = members, members[0]
-        for other in members[1:]:
-            if (other.labels, other.args.dataset) != (first.labels, first.args.dataset):
-                raise InputError(f"{other.path} has other labels or another data set than {first.path}")
-        self.first, self.labels = first, first.labels
-
-    def predict(self, *given, tta=False):
-        """As Predictor.predict."""
-        answers = [member.predict(*given, tta=tta) for member in self.members]
-        if not isinstance(answers[0], list):
-            return self.mean(answers)
-        return [self.mean(row) for row in zip(*answers, strict=True)]
-
-    def mean(self, answers):
-        return {label: float(np.mean([answer[label] for answer in answers])) for label in self.labels}
-
-    def heatmap(self, *given):
-        """The first network's maps."""
-        return self.first.heatmap(*given)
+def decode_sources(sources, how, size, workers):
+    """Paths, PIL images and arrays as the network sees them: uint8 (n, size, size, 3), why there is none."""
+    decoded = decode_all([one for one in sources if isinstance(one, str | Path)], how, size, workers)
+    array, reasons = np.zeros((len(sources), size, size, 3), np.uint8), []
+    for place, source in enumerate(sources):
+        reason = ""
+        if isinstance(source, str | Path):
+            array[place], _, reason, _, system = next(decoded)
+            reason = reason or system
+        else:
+            try:
+                image = source if isinstance(source, Image.Image) else Image.fromarray(np.asarray(source))
+                array[place] = prepare(to_rgb(image), how, size)
+            except (TypeError, ValueError) as error:  # no uint8 (H, W, 3), or wholly black
+                reason = f"a picture in memory: {error}"
+        reasons.append(reason)
+    return array, reasons

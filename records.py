@@ -13,10 +13,11 @@ import engine
 import learner as learning
 import metrics
 import tables
-from cache import remove_leftovers, replace_file
+from cache import file_stamps, remove_leftovers, replace_file
 from errors import InputError
 
 SHARE = 20  # a checkpoint is written as often as costs less than a twentieth of the time
+NEW_STATE = {"epoch": 0, "history": [], "best": None, "stale": 0, "seconds": 0.0}
 
 
 def print_data(args, data, device, precision):
@@ -26,27 +27,34 @@ def print_data(args, data, device, precision):
         print(f"note: {data.facts['duplicates']} validation row(s) are trained on too (--duplicates keep)")
     rendered = " (RENDERED)" if data.facts["rendered"] else ""
     found = f"{data.facts['unreadable']} unreadable left out, {len(data.facts['repaired'])} repaired"
-    print(
-        f"{args.dataset}{rendered}: {len(data.train)} training and {len(data.val)} validation rows, {found}; "
-        f"{args.model} on {device} in {precision}",
-        flush=True,
-    )
+    rows = f"{len(data.train)} training and {len(data.val)} validation rows, {found}"
+    print(f"{args.dataset}{rendered}: {rows}; {args.model} on {device} in {precision}", flush=True)
 
 
-def open_run(args, stored, data, learner):
-    """A new run folder and a fresh state, or those of the run that goes on -> (folder, state)."""
+def claim_run(args, stored):
+    """At the start: refuse a name that is taken, lock a run that goes on -> its lock, else None."""
+    checkpoint.check_name(args)
+    if not args.resume or engine.rank():
+        return None
+    lock = checkpoint.lock_run(args.resume)
+    if stored["stamps"] != file_stamps([Path(args.resume) / "last.pt"]):
+        raise InputError(f"{args.resume} went on while it was read: give the command again")
+    return lock
+
+
+def open_run(args, stored, data, learner, lock):
+    """A new run folder and a fresh state, or those of the run that goes on -> (folder, state, lock)."""
     if not stored:
-        state = {"epoch": 0, "history": [], "best": None, "stale": 0, "seconds": 0.0}
-        return engine.from_rank0(checkpoint.new_run_folder, args), state | {"digest": data.facts["digest"]}
+        folder = engine.from_rank0(checkpoint.new_run_folder, args)
+        lock = checkpoint.lock_run(folder) if engine.rank() == 0 else None
+        return folder, {**NEW_STATE, "history": [], "digest": data.facts["digest"]}, lock
     folder = Path(args.resume)
-    if stored["digest"] != data.facts["digest"]:
-        root = data.facts["root"]
-        raise InputError(
-            f"the data in {root} are not those of {folder}: a resumed run needs the same rows and labels"
-        )
-    learning.restore(args, stored, learner, folder)
-    names = ("epoch", "history", "best", "stale", "seconds", "digest")
-    return folder, {name: stored[name] for name in names}
+    with engine.together():
+        if stored["digest"] != data.facts["digest"]:
+            problem = f"the data in {data.facts['root']} are not those of {folder}"
+            raise InputError(f"{problem}: a resumed run needs the same rows and labels")
+        learning.restore(args, stored, learner, folder)
+    return folder, {name: stored[name] for name in (*NEW_STATE, "digest")}, lock
 
 
 def is_over(args, state):
@@ -64,29 +72,13 @@ def history_row(epoch, lr, train_loss, val_loss, train_scores, val_scores):
 
 
 class RunRecords:
-    """The files of one run, written by rank 0. `state` and `learner` are the training loop's own, read as
-    they stand.
-    """
+    """The files of one run, written by rank 0; `state` and `learner` are the training loop's own."""
 
     def __init__(self, folder, args, data, learner, state):
         self.folder, self.args, self.data, self.learner, self.state = folder, args, data, learner, state
-        self.lock = checkpoint.lock_run(folder)
-        self.written = {
-            "best": (0.0, 0.0),
-            "last": (0.0, 0.0),
-        }  # when each was written, and how long that took
-        self.best_digest = None
-        facts = {**data.facts, "repaired": len(data.facts["repaired"])}
-        self.about = {
-            **{"name": folder.name, "dataset": args.dataset, "model": args.model, "args": vars(args)},
-            **{"trunk_name": learner.model.trunk_name, "labels": data.labels, "task": data.task},
-            **{"family": data.family, "ordered": data.ordered, "data": facts, "started": checkpoint.now()},
-            **{"weights": {"given": args.weights, "trunk": learner.features.digest}},
-            **{"command": checkpoint.command_line(folder), "commit": checkpoint.commit()},
-            **{"versions": checkpoint.versions(), "device": checkpoint.describe_machine(learner.device)},
-            **{"precision": learner.precision, "processes": engine.world()},
-            **{"shuffled_labels": args.shuffle_labels},
-        }
+        self.written = {}  # name -> (when it was written, how long that took)
+        self.best_digest = None  # of state["best"], once best.pt holds it
+        self.about = self.describe()
         remove_leftovers(folder)
         self.split = {part: [str(i) for i in frame["ID"]] for part, frame in data.frames.items()}
         rows = [(i, part) for part, ids in self.split.items() for i in ids]
@@ -95,43 +87,53 @@ class RunRecords:
         if data.facts["repaired"]:
             (folder / "repaired.txt").write_text("\n".join(data.facts["repaired"]) + "\n")
         checkpoint.save_json(folder / "run.json", {**self.about, "status": "running"})
-        self.tensorboard = self.open_tensorboard()
         self.save_last()
+        self.tensorboard = self.open_tensorboard()
+
+    def describe(self):
+        """What run.json says of how the run was made."""
+        args, data, learner = self.args, self.data, self.learner
+        about = {"name": self.folder.name, "dataset": args.dataset, "model": args.model, "args": vars(args)}
+        about |= {"command": checkpoint.command_line(self.folder), "commit": checkpoint.commit()}
+        about |= {"versions": checkpoint.versions(), "device": checkpoint.describe_machine(learner.device)}
+        about |= {"precision": learner.precision, "processes": engine.world(), "labels": data.labels}
+        about |= {"task": data.task, "family": data.family, "ordered": data.ordered}
+        about["weights"] = {"given": args.weights, "trunk": learner.features.digest}
+        about["trunk_name"] = learner.model.trunk_name
+        about["data"] = {**data.facts, "repaired": len(data.facts["repaired"])}
+        about |= {"shuffled_labels": args.shuffle_labels, "started": checkpoint.now()}
+        return about
 
     # ---------------------------------------------------------------- checkpoints
 
     def is_due(self, name):
-        at, cost = self.written[name]
-        return time.time() - at > SHARE * cost
+        at, cost = self.written.get(name, (-float("inf"), 0.0))
+        return time.perf_counter() - at > SHARE * cost
+
+    def save(self, name, **state):
+        began = time.perf_counter()
+        checkpoint.save_checkpoint(self.folder / f"{name}.pt", name, **state)
+        self.written[name] = time.perf_counter(), time.perf_counter() - began
 
     def save_last(self):
-        """last.pt: everything that the next epoch needs."""
-        began = time.time()
-        path, state = self.folder / "last.pt", self.learner.state()
-        checkpoint.save_checkpoint(path, "last", args=vars(self.args), **state, **self.state)
-        self.written["last"] = time.time(), time.time() - began
+        """last.pt: everything that the next epoch needs, the best network so far included."""
+        self.save("last", args=vars(self.args), **self.learner.state(), **self.state)
 
     def save_best(self):
-        """best.pt: the network as it was in the kept epoch, and all that test.py needs to rebuild the rest."""
-        began, best, data = time.time(), self.state["best"], self.data
-        weights = checkpoint.cpu_state(self.learner.evaluated())
-        weights.update({f"classifier.{key}": value for key, value in (best["classifier"] or {}).items()})
-        self.best_digest = checkpoint.state_digest(weights)
-        frames = data.frames.items()
-        targets = {part: torch.from_numpy(tables.targets_of(frame, data.labels)) for part, frame in frames}
-        origin = {
-            name: data.facts[name] for name in ("rendered", "digest", "parts", "patients", "duplicates")
-        }
-        checkpoint.save_checkpoint(
-            self.folder / "best.pt",
-            "best",
-            **{"model": weights, "args": vars(self.args), "digest": self.best_digest},
-            **{name: best[name] for name in ("epoch", "loss", "scores", "thresholds")},
-            **{"labels": data.labels, "task": data.task, "family": data.family, "ordered": data.ordered},
-            **{"prior": data.prior(), "split": self.split, "targets": targets},
-            data={"root": str(Path(data.facts["root"]).resolve()), **origin},
-        )
-        self.written["best"] = time.time(), time.time() - began
+        """best.pt: the network as it was in the kept epoch, and all else that test.py needs."""
+        best, data, facts = self.state["best"], self.data, self.data.facts
+        weights = {**checkpoint.cpu_state(self.learner.model), **best["weights"]}
+        targets = {}
+        for part, frame in data.frames.items():
+            targets[part] = torch.from_numpy(tables.targets_of(frame, data.labels))
+        origin = {name: facts[name] for name in ("rendered", "digest", "parts", "patients", "duplicates")}
+        origin["root"] = str(Path(facts["root"]).resolve())
+        found = {name: best[name] for name in ("epoch", "loss", "scores", "thresholds")}
+        about = {"labels": data.labels, "task": data.task, "family": data.family, "ordered": data.ordered}
+        about |= {"prior": data.prior(), "split": self.split, "targets": targets, "data": origin}
+        digest = checkpoint.state_digest(weights)
+        self.save("best", model=weights, args=vars(self.args), digest=digest, **found, **about)
+        self.best_digest = digest
 
     # ---------------------------------------------------------------- TensorBoard
 
@@ -172,48 +174,40 @@ class RunRecords:
         """Write what an epoch leaves; returns its line, and prints it unless a progress bar shows it."""
         row = self.state["history"][-1]
         main = next(name for name in ("val_accuracy", "val_final_score", "val_auc") if name in row)
-        line = f"loss {row['train_loss']:.4f} / {row['val_loss']:.4f}  {main.removeprefix('val_')} {row[main]:.4f}"
+        losses = f"loss {row['train_loss']:.4f} / {row['val_loss']:.4f}"
+        line = f"{losses}  {main.removeprefix('val_')} {row[main]:.4f}"
         if not silent:
             print(f"epoch {row['epoch']}  lr {row['lr']:.3g}  {line}{'  *' if kept else ''}", flush=True)
         log_scalars(self.tensorboard, row)
-        # A frozen trunk never changes and its best head is in last.pt too, so best.pt may be late. A trunk
-        # that learns is stored at once, before last.pt: after a kill no better epoch is missing.
-        if kept and (not self.learner.trunk or self.is_due("best")):
+        # The best network is in last.pt too, so either file may be some epochs late.
+        if kept:
+            self.best_digest = None
+        if not self.best_digest and self.is_due("best"):
             self.save_best()
         if self.is_due("last"):
             self.save_last()
         return line
 
     def interrupted(self):
-        """Say how to go on: last.pt holds the last whole epoch that was written."""
-        checkpoint.save_json(
-            self.folder / "run.json", {**self.about, **self.summary(), "status": "interrupted"}
-        )
-        print(f"\nstopped in epoch {self.state['epoch']}, which a resume repeats from its start. Go on with:")
-        print(f"    python train.py --resume {self.folder}", flush=True)
-        self.unlock()
-
-    def unlock(self):
-        self.lock.close()
-        (self.folder / ".lock").unlink(missing_ok=True)
+        """Bring best.pt and run.json up to date: last.pt holds the last whole epoch that was written."""
+        if self.state["best"] and not self.best_digest:
+            self.save_best()
+        facts = {**self.about, **self.summary(), "status": "interrupted"}
+        checkpoint.save_json(self.folder / "run.json", facts)
+        whole = self.state["epoch"]
+        print(f"\nstopped after {whole} whole epoch(s); a resume repeats the one under way", flush=True)
 
     def summary(self):
         state, best = self.state, self.state["best"] or {}
-        return {
-            **{
-                "seconds": round(state["seconds"], 1),
-                "epochs_run": state["epoch"],
-                "best_digest": self.best_digest,
-            },
-            **{"best_epoch": best.get("epoch"), "best_loss": best.get("loss"), "scores": best.get("scores")},
-            **{"thresholds": best.get("thresholds"), "last_epoch": (state["history"] or [None])[-1]},
-        }
+        told = {"seconds": round(state["seconds"], 1), "epochs_run": state["epoch"]}
+        told |= {"best_epoch": best.get("epoch"), "best_loss": best.get("loss"), "scores": best.get("scores")}
+        told |= {"best_digest": self.best_digest, "thresholds": best.get("thresholds")}
+        return told | {"last_epoch": (state["history"] or [None])[-1]}
 
     def end(self, seconds):
-        """The last files, the copy of best.pt in the working directory, and the last line."""
+        """The last files, the last line, and the copy of best.pt in the working directory."""
         state, best = self.state, self.state["best"]
-        if self.learner.trunk or best["thresholds"] or not self.best_digest:
-            self.save_best()
+        self.save_best()
         self.save_last()
         checkpoint.write_sheet(self.folder / "train_results.xlsx", pd.DataFrame(state["history"]))
         self.finish_tensorboard()
@@ -225,16 +219,12 @@ class RunRecords:
         scores = ", ".join(f"{name} {value:.4f}" for name, value in best["scores"].items())
         place = f"best epoch {best['epoch']} of {state['epoch']}, validation loss {best['loss']:.4f}"
         print(f"{self.folder}: {place}, {family} scores: {scores}", flush=True)
-        self.unlock()
-        self.copy_best()
-
-    def copy_best(self):
-        """best.pt of this folder: last, because a folder that cannot be written must not cost the scores."""
-        try:
+        try:  # last, because a folder that cannot be written must not cost the scores
             with open(self.folder / "best.pt", "rb") as source:
                 replace_file("best.pt", functools.partial(shutil.copyfileobj, source))
-        except PermissionError:
-            print(f"note: best.pt could not be copied into {Path.cwd()}; it is {self.folder / 'best.pt'}")
+        except OSError as error:
+            place = f"best.pt could not be copied into {Path.cwd()} ({error.strerror})"
+            print(f"note: {place}; it is {self.folder / 'best.pt'}")
 
 
 def log_scalars(writer, row):

@@ -15,36 +15,28 @@ ROUNDS = 256  # drawn at once: their random numbers stay in the cache
 class LabelBalancedSampler(torch.utils.data.Sampler):
     """Draw from the label sampled least so far (ties at random), then any of its rows (with replacement).
 
-    labels: (n, L) of 0/1 or (n,) class numbers. A draw raises the count of every label its row carries, once.
-    `num_samples` draws an epoch, n by default. A label nobody carries is left out and stands in
-    `.empty_labels`; InputError if there is no label at all. A row without a label is never drawn.
+    labels: (n, L) of 0/1 or (n,) class numbers; n draws an epoch. A draw raises the count of every label its
+    row carries. A label nobody carries is left out; a row without a label is never drawn.
 
-    A label at the lowest count stays in line until it is drawn or comes along with another. So all draws at
-    one count are one pass over the labels in random order that skips those already above it: a round, not a
-    search per draw.
+    All draws at one count are one pass over the labels in random order that skips those already above it: a
+    round, not a search per draw.
     """
 
-    def __init__(self, labels, seed=0, num_samples=None):
+    def __init__(self, labels, seed=0):
         labels = np.asarray(labels)
         if labels.ndim == 1 and len(labels):
             labels = _classes(labels)[:, None] == np.arange(np.max(labels) + 1)
         if labels.ndim != 2 or not np.any(labels) or not ((labels == 0) | (labels == 1)).all():
             raise InputError(f"labels {labels.shape} must be (n, L) of 0/1 with a 1, or (n,) class numbers")
-        self.seed, self.epoch = seed, 0
-        self.num_samples = len(labels) if num_samples is None else num_samples
-        self.empty_labels = np.flatnonzero(~labels.any(axis=0)).tolist()
+        self.seed, self.epoch, self.num_samples = seed, 0, len(labels)
         labels = np.ascontiguousarray(labels[:, labels.any(axis=0)], dtype=bool)
         columns, self.members = np.nonzero(labels.T)  # the rows of the first label, of the second, ...
         self.sizes = np.bincount(columns)
         self.starts = np.cumsum(self.sizes) - self.sizes
         # Rows with the same labels share one tuple: the counting loop touches a handful of objects, not n.
-        packed = np.packbits(
-            labels, axis=1
-        )  # np.unique compares whole rows where a row is one number or void
-        number = {1: "u1", 2: "u2"}.get(packed.shape[1], f"V{packed.shape[1]}")
-        _, first, self.kind_of_row = np.unique(
-            packed.view(number).ravel(), return_index=True, return_inverse=True
-        )
+        packed = np.packbits(labels, axis=1)
+        rows = packed.view(f"V{packed.shape[1]}").ravel()  # one value a row, whatever the number of labels
+        _, first, self.kind_of_row = np.unique(rows, return_index=True, return_inverse=True)
         self.kinds = [tuple(np.flatnonzero(labels[row]).tolist()) for row in first]
 
     def set_epoch(self, epoch):
@@ -87,10 +79,6 @@ class Batches:
     """
 
     def __init__(self, order, batch, rank=0, world=1):
-        if batch < 1 or not 0 <= rank < world:
-            raise InputError(
-                f"batch {batch} must be 1 or more, and rank {rank} at least 0 and below world {world}"
-            )
         self.order = np.asarray(order, dtype=np.int64)
         self.batch, self.rank, self.world = batch, rank, world
         by_index = np.argsort(self.order, kind="stable")
@@ -110,8 +98,7 @@ class Batches:
 def epoch_order(kind, targets, seed, epoch):
     """Row numbers (n,) int64 of an epoch over all ranks, by kind of SAMPLERS.
 
-    targets: (n, L) 0/1 or (n,) class numbers. "weighted" is torch's WeightedRandomSampler with the weights of
-    `sample_weights`, so it needs class numbers.
+    targets: (n, L) 0/1 or (n,) class numbers; "weighted", torch's WeightedRandomSampler, needs class numbers.
     """
     if kind == "shuffle":
         return np.random.default_rng([seed, epoch]).permutation(len(targets))
@@ -120,9 +107,7 @@ def epoch_order(kind, targets, seed, epoch):
     if kind != "weighted":
         raise InputError(f"sampler {kind!r} must be one of {', '.join(SAMPLERS)}")
     weights = torch.from_numpy(sample_weights(targets, int(_classes(targets).max()) + 1))
-    mixed = np.random.SeedSequence([seed, epoch]).generate_state(1)[
-        0
-    ]  # seed 1, epoch 0 is not seed 0, epoch 1
+    (mixed,) = np.random.SeedSequence([seed, epoch]).generate_state(1)  # seed + epoch would repeat orders
     generator = torch.Generator().manual_seed(int(mixed))
     return torch.multinomial(weights, len(weights), replacement=True, generator=generator).numpy()
 

@@ -15,9 +15,7 @@ PRETREATED = [*range(2174, 2183), 2957]  # ODIR patients whose backgrounds were 
 
 
 def permuted(count, share, seed):
-    """scikit-learn's train_test_split without scikit-learn: positions (rest, taken), `share` of `count`
-    rounded up.
-    """
+    """scikit-learn's train_test_split without scikit-learn: positions (rest, taken), `share` rounded up."""
     taken = math.ceil(share * count) if isinstance(share, float) else share
     order = np.random.RandomState(seed).permutation(count)
     return order[taken:], order[:taken]
@@ -44,10 +42,8 @@ def split_grouped(table, val, test, seed):
     grade = table.groupby("patient", sort=False)["target"].max()
     sizes = round(val * len(grade)), round(test * len(grade))
     if not sizes[0]:
-        advice = "more pictures or a larger --val-fraction"
-        raise InputError(
-            f"{len(grade)} patient(s) leave none for validation at a share of {val:.3g}: {advice}"
-        )
+        problem = f"{len(grade)} patient(s) leave none for validation at a share of {val:.3g}"
+        raise InputError(f"{problem}: more pictures or a larger --val-fraction")
     rest, names = grade, []
     for size in sizes:
         taken = rest.iloc[:0]
@@ -55,19 +51,19 @@ def split_grouped(table, val, test, seed):
             try:
                 rest, taken = train_test_split(rest, test_size=size, random_state=seed, stratify=rest)
             except ValueError as error:
+                parts = f"parts of {sizes} with every class in each"
+                advice = "More pictures, or a larger --val-fraction"
                 raise InputError(
-                    f"{len(grade)} patients cannot be split into parts of {sizes} with every class in each: "
-                    f"{error} More pictures, or a larger --val-fraction"
+                    f"{len(grade)} patients cannot be split into {parts}: {error} {advice}"
                 ) from error
         names.append(taken.index)
     return table[table.patient.isin(rest.index)], *(table[table.patient.isin(part)] for part in names)
 
 
 def split(name, table, val=None, test=None, seed=42):
-    """Split a table by patient -> {"train", "val", "test"}: data frames. A split given by the data set is
-    kept.
+    """Split a table by patient -> {"train", "val", "test"}: data frames.
 
-    `val` and `test` are shares of the patients; None is the data set's published share.
+    A split that the data set brings is kept. `val`, `test`: shares of the patients; None: the published one.
     """
     given = table["given_part"]
     if (given != "").all():
@@ -78,9 +74,8 @@ def split(name, table, val=None, test=None, seed=42):
     val = DATASETS[name]["val"] if val is None else val
     test = DATASETS[name]["test"] if test is None else test
     if not (0 < val < 1 and 0 <= test < 1 and val + test < 1):
-        raise InputError(
-            f"--val-fraction {val} and --test-fraction {test}: expected shares that leave some to train"
-        )
+        given = f"--val-fraction {val} and --test-fraction {test}"
+        raise InputError(f"{given}: expected shares that leave some to train")
     if name != "odir":
         return dict(zip(PARTS, split_grouped(table, val, test, seed), strict=True))
     train, validation = split_patients(table, val, seed)
@@ -92,9 +87,7 @@ def split(name, table, val=None, test=None, seed=42):
 
 
 def drop_missing(parts, missing):
-    """Leave rows whose files are not there out of `parts` (missing="drop"), or stop -> (parts, number left
-    out).
-    """
+    """Leave out rows whose files are not there (missing="drop"), or stop -> (parts, number left out)."""
     folders, complete, absent = {}, {}, []
     for part, table in parts.items():
         complete[part] = np.ones(len(table), dtype=bool)
@@ -112,7 +105,7 @@ def drop_missing(parts, missing):
 
 
 def is_there(file, folders):
-    """Whether a file exists, by one listing of its folder: seconds where a question per file takes minutes."""
+    """Whether a file exists, by one listing of its folder: a question per file takes minutes."""
     path = Path(file)
     folder = str(path.parent)
     if folder not in folders:

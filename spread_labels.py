@@ -2,10 +2,9 @@
 
     python spread_labels.py --ckpt best.pt
 
-takes the outputs of the last dense layer for the run's TRAINING pictures and for those in test/,
-standardises them and runs scikit-learn's LabelSpreading (Zhou et al. 2004). Writes pseudo_labels.csv
-(filename, label, confidence) into the run's folder, for `train.py --pseudo-labels`. Validation and test
-pictures take no part.
+takes the outputs of the last dense layer for the run's TRAINING pictures and for those in test/, standardises
+them and runs scikit-learn's LabelSpreading (Zhou et al. 2004). Writes pseudo_labels.csv (filename, label,
+confidence) into the run's folder, for `train.py --pseudo-labels`. Validation and test patients take no part.
 """
 
 import sys
@@ -43,28 +42,30 @@ def get_args_parser():
     add("--neighbors", type=int, default=7, help="knn: the picture itself and its nearest (scikit-learn's)")
     text = "rbf: exp(-gamma d^2) (default: 1 / number of labels; LabelSpreading's own 20 reaches nobody)"
     add("--gamma", type=float, help=text)
-    add(
-        "--alpha",
-        type=float,
-        default=0.2,
-        help="share that a picture takes from its neighbours (scikit-learn's)",
-    )
+    text = "share that a picture takes from its neighbours (scikit-learn's)"
+    add("--alpha", type=float, default=0.2, help=text)
     add_machine_flags(parser, precision=None)
     add("--cache", default="cache", help="folder of kept pictures and features")
     return parser
 
 
-def spread(outputs, targets, kernel="knn", neighbors=7, gamma=None, alpha=0.2):
-    """Spread `targets` (n,), UNKNOWN where there is none, over standardised outputs (n, K) -> (labels,
-    confidence).
+def check_args(args, net):
+    if not 0 < args.alpha < 1 or args.neighbors < 2 or args.gamma is not None and args.gamma <= 0:
+        given = f"--alpha {args.alpha} --neighbors {args.neighbors} --gamma {args.gamma}"
+        raise InputError(f"{given}: expected between 0 and 1, 2 or more, above 0")
+    if net.args.dataset != "retina":
+        problem = f"{args.ckpt} is of {net.args.dataset}"
+        raise InputError(f"{problem}: only the retina data set has unlabelled pictures")
 
-    Confidence (n,) is the label's share of what reached the row, 0..1; a row that nothing reached has
-    UNKNOWN and 0.
+
+def spread(outputs, targets, kernel="knn", neighbors=7, gamma=None, alpha=0.2):
+    """Spread `targets` (n,), UNKNOWN where there is none, over outputs (n, K) -> (labels, confidence).
+
+    Confidence (n,) is the label's share of what reached the row, 0..1. Nothing: UNKNOWN and 0.
     """
     outputs = StandardScaler().fit_transform(outputs.astype(np.float64))
     gamma = gamma or 1 / outputs.shape[1]
-    # Changes shrink by `alpha` a round and add up over all rows: scikit-learn's 30 rounds are few for one
-    # near 1.
+    # Changes shrink by `alpha` a round and add up over all rows: scikit-learn's 30 rounds are few near 1.
     model = LabelSpreading(kernel=kernel, n_neighbors=neighbors, gamma=gamma, alpha=alpha, max_iter=1000)
     shares = model.fit(outputs, targets).label_distributions_
     confidence = shares.max(1)
@@ -72,11 +73,9 @@ def spread(outputs, targets, kernel="knn", neighbors=7, gamma=None, alpha=0.2):
 
 
 def agreement(outputs, targets, settings):
-    """Share of the labelled rows whose spread label is the true one while a fifth of them, theirs too, is
-    hidden.
+    """Share of the labelled rows whose spread label is the true one while a fifth of them is hidden.
 
-    Not hidden, a row keeps 1 - alpha of its own label and would agree with itself whatever its neighbours
-    say.
+    Their own label is hidden too: a row keeps 1 - alpha of it and would agree with itself.
     """
     known = np.flatnonzero(targets != UNKNOWN)
     right = 0
@@ -90,49 +89,61 @@ def agreement(outputs, targets, settings):
 def training_rows(net, root):
     """The labelled rows that the run trained on, never one of its validation or test part.
 
-    A run with --pseudo-labels has names of unlabelled pictures among its training IDs; they are not in the
-    table.
+    Pseudo-labelled pictures among the run's training IDs are in no table, and so are left out.
     """
     frame, split = tables.read("retina", root, net.labels).frame, net.saved["split"]
     wanted = set(split["train"]) - set(split["val"]) - set(split["test"])
-    rows = frame[frame["ID"].astype(str).isin(wanted)].reset_index(drop=True)
-    if rows.empty or len(rows) < len(wanted) and not net.args.pseudo_labels:
-        gone = f"{len(wanted) - len(rows)} of the run's {len(wanted)} training pictures"
+    frame = frame[frame["ID"].astype(str).isin(wanted)].reset_index(drop=True)
+    if frame.empty or len(frame) < len(wanted) and not net.args.pseudo_labels:
+        gone = f"{len(wanted) - len(frame)} of the run's {len(wanted)} training pictures"
         raise InputError(f"{gone} are not in this data set: the data have changed since training")
-    return rows
+    return frame
+
+
+def unlabelled_rows(net, root):
+    """The pictures in test/, without those that train.py would refuse: labelled, or of a held-out patient."""
+    labelled = tables.plain_names(tables.read("retina", root, net.labels).frame["ID"])
+    files = tables.unlabelled_pictures(root)
+    if not files:
+        raise InputError(f"{Path(root) / 'test'} holds no pictures: there is nothing to spread labels to")
+    names, split = [Path(file).name for file in files], net.saved["split"]
+    frame = pd.DataFrame({"ID": names, "files": [(file,) for file in files], "target": UNKNOWN})
+    held_out = tables.patients_of([*split["val"], *split["test"]])
+    known = np.isin(tables.plain_names(names), labelled) | np.isin(tables.patients_of(names), held_out)
+    if known.any():
+        print(f"note: {known.sum()} unlabelled picture(s) are labelled or of a validation or test patient:")
+        print("they are left out")
+    if known.all():
+        raise InputError(
+            f"every picture in {Path(root) / 'test'} is labelled, or of a validation or test patient"
+        )
+    return frame[~known].reset_index(drop=True)
+
+
+def outputs_of(net, frame, missing):
+    """Outputs of the last dense layer -> (the rows whose picture can be read, (n, K))."""
+    frame = drop_missing({"": frame}, missing)[0][""]
+    targets = np.maximum(frame["target"].to_numpy(np.int64), 0)  # the loss is not looked at
+    part, _ = dataset.open_part(frame, targets, net.args, dataset.eval_size(net.args), missing)
+    if not len(part):
+        raise InputError("none of the pictures can be read")
+    return part.table, net.evaluate(part, engine.Outputs("multiclass"))[1]
 
 
 def main(argv=None):
-    # Arguments, the network, the pictures
+    # Arguments, the network, outputs of its last dense layer
     args = get_args_parser().parse_args(argv)
-    if not 0 < args.alpha < 1 or args.neighbors < 2 or args.gamma is not None and args.gamma <= 0:
-        given = f"--alpha {args.alpha} --neighbors {args.neighbors} --gamma {args.gamma}"
-        raise InputError(f"{given}: expected between 0 and 1, 2 or more, above 0")
     net = predictor.load(args.ckpt, args.device, args.precision, args.workers)
-    if net.args.dataset != "retina":
-        raise InputError(
-            f"{args.ckpt} is of {net.args.dataset}: only the retina data set has unlabelled pictures"
-        )
+    check_args(args, net)
     net.args.cache, missing = args.cache, args.missing or net.args.missing
     root = args.data or net.saved["data"]["root"]
-    unlabelled = tables.unlabelled_pictures(root)
-    if not unlabelled:
-        raise InputError(f"{Path(root) / 'test'} holds no pictures: there is nothing to spread labels to")
-    names = [Path(file).name for file in unlabelled]
-    unknown = pd.DataFrame({"ID": names, "files": [(file,) for file in unlabelled], "target": UNKNOWN})
-
-    # Outputs of the last dense layer
-    frames, outputs = [], []
-    for frame in (training_rows(net, root), unknown):
-        frame = drop_missing({"": frame}, missing)[0][""]
-        targets = np.maximum(frame["target"].to_numpy(np.int64), 0)  # the loss is not looked at
-        part, _ = dataset.open_part(frame, targets, net.args, dataset.eval_size(net.args), missing)
-        if not len(part):
-            raise InputError("none of the pictures can be read")
-        outputs.append(net.evaluate(part, engine.Outputs("multiclass"))[1])
-        frames.append(part.table)
-    known, unknown = frames
-    targets, outputs = pd.concat(frames)["target"].to_numpy(np.int64), np.concatenate(outputs)
+    unknown, known = unlabelled_rows(net, root), training_rows(net, root)
+    known, first = outputs_of(net, known, missing)
+    unknown, second = outputs_of(net, unknown, missing)
+    targets, outputs = (
+        pd.concat([known, unknown])["target"].to_numpy(np.int64),
+        np.concatenate([first, second]),
+    )
     if args.kernel == "knn" and args.neighbors > len(targets):
         raise InputError(f"--neighbors {args.neighbors}: there are {len(targets)} pictures")
 
@@ -141,18 +152,15 @@ def main(argv=None):
     found, confidence = (values[len(known) :] for values in spread(outputs, targets, **settings))
     reached = found != UNKNOWN
     if not reached.any():
-        raise InputError(
-            "no label reached any unlabelled picture: raise --neighbors, or take another --kernel"
-        )
-    labels = [net.labels[k] for k in found[reached]]
-    sheet = {
-        "filename": unknown["ID"].to_numpy()[reached],
-        "label": labels,
-        "confidence": confidence[reached],
-    }
-    sheet = pd.DataFrame(sheet)
+        advice = "raise --neighbors, or take another --kernel"
+        raise InputError(f"no label reached any unlabelled picture: {advice}")
+    sheet = pd.DataFrame({"filename": unknown["ID"].to_numpy()[reached]})
+    sheet["label"] = [net.labels[k] for k in found[reached]]
+    sheet["confidence"] = confidence[reached]
     out = (args.out or checkpoint.home_of(checkpoint.find_checkpoint(args.ckpt))) / "pseudo_labels.csv"
     replace_file(out, lambda stream: sheet.to_csv(stream, index=False, float_format="%.6f"), "w")
+
+    # What came of it
     print(f"{len(known)} labelled training pictures, {len(unknown)} unlabelled,", end=" ")
     print(f"{int((~reached).sum())} of them reached by no label")
     for label, count in sheet["label"].value_counts().reindex(net.labels, fill_value=0).items():
@@ -160,10 +168,8 @@ def main(argv=None):
     quartiles = sheet["confidence"].quantile([0, 0.25, 0.5, 0.75, 1])
     print("confidence, quartiles: " + " ".join(f"{value:.3f}" for value in quartiles))
     share = agreement(outputs, targets, settings)
-    print(
-        f"spread label agrees with the true one for {share:.1%} of the labelled pictures, each time with a fifth of"
-    )
-    print("the labels hidden (the network has seen them all: an upper bound)")
+    print(f"spread label agrees with the true one for {share:.1%} of the labelled pictures, each time with a")
+    print("fifth of the labels hidden (the network has seen them all: an upper bound)")
     print(f"{out} written, for train.py --pseudo-labels {out}")
 
 

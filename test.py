@@ -2,18 +2,16 @@
 
     python test.py --ckpt best.pt
 
-prints scikit-learn's classification report and every score with its 95 % bootstrap interval over patients,
-and writes probs.xlsx, ground_truth.xlsx, classification_report.txt, confusion.png, roc.png, samples.png,
-heatmaps.png, reliability.png, test_scores.json (and submission.csv for ODIR) into the folder of the
-checkpoint's run. Another part, threshold or data set gets a folder of its own there. Several checkpoints:
-the mean of their probabilities.
+prints scikit-learn's classification report and every score with its 95 % bootstrap interval over patients.
+Writes probs.xlsx, ground_truth.xlsx, classification_report.txt, confusion.png, roc.png, samples.png,
+heatmaps.png, reliability.png, test_scores.json (and submission.csv for ODIR) into the folder of the run.
+Another part, threshold or data set gets a folder of its own there. Several checkpoints: their mean.
 """
 
 import sys
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 
 import checkpoint
 import dataset
@@ -45,8 +43,32 @@ def get_args_parser():
     return parser
 
 
+def check_args(args, net):
+    if not 0 <= args.threshold <= 1 or args.resamples < 1:
+        given = f"--threshold {args.threshold} --resamples {args.resamples}"
+        raise InputError(f"{given}: expected 0 to 1, and 1 or more")
+    if net.task == "multiclass" and args.threshold != 0.5:
+        classes = f"the classes {', '.join(net.labels)} exclude each other, the strongest is predicted"
+        raise InputError(f"--threshold {args.threshold}: {classes}")
+
+
+def evaluate(args, net):
+    """The rows that are asked for, through each network -> (Part, facts, loss of the first, probs (n, K))."""
+    found = []
+    for member in net.members:
+        member.args.cache, missing = args.cache, args.missing or member.args.missing
+        part, facts = dataset.load_part(member.args, member.saved, args.split, args.data, missing)
+        found.append((part, facts, *member.evaluate(part, mirrored=args.tta)))
+    part, facts, loss, _ = found[0]
+    for member, (other, *_) in zip(net.members, found, strict=True):
+        if other.ids() != part.ids() or not np.array_equal(other.targets, part.targets):
+            rule = "a mean needs the same rows, which no network was trained on"
+            raise InputError(f"{member.path} has another {args.split} part than {net.path}: {rule}")
+    return part, facts, loss, np.mean([probs for *_, probs in found], axis=0)
+
+
 def output_folder(args, net, facts):
-    """Where the files go: what is not the study's own result gets a folder of its own."""
+    """Where the files go: what is not the run's own published result gets a folder of its own."""
     if args.out:
         return args.out
     home = checkpoint.home_of(checkpoint.find_checkpoint(args.ckpt[0]))
@@ -55,229 +77,184 @@ def output_folder(args, net, facts):
         name += f"-{args.threshold:g}"
     if args.tta:
         name += "-mirrored"
-    if len(args.ckpt) > 1:
-        name += f"-mean-of-{len(args.ckpt)}"
-    if args.data and not facts["own"]:
+    if len(net.members) > 1:
+        name += f"-mean-{digest(*(member.digest for member in net.members))[:6]}"
+    if not facts["own"]:
         root = Path(facts["root"]).resolve()
         name += f"-{root.name}-{digest(str(root))[:6]}"
-    published = "test-test" if net.args.dataset == "aptos" else "test-val"  # the part that was published
+    published = "test-test" if net.args.dataset == "aptos" else "test-val"
     return home if name == published else home / name
 
 
-def score(family, part, probs, net, args, threshold):
-    """One family's scores, 95 % intervals over patients, trivial answers and undefined scores."""
-    rules = {"labels": net.labels, "threshold": threshold, "ordered": net.ordered}
-    base = "per label" if family == LEARNED else family
-    return {
-        "scores": metrics.scores(base, part.targets, probs, **rules),
-        "intervals": metrics.bootstrap_intervals(
-            base, part.targets, probs, args.resamples, patients=part.patients(), **rules
-        ),
-        "trivial": metrics.trivial_scores(part.targets, net.prior, base, **rules),
-        "undefined": metrics.undefined_scores(part.targets, probs, net.labels, base, threshold),
-    }
+# ---------------------------------------------------------------- scores
 
 
 def report_scores(part, probs, net, args):
-    """Everything about the scores that test_scores.json holds."""
+    """Scores, 95 % intervals over patients, trivial answers and what is undefined, of each family."""
     families = {net.family: args.threshold}
     if net.args.dataset == "odir":
         families["challenge"] = args.threshold
     if net.thresholds and args.threshold == 0.5:
         families[LEARNED] = np.array(net.thresholds)
+    truth, patients = part.targets, part.patients()
     result = {"scores": {}, "intervals": {}, "trivial": {}, "undefined": []}
-    for family, threshold in families.items():
-        found = score(family, part, probs, net, args, threshold)
-        result["scores"][family], result["intervals"][family] = found["scores"], found["intervals"]
-        for name, scores in found["trivial"].items():
-            result["trivial"].setdefault(name, {})[family] = scores
-        result["undefined"] += [text for text in found["undefined"] if text not in result["undefined"]]
-    if part.targets.ndim == 2:
-        each = metrics.per_label_scores(part.targets, probs, args.threshold)
-        ranges = metrics.label_intervals(
-            part.targets, probs, args.threshold, args.resamples, patients=part.patients()
-        )
+    for name, threshold in families.items():
+        family = "per label" if name == LEARNED else name
+        rules = {"labels": net.labels, "threshold": threshold, "ordered": net.ordered}
+        resampled = {"n_resamples": args.resamples, "patients": patients, **rules}
+        result["scores"][name] = metrics.scores(family, truth, probs, **rules)
+        result["intervals"][name] = metrics.bootstrap_intervals(family, truth, probs, **resampled)
+        for answer, scores in metrics.trivial_scores(truth, net.prior, family, **rules).items():
+            result["trivial"].setdefault(answer, {})[name] = scores
+        result["undefined"] += metrics.undefined_scores(truth, probs, net.labels, family, threshold)
+    result["undefined"] = list(dict.fromkeys(result["undefined"]))
+    if net.task == "multilabel":
+        each = metrics.per_label_scores(truth, probs, args.threshold)
+        ranges = metrics.label_intervals(truth, probs, args.threshold, args.resamples, patients=patients)
         for name, values in (("labels", each), ("label_intervals", ranges)):
             result[name] = {key: dict(zip(net.labels, values[key], strict=True)) for key in ("f1", "auc")}
-    result["calibration_error"] = metrics.expected_calibration_error(part.targets, probs)
+    result["calibration_error"] = metrics.expected_calibration_error(truth, probs)
     return result
 
 
 def print_scores(result):
+    titles = {"challenge": "challenge scores (all cells flattened)"}
+    titles[LEARNED] = "per label scores at the thresholds that were learned on training patients"
     for family, scores in result["scores"].items():
-        print(f"\n{family} scores:" if family != "challenge" else "\nchallenge scores (all cells flattened):")
+        print(f"\n{titles.get(family, f'{family} scores')}:")
         for name, value in scores.items():
             low, high = result["intervals"][family][name]
             print(f"  {name:16} {value:.4f}   95 % interval {low:.4f} to {high:.4f}")
-        for name, trivial in result["trivial"].items():
-            if family in trivial:
-                values = ", ".join(f"{key} {value:.4f}" for key, value in trivial[family].items())
+        for name, answer in result["trivial"].items():
+            if family in answer:
+                values = ", ".join(f"{key} {value:.4f}" for key, value in answer[family].items())
                 print(f"  ({name} would score: {values})")
     for sentence in result["undefined"]:
         print(f"undefined: {sentence}")
     print(f"expected calibration error {result['calibration_error']:.4f}")
 
 
-def classification_text(part, probs, net, threshold):
-    """scikit-learn's report, at the same threshold as the scores."""
+def classification_text(part, chosen, net):
+    """scikit-learn's report of what is predicted, `chosen` (n, K)."""
     from sklearn.metrics import classification_report
 
-    if net.task == "multiclass":
-        truth, predicted = part.targets, probs.argmax(1)
-    else:
-        truth, predicted = part.targets.astype(int), (probs > threshold).astype(int)
-    numbers = range(len(net.labels))
+    truth, numbers = part.targets.astype(int), range(len(net.labels))
+    predicted = chosen.astype(int) if net.task == "multilabel" else chosen.argmax(1)
     if net.task == "multilabel" and len(net.labels) == 1:  # scikit-learn takes one column for two classes
         truth, predicted, numbers = truth.ravel(), predicted.ravel(), [1]
     rules = dict(labels=numbers, target_names=net.names, digits=4, zero_division=0)
     return classification_report(truth, predicted, **rules)
 
 
-def first_of_each(targets, num_labels):
-    """The first row that carries each label, without repeats; where no row carries any, the first row."""
-    carried = targets == 1 if targets.ndim == 2 else targets[:, None] == np.arange(num_labels)
-    rows = [int(column.argmax()) for column in carried.T if column.any()]
-    return list(dict.fromkeys(rows)) or [0]
+# ---------------------------------------------------------------- files
 
 
-def truth_of(part, row, net):
-    """The labels that a row carries."""
-    if net.task == "multiclass":
-        return [net.names[part.targets[row]]]
-    return [name for name, carried in zip(net.names, part.targets[row], strict=True) if carried]
+def draw_samples(part, probs, chosen, net, rows):
+    samples = []
+    for row in rows:
+        answers = list(zip(net.names, probs[row].tolist(), strict=True))
+        sample = {"title": part.ids()[row], "pictures": part.shown(row), "aspect": part.aspect(row)}
+        sample["truth"] = [net.names[k] for k in np.flatnonzero(net.truth(part)[row])]
+        sample["prediction"] = [answers[k] for k in np.flatnonzero(chosen[row])]
+        samples.append({**sample, "probs": dict(answers)})
+    return figures.samples(samples)
 
 
-def draw_samples(part, probs, net, threshold):
-    rows = []
-    for row in first_of_each(part.targets, len(net.labels)):
-        chosen = np.flatnonzero(probs[row] > threshold) if net.task == "multilabel" else [probs[row].argmax()]
-        rows.append(
-            {
-                "title": str(part.table["ID"].iloc[row]),
-                "pictures": part.shown(row),
-                "truth": truth_of(part, row, net),
-                "prediction": [(net.names[k], float(probs[row, k])) for k in chosen],
-                "probs": dict(zip(net.names, probs[row].tolist(), strict=True)),
-                "aspect": part.aspect(row),
-            }
-        )
-    return figures.samples(rows)
-
-
-def draw_heatmaps(part, probs, net):
-    """A line of class-activation maps for each picture of the first row that carries each label."""
-    rows = []
-    for row in first_of_each(part.targets, len(net.labels)):
-        rows += net.map_rows(part, row, probs[row], truth_of(part, row, net))
-    return figures.heatmaps(rows, net.random_trunk)
-
-
-def shifted_to_half(answers, labels, thresholds):
-    """The sheet of probabilities mapped by straight lines so that 0.5 means the learned threshold."""
-    shifted = answers.copy()
-    for label, limit in zip(labels, thresholds, strict=True):
-        below, above = answers[label] / (2 * limit), 0.5 + (answers[label] - limit) / (2 - 2 * limit)
-        shifted[label] = np.where(answers[label] <= limit, below, above)
-    return shifted
-
-
-def write_files(out, part, probs, net, result, text, threshold):
-    """Sheets, report, pictures, test_scores.json -> their names."""
-    ids = part.table["ID"].reset_index(drop=True)
-    truth = part.targets if net.task == "multilabel" else np.eye(len(net.labels))[part.targets]
-    answers = pd.concat([ids, pd.DataFrame(probs.astype(np.float64), columns=net.labels)], axis=1)
-    truths = pd.concat([ids, pd.DataFrame(truth.astype(int), columns=net.labels)], axis=1)
-    checkpoint.write_sheet(out / "probs.xlsx", answers)
-    checkpoint.write_sheet(out / "ground_truth.xlsx", truths)
-    written = ["probs.xlsx", "ground_truth.xlsx", "classification_report.txt", "test_scores.json"]
-    if net.args.dataset == "odir":
-        submission = answers
-        if net.thresholds:
-            submission = shifted_to_half(answers, net.labels, net.thresholds)
-        replace_file(out / "submission.csv", lambda stream: submission.to_csv(stream, index=False), "w")
-        written.append("submission.csv")
-    replace_file(out / "classification_report.txt", lambda stream: stream.write(text), "w")
-    pictures = {
+def draw_all(part, probs, chosen, net, threshold):
+    """{file name: figure}; samples and heat maps are of the first row that carries each label."""
+    truth = net.truth(part)
+    rows = [int(column.argmax()) for column in truth.T if column.any()]
+    rows = list(dict.fromkeys(rows)) or [0]
+    drawn = {
         "confusion.png": figures.confusion(part.targets, probs, net.names, net.task, threshold),
         "roc.png": figures.roc(part.targets, probs, net.names, net.task),
         "reliability.png": figures.reliability(part.targets, probs),
-        "samples.png": draw_samples(part, probs, net, threshold),
+        "samples.png": draw_samples(part, probs, chosen, net, rows),
     }
+    lines = []
     try:
-        pictures["heatmaps.png"] = draw_heatmaps(part, probs, net)
+        for row in rows:
+            lines += net.map_rows(part, row, probs[row], truth[row])
+        drawn["heatmaps.png"] = figures.heatmaps(lines, net.random_trunk)
     except InputError as error:  # a network without a map of features
         print(f"note: {error}")
-    for name, figure in pictures.items():
-        if result["data"]["rendered"]:
-            figures.mark_rendered(figure)
-        replace_file(out / name, lambda stream, figure=figure: figure.savefig(stream, dpi=110, format="png"))
-    checkpoint.save_json(out / "test_scores.json", result)
-    return [*written, *pictures]
+    return drawn
+
+
+def shifted_to_half(probs, thresholds):
+    """Probabilities (n, L) mapped by straight lines so that 0.5 means the learned threshold of the label."""
+    shifted = np.empty(probs.shape)
+    for k, limit in enumerate(thresholds):
+        shifted[:, k] = np.interp(probs[:, k], [0, limit, 1], [0, 0.5, 1])
+    yes = probs > thresholds
+    return np.where(yes, np.maximum(shifted, np.nextafter(0.5, 1)), np.minimum(shifted, 0.5))
+
+
+def write_files(out, part, probs, net, text):
+    """Sheets and the report -> their names."""
+    ids = part.table[["ID"]].reset_index(drop=True)
+    answers, truths = ids.copy(), ids.copy()
+    answers[net.labels], truths[net.labels] = probs.astype(float), net.truth(part).astype(int)
+    checkpoint.write_sheet(out / "probs.xlsx", answers)
+    checkpoint.write_sheet(out / "ground_truth.xlsx", truths)
+    replace_file(out / "classification_report.txt", lambda stream: stream.write(text), "w")
+    written = ["probs.xlsx", "ground_truth.xlsx", "classification_report.txt"]
+    if net.args.dataset == "odir":
+        if net.thresholds:
+            answers[net.labels] = shifted_to_half(probs.astype(float), np.array(net.thresholds))
+        replace_file(out / "submission.csv", lambda stream: answers.to_csv(stream, index=False), "w")
+        written.append("submission.csv")
+    return written
 
 
 def main(argv=None):
-    args = get_args_parser().parse_args(argv)
-    if not 0 <= args.threshold <= 1 or args.resamples < 1:
-        given = f"--threshold {args.threshold} --resamples {args.resamples}"
-        raise InputError(f"{given}: expected 0 to 1, and 1 or more")
-
     # The networks and their rows
-    found = predictor.load(args.ckpt, args.device, args.precision, args.workers)
-    members = getattr(found, "members", [found])
-    net, probs = members[0], 0
-    if net.task == "multiclass" and args.threshold != 0.5:
-        classes = f"the classes {', '.join(net.labels)} exclude each other, the strongest is predicted"
-        raise InputError(f"--threshold {args.threshold}: {classes}")
-    for member in members:
-        member.args.cache, missing = args.cache, args.missing or member.args.missing
-        part, facts = dataset.load_part(member.args, member.saved, args.split, args.data, missing)
-        loss, own = member.evaluate(part, mirrored=args.tta)
-        probs = probs + own / len(members)
+    args = get_args_parser().parse_args(argv)
+    net = predictor.load(args.ckpt, args.device, args.precision, args.workers)
+    check_args(args, net)
+    part, facts, loss, probs = evaluate(args, net)
+    patients, duplicates = len(set(part.patients())), net.saved["data"]["duplicates"]
     for note in facts["notes"]:
         print(f"note: {note}")
-    rendered = " (RENDERED)" if facts["rendered"] else ""
-    left = f", {facts['left_out']} of {part.expected} left out" if facts["left_out"] else ""
-    rows = f"{len(part)} rows, {len(np.unique(part.patients()))} patients{left}"
-    machine = f"{net.args.model} on {net.device} in {net.precision}"
-    print(f"{net.args.dataset}{rendered}, {args.split}: {rows}; {machine}")
-    duplicates = net.saved["data"]["duplicates"]
     if duplicates:
         print(f"note: {duplicates} validation row(s) were trained on too (--duplicates keep)")
     if args.split == "all" and facts["own"]:
         print("note: all rows include those it was trained on: these scores are no measure of it")
+    rendered = facts["rendered"] or net.rendered
+    left = f", {facts['left_out']} of {part.expected} left out" if facts["left_out"] else ""
+    machine = f"{net.args.model} on {net.device} in {net.precision}"
+    about = f"{net.args.dataset}{' (RENDERED)' if rendered else ''}, {args.split}: {len(part)} rows"
+    print(f"{about}, {patients} patients{left}; {machine}")
 
     # Scores
-    if len(members) > 1:
-        net.thresholds = None  # they belong to one network
-    result = {
-        "checkpoint": {"digest": net.digest, "epoch": net.saved["epoch"], "loss": net.saved["loss"]},
-        "data": {name: facts[name] for name in ("root", "rendered", "own")},
-        **{
-            "split": args.split,
-            "threshold": args.threshold,
-            "rows": len(part),
-            "expected_rows": part.expected,
-        },
-        **{
-            "patients": len(np.unique(part.patients())),
-            "precision": net.precision,
-            "tta": args.tta,
-            "networks": len(members),
-        },
-        **{"weights": net.args.weights, "loss": loss, "duplicates": duplicates},
-        "thresholds": dict(zip(net.labels, net.thresholds, strict=True)) if net.thresholds else None,
-        **report_scores(part, probs, net, args),
-    }
-    result["data"]["digest"] = net.saved["data"]["digest"] if facts["own"] else digest(part.ids())
-    text = classification_text(part, probs, net, args.threshold)
+    result = {"checkpoint": {"digest": net.digest, "epoch": net.saved["epoch"], "loss": net.saved["loss"]}}
+    result["networks"] = [{"path": str(one.path), "digest": one.digest} for one in net.members]
+    result["data"] = {"root": facts["root"], "rendered": rendered, "own": facts["own"]}
+    result["data"]["digest"] = dataset.data_digest({args.split: part.table}, net.labels)
+    if facts["own"]:
+        result["data"]["digest"] = net.saved["data"]["digest"]
+    result |= {"split": args.split, "threshold": args.threshold, "tta": args.tta}
+    result |= {"rows": len(part), "expected_rows": part.expected, "patients": patients}
+    result |= {"precision": net.precision, "weights": net.args.weights, "duplicates": duplicates}
+    result |= {"loss": loss if len(net.members) == 1 and not args.tta else None, "thresholds": None}
+    if net.thresholds:
+        result["thresholds"] = dict(zip(net.labels, net.thresholds, strict=True))
+    result |= report_scores(part, probs, net, args)
+    chosen = probs > args.threshold if net.task == "multilabel" else probs == probs.max(1, keepdims=True)
+    text = classification_text(part, chosen, net)
     print(text)
     print_scores(result)
 
     # Files
     out = output_folder(args, net, facts)
-    out.mkdir(parents=True, exist_ok=True)
-    written = write_files(out, part, probs, net, result, text, args.threshold)
-    print(f"\n{out}/: {', '.join(written)}")
+    written = write_files(out, part, probs, net, text)
+    for name, figure in draw_all(part, probs, chosen, net, args.threshold).items():
+        if rendered:
+            figures.mark_rendered(figure)
+        replace_file(out / name, lambda stream, figure=figure: figure.savefig(stream, dpi=110, format="png"))
+        written.append(name)
+    checkpoint.save_json(out / "test_scores.json", result)
+    print(f"\n{out}/: {', '.join([*written, 'test_scores.json'])}")
 
 
 if __name__ == "__main__":

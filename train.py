@@ -9,6 +9,7 @@ epoch's scores.
 """
 
 import functools
+import shlex
 import sys
 import time
 
@@ -18,7 +19,7 @@ from errors import guard
 
 def main(argv=None):
     # Arguments. What imports torch comes after them, so that --help and a wrong flag answer at once.
-    started = time.time()
+    started = time.perf_counter()
     args, stored = get_args(argv, __doc__)
     import torch
 
@@ -34,33 +35,31 @@ def main(argv=None):
     # Device, data, network, run folder
     device = engine.start_processes(engine.pick_device(args.device), args.deterministic)
     precision = engine.pick_precision(args.precision, device, args.model)
-    checkpoint.check_name(args)
+    with engine.together():
+        lock = records.claim_run(args, stored)
     data = dataset.load(args)
     records.print_data(args, data, device, precision)
-    learner = learning.build_learner(args, data, precision, device)
-    folder, state = records.open_run(args, stored, data, learner)
+    learner = learning.build_learner(args, data, precision, device, stored)
+    folder, state, lock = records.open_run(args, stored, data, learner, lock)
     if stored and records.is_over(args, state) and checkpoint.run_facts(folder).get("status") == "finished":
-        print(
-            f"{folder} is finished: {state['epoch']} epochs, {state['stale']} of them since the best. To go on, raise"
-        )
-        print("--epochs or --patience")
+        since = f"{state['epoch']} epochs, {state['stale']} of them since the best"
+        print(f"{folder} is finished: {since}. To go on, raise --epochs or --patience")
         return 0
-    args.name = folder.name
-    writer = records.RunRecords(folder, args, data, learner, state) if engine.rank() == 0 else None
+    args.name, writer = folder.name, None
     val_criterion = engine.Criterion(data.task)  # validation loss stays unweighted
-    size = args.crop or args.size
+    size = dataset.eval_size(args)
     prepare = functools.partial(augment.prepare_batch, device=device, recipe=args.augment, size=size)
     if args.bn == "batch" and engine.world() > 1 and device.type != "cuda":
-        print(
-            "BatchNorm moves, and a CPU has no synchronised BatchNorm: each process normalises by its own share"
-        )
+        print("note: a CPU has no synchronised BatchNorm: each process normalises by its own share")
 
     # Epochs
-    before = time.time() - state["seconds"]
-    epochs = engine.progress(
-        range(state["epoch"], args.epochs), folder.name, initial=state["epoch"], total=args.epochs
-    )
+    before = time.perf_counter() - state["seconds"]
+    numbers = range(state["epoch"], args.epochs)
+    epochs = engine.progress(numbers, folder.name, initial=state["epoch"], total=args.epochs)
     try:
+        with engine.together():
+            if engine.rank() == 0:
+                writer = records.RunRecords(folder, args, data, learner, state)
         for epoch in epochs:
             if records.is_over(args, state):
                 break
@@ -73,13 +72,12 @@ def main(argv=None):
             loader = engine.make_loader(rows, batches, loader_workers(args, device, rows), device)
             train_loss, *train_outputs = engine.train_one_epoch(module, loader, prepare, learner, epoch, mode)
             lr = learner.optimizer.param_groups[-1]["lr"]
-            engine.share_buffers(learner.model)
+            network = learner.evaluated()
+            engine.share_buffers(learner.model, network)
 
             # Validation
-            network = learner.evaluated()
-            val_loss, probs = evaluate(
-                args, network, learner.features, data.val, val_criterion, precision, device
-            )
+            look = functools.partial(evaluate, args, network, learner.features)
+            val_loss, probs = look(data.val, val_criterion, precision, device)
             engine.check_finite(val_loss, epoch)
             scores = metrics.scores(data.family, data.val.targets, probs, data.labels, ordered=data.ordered)
             own = metrics.scores(data.family, *train_outputs, data.labels, ordered=data.ordered)
@@ -91,36 +89,35 @@ def main(argv=None):
             state["stale"] = 0 if better else state["stale"] + 1
             kept = better or args.keep == "last"
             if kept:
-                head = checkpoint.cpu_state(network.classifier, copy=True) if learner.trunk else None
-                found = {
-                    "epoch": epoch,
-                    "loss": val_loss,
-                    "scores": scores,
-                    "classifier": head,
-                    "thresholds": None,
-                }
-                state["best"] = {**found, "probs": torch.from_numpy(probs)}
+                best = {"epoch": epoch, "loss": val_loss, "scores": scores, "thresholds": None}
+                best |= {"probs": torch.from_numpy(probs), "weights": learner.kept_weights()}
                 if args.calibration_fraction:
                     part = data.parts["calibration"]
-                    seen = evaluate(args, network, learner.features, part, val_criterion, precision, device)[
-                        1
-                    ]
-                    state["best"]["thresholds"] = metrics.learned_thresholds(part.targets, seen).tolist()
-            state["epoch"], state["seconds"] = epoch + 1, time.time() - before
-            if writer:
-                epochs.set_postfix_str(writer.epoch(kept, silent=not epochs.disable))
+                    _, seen = look(part, val_criterion, precision, device)
+                    best["thresholds"] = metrics.learned_thresholds(part.targets, seen).tolist()
+                state["best"] = best
+            state["epoch"], state["seconds"] = epoch + 1, time.perf_counter() - before
+            with engine.together():
+                if writer:
+                    epochs.set_postfix_str(writer.epoch(kept, silent=not epochs.disable))
 
-        # Thresholds, learned on the training patients alone
+        # Thresholds, learned on the training patients alone; the last files
         if args.folds:
-            kept_after = state["best"]["epoch"] + 1
-            state["best"]["thresholds"] = learning.learn_thresholds(args, data, learner, kept_after)
-    except KeyboardInterrupt as stop:  # Ctrl-C or SIGTERM: last.pt holds the last whole epoch
+            epochs_kept = state["best"]["epoch"] + 1
+            state["best"]["thresholds"] = learning.learn_thresholds(args, data, learner, epochs_kept)
+        epochs.close()
+        if writer:
+            writer.end(time.perf_counter() - started)
+    except (KeyboardInterrupt, FloatingPointError, RuntimeError) as stop:
+        # last.pt holds the last whole epoch that was written; guard prints the command that goes on.
         if writer:
             writer.interrupted()
-        raise stop
-    epochs.close()
-    if writer:
-        writer.end(time.time() - started)
+        if (folder / "last.pt").exists():
+            stop.go_on = shlex.join(["python", "train.py", "--resume", str(folder)])
+        raise
+    finally:
+        if lock:
+            lock.close()
     return 0
 
 

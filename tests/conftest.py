@@ -1,16 +1,17 @@
 """What several test files share, made once per session, by the scripts themselves:
 
     rendered(name)  the folder of a small rendered data set ("odir", "aptos", "dr", "retina", "mrnet")
-    trained(name)   the run folder of a network trained on it for two epochs, small, on the CPU in float32; its cache
-                    lies beside runs/, so `test.py` and the others reuse what is kept there
+    trained(name)   the run folder of a network trained on it for two epochs, small, on the CPU in float32;
+                    its cache lies beside runs/, so `test.py` and the others reuse what is kept there
     script(name, *arguments, cwd=...)  runs a script as a user would -> CompletedProcess, its output as text;
-                    with status=0 (or another) it also asserts the exit status and shows the output where it differs
+                    with status=0 (or another) it also asserts the exit status and shows the output
     train_here(folder, *flags)  train.main in this process, working in `folder`, small, on the CPU in float32
                     -> the run's folder; flags given win over the small ones
 
 Treat the folders as read-only: give the scripts an --out of your own, or copy the folder.
 """
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -28,13 +29,18 @@ SETTINGS = {  # data set -> (patients, pixels of the rendered pictures, flags of
     "retina": (60, 96, ["--size", "96", "--batch", "8"]),
     "mrnet": (8, 96, ["--size", "72", "--batch", "2"]),
 }
+SMALL = ["--weights", "none", "--epochs", "2", "--size", "32", "--device", "cpu"]
+SMALL += ["--precision", "fp32", "--workers", "0"]
 
 
 def run_script(name, *arguments, cwd, status=None, timeout=300):
     command = [sys.executable, str(ROOT / name), *map(str, arguments)]
-    environment = {key: value for key, value in os.environ.items() if key not in ("LOCAL_RANK", "RANK", "WORLD_SIZE")}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=timeout, env=environment)
-    assert status is None or done.returncode == status, f"{name} ended with {done.returncode}\n{done.stdout}\n{done.stderr}"
+    ranks = ("LOCAL_RANK", "RANK", "WORLD_SIZE")
+    environment = {key: value for key, value in os.environ.items() if key not in ranks}
+    options = dict(capture_output=True, text=True, cwd=cwd, timeout=timeout, env=environment)
+    done = subprocess.run(command, **options)
+    said = f"{name} ended with {done.returncode}\n{done.stdout}\n{done.stderr}"
+    assert status is None or done.returncode == status, said
     return done
 
 
@@ -50,45 +56,48 @@ def rendered(tmp_path_factory):
     def folder(name):
         if name not in made:
             patients, size, _ = SETTINGS[name]
-            run_script("render_data.py", base / name, "--dataset", name, "--patients", patients, "--size", size, cwd=base, status=0)
+            flags = ["--dataset", name, "--patients", patients, "--size", size]
+            run_script("render_data.py", base / name, *flags, cwd=base, status=0)
             made[name] = base / name
         return made[name]
+
     return folder
 
 
 @pytest.fixture(scope="session")
-def trained(tmp_path_factory, rendered):
+def trained(tmp_path_factory, rendered, train_here):
     base, made = tmp_path_factory.mktemp("trained"), {}
 
     def folder(name):
         if name not in made:
-            flags = ["--weights", "none", "--epochs", 2, "--device", "cpu", "--precision", "fp32", "--workers", 0]
-            run_script("train.py", "--dataset", name, "--data", rendered(name), "--name", name, "--runs", base / "runs", "--cache", base / "cache",
-                       *flags, *SETTINGS[name][2], cwd=base, status=0)
-            made[name] = base / "runs" / name
+            flags = ["--dataset", name, "--data", rendered(name), "--name", name]
+            flags += ["--runs", base / "runs", "--cache", base / "cache", *SETTINGS[name][2]]
+            made[name] = train_here(base, *flags)
         return made[name]
+
     return folder
 
 
 @pytest.fixture(scope="session")
 def train_here():
-    import signal
-
     import train
 
     def run(folder, *flags):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        name = f"run{len(list((folder / 'runs').glob('*')))}"
-        before, handlers = os.getcwd(), [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)]
-        os.chdir(folder)
-        try:
-            status = train.main(["--weights", "none", "--epochs", "2", "--size", "32", "--device", "cpu", "--precision", "fp32",
-                                 "--workers", "0", "--name", name, *map(str, flags)])
-        finally:
-            os.chdir(before)
-            for number, handler in handlers:
-                signal.signal(number, handler)
+        flags = list(map(str, flags))
+        if "--resume" in flags:
+            given, home = flags, folder / value_of(flags, "--resume")
+        else:
+            name = value_of(flags, "--name", f"run{len(list((folder / 'runs').glob('*')))}")
+            given, home = [*SMALL, "--name", name, *flags], folder / value_of(flags, "--runs", "runs") / name
+        with contextlib.chdir(folder):
+            status = train.main(given)
         assert not status, f"train.main ended with {status}"
-        return folder / "runs" / name
+        return home
+
     return run
+
+
+def value_of(flags, name, default=None):
+    return flags[flags.index(name) + 1] if name in flags else default

@@ -1,4 +1,4 @@
-"""At least 300 damaged inputs: each ends in InputError (exit status 2) or in a counted repair or documented conversion.
+"""At least 722 damaged inputs: each ends in InputError (exit status 2) or in a counted repair or documented conversion.
 
 None may end in another exception, a hang, executed code or a wrong number. What passes must equal the undamaged input;
 only flipped bits of coded picture data that still decode cannot be told by anybody (JPEG, BMP, TIFF have no checksum).
@@ -20,12 +20,17 @@ import pytest
 import torch
 from PIL import Image
 
+import arguments
 import cache
 import checkpoint
 import dataset
-import pictures
+import models
+import predictor
 import preprocess
+import tables
+from decode import Pictures
 from errors import InputError, guard
+from split import drop_missing, split
 
 SIDE = 48
 SECONDS = 20  # for one case; they take milliseconds
@@ -187,8 +192,7 @@ def picture_cases(folder, rendered):
 
 def read_all(root, name="odir"):
     """As train.py reads: table, split, and every picture there -> all rows by ID."""
-    table, *_ = dataset.read(name, root)
-    parts, _ = dataset.drop_missing(dataset.split(name, table), "stop")
+    parts, _ = drop_missing(split(name, tables.read(name, root).frame), "stop")
     return pd.concat(parts.values()).drop(columns=["files", "given_part"]).sort_values("ID").reset_index(drop=True)
 
 
@@ -209,7 +213,7 @@ def tables_in(folder, source, name):
 def annotation_cases(folder, rendered):
     source = rendered("odir")
     sheet, data = pd.read_excel(source / "annotations.xlsx"), (source / "annotations.xlsx").read_bytes()
-    whole, labels = read_all(source), dataset.ODIR_LABELS
+    whole, labels = read_all(source), tables.ODIR_LABELS
     needed = ["ID", "Left-Fundus", "Right-Fundus", *labels]
     case = tables_in(folder, source, "odir")
 
@@ -303,7 +307,7 @@ def kaggle_cases(source, sheet, whole, case):
         of("half a row", text[:-20]),
         of("no header", "\n".join(lines[1:])), of("header only", lines[0]), of("empty", ""), of("blank lines", "\n\n\n"), of("NUL bytes", bytes(300)),
         of("header twice", lines[0] + "\n" + text), of("binary", np.random.default_rng(0).bytes(2000)),
-        Case("full_df.csv: 10^5 rows", lambda: len(dataset.split("odir", read_csv_of(case, many))["train"]), lambda n: n == 80_000),
+        Case("full_df.csv: 10^5 rows", lambda: len(split("odir", read_csv_of(case, many))["train"]), lambda n: n == 80_000),
         Case("full_df.csv: 10^5 rows, one wrong", lambda: read_csv_of(case, wrong)),
     ]
 
@@ -317,7 +321,7 @@ def read_csv_of(case, frame):
         if "no picture" not in str(error):
             assert "100000" in str(error)  # the sheet row
             raise
-    return dataset.read("odir", found[0])[0]
+    return tables.read("odir", found[0]).frame
 
 
 def other_table_cases(folder, rendered):
@@ -390,11 +394,11 @@ def dr_cases(source, case):
 
 def retina_cases(source, case):
     sheet = pd.read_csv(source / "train.csv")
-    sheet = sheet[sheet[dataset.DATASETS["retina"]["labels"]].sum(axis=1) == 1].reset_index(drop=True)  # the others are left out
+    sheet = sheet[sheet[tables.DATASETS["retina"]["labels"]].sum(axis=1) == 1].reset_index(drop=True)  # the others are left out
     return single_table_cases("retina", "train.csv", sheet, "filename", "glaucoma", case, read_all(source, "retina"), (2, -1, 0.5, "x", None)) + [
         csv_case("retina: every row carries all", case, {"train.csv": sheet.assign(**{name: 1 for name in sheet.columns[1:]})}),
         csv_case("retina: no row carries one", case, {"train.csv": sheet.assign(**{name: 0 for name in sheet.columns[1:]})}),
-        Case("retina: unknown label", lambda: dataset.read("retina", source, ["glaucoma", "scurvy"]))]
+        Case("retina: unknown label", lambda: tables.read("retina", source, ["glaucoma", "scurvy"]))]
 
 
 def mrnet_cases(source, case):
@@ -409,7 +413,7 @@ def mrnet_cases(source, case):
             *(csv_case(f"mrnet: {name}", case, {**files, "train-acl.csv": "\n".join(changed)}) for name, changed in acl.items()),
             csv_case("mrnet: exams without volumes", case, {**files, **{name: unknown for name in files if name.startswith("train")}}),
             *(csv_case(f"mrnet: no {name}", case, {key: value for key, value in files.items() if key != name}) for name in files),
-            Case("mrnet: unknown label", lambda: dataset.read("mrnet", source, ["pcl"]))]
+            Case("mrnet: unknown label", lambda: tables.read("mrnet", source, ["pcl"]))]
 
 
 # ---------------------------------------------------------------- volumes
@@ -438,17 +442,17 @@ def volume_cases(folder, rendered):
     stream = io.BytesIO()
     np.savez(stream, volume)
     bad["npz"] = stream.getvalue()
-    cases = bytes_cases(folder, "volume", ".npy", bad.items(), pictures.read_volume, refused)
-    cases += bytes_cases(folder, "volume", ".npy", [*tenths(whole), *flips(whole, 40, within=128)], pictures.read_volume,
+    cases = bytes_cases(folder, "volume", ".npy", bad.items(), dataset.read_volume, refused)
+    cases += bytes_cases(folder, "volume", ".npy", [*tenths(whole), *flips(whole, 40, within=128)], dataset.read_volume,
                          lambda result: np.array_equal(result, volume))
     turned = saved(np.asfortranarray(volume))
-    cases += bytes_cases(folder, "volume", ".npy", [("column by column", turned)], pictures.read_volume,
+    cases += bytes_cases(folder, "volume", ".npy", [("column by column", turned)], dataset.read_volume,
                          lambda result: np.array_equal(result, volume))
-    cases += bytes_cases(folder, "constant volume", ".npy", [("all 7", saved(volume * 0 + 7))], pictures.read_volume,
+    cases += bytes_cases(folder, "constant volume", ".npy", [("all 7", saved(volume * 0 + 7))], dataset.read_volume,
         lambda result: (result == 7).all())
     (folder / "folder.npy").mkdir()
-    return cases + [Case("a folder named .npy", lambda: pictures.read_volume(folder / "folder.npy")),
-                    Case("no volume", lambda: pictures.read_volume(folder / "absent.npy"))]
+    return cases + [Case("a folder named .npy", lambda: dataset.read_volume(folder / "folder.npy")),
+                    Case("no volume", lambda: dataset.read_volume(folder / "absent.npy"))]
 
 
 # ---------------------------------------------------------------- checkpoints, kept arrays
@@ -482,35 +486,94 @@ def checkpoint_cases(folder, rendered):
 
 
 def kept_cases(folder, rendered):
-    """A damaged kept array is noticed and made again: always the right one comes back."""
+    """A kept array that is cut short or has a damaged header is made again; damaged facts are refused."""
     array = np.random.default_rng(0).random((50, 30), dtype=np.float32)
 
-    def make(extra):
-        extra["repaired"] = ["x.jpg"]
-        yield array
+    def fill(empty):
+        empty[:] = array
 
-    def read(change):
-        kept = cache.Kept(folder / f"cache{next(numbers)}", "features", "key", array.shape, np.float32, make)
-        kept.write()
-        change(kept.path, kept.path.with_suffix(".json"))
-        return {"array": np.array(kept.load(mmap=True)), "extra": kept.extra()}
+    def read(damaged):
+        path = folder / f"kept{next(numbers)}.npy"
+        if damaged is not None:
+            path.write_bytes(damaged)
+        return np.array(cache.kept_array(path, array.shape, np.float32, fill))
+
+    def read_pictures(damaged):
+        kept = Pictures(files, "none", SIDE, folder / "cache", 0)
+        kept.path.with_suffix(".json").write_bytes(damaged)
+        try:
+            return Pictures(files, "none", SIDE, folder / "cache", 0).failed
+        finally:
+            kept.path.with_suffix(".json").write_bytes(facts)
 
     numbers = iter(range(10**6))
-    kept = cache.Kept(folder / "cache", "features", "key", array.shape, np.float32, make)
-    kept.write()
-    data, facts = kept.path.read_bytes(), kept.path.with_suffix(".json").read_bytes()
-    changes = {"array gone": lambda a, f: a.unlink(), "facts gone": lambda a, f: f.unlink(), "facts of another": lambda a,
-               f: f.write_text('{"bytes": 1}'),
-               "facts no object": lambda a, f: f.write_text("[1]")}
-    changes |= {f"array, {name}": lambda a, f, damaged=damaged: a.write_bytes(damaged) for name, damaged in [*tenths(data), *flips(data, 20)]}
-    changes |= {f"header, {name}": lambda a, f, damaged=damaged: a.write_bytes(damaged) for name, damaged in flips(data, 15, 1, within=128)}
-    changes |= {f"facts, {name}": lambda a, f, damaged=damaged: f.write_bytes(damaged) for name, damaged in [*tenths(facts), *flips(facts, 20)]}
-    return [Case(f"kept {name}", lambda change=change: read(change), equals({"array": array, "extra": {"repaired": ["x.jpg"]}}))
-            for name, change in changes.items()]
+    data = io.BytesIO()
+    np.save(data, array)
+    data = data.getvalue()
+    others = {"nothing": b"", "zeros": bytes(6128), "another type": data.replace(b"<f4", b"<f8"), "text": b"kept", "longer": data + b"\0",
+              "another shape": data.replace(b"(50, 30)", b"(30, 50)"), "pickle": pickle.dumps(Executed(folder / "executed")), "gone": None}
+    damaged = [*tenths(data), *flips(data, 40, 1, within=128), *others.items()]
+    cases = [Case(f"kept array, {name}", lambda content=content: read(content), equals(array)) for name, content in damaged]
+    (folder / "eye.png").write_bytes(encoded(eye(), "PNG"))
+    (folder / "bad.png").write_bytes(b"no picture")
+    files = [(str(folder / name),) for name in ("eye.png", "bad.png")]
+    kept = Pictures(files, "none", SIDE, folder / "cache", 0)
+    facts, failed = kept.path.with_suffix(".json").read_bytes(), kept.failed
+    others = {"no object": b"[1]", "of another": b'{"bytes": 1}', "nothing": b"", "zeros": bytes(300)}
+    return cases + [Case(f"facts about pictures, {name}", lambda content=content: read_pictures(content), equals(failed))
+                    for name, content in [*tenths(facts), *others.items()]]
+
+
+# ---------------------------------------------------------------- what somebody asks a network about
+
+def memory_cases(folder, rendered):
+    """Pictures in memory, as the Python call takes them, for a network that is made once."""
+    args = train_arguments(["--dataset", "retina", "--size", "96"])
+    model = models.build_model("alexnet", 3, "none", 96)
+    checkpoint.save_checkpoint(folder / "best.pt", "best", model=model.state_dict(), args=vars(args), labels=tables.RETINA_LABELS,
+                               task="multiclass", family="classes", thresholds=None, prior=[0.2, 0.3, 0.5], ordered=False, data={"rendered": True})
+    net, whole = predictor.load(folder / "best.pt", "cpu", "fp32", 0), np.asarray(eye())
+    expected = net.predict(whole)
+    bad = {"no axis": whole[0, 0, 0], "one axis": whole[0, 0], "four axes": whole[None], "channels first": whole.transpose(2, 0, 1),
+           "five channels": np.concatenate([whole, whole[:, :, :2]], 2), "float": whole / 255, "float32": (whole / 255).astype(np.float32),
+           "int64": whole.astype(np.int64), "int16": whole.astype(np.int16), "uint16 in colour": whole.astype(np.uint16),
+           "uint32": whole.astype(np.uint32), "NaN": np.full((50, 50), np.nan), "complex": whole[:, :, 0] * 1j, "objects": whole.astype(object),
+           "text": np.array([["a", "b"]]), "empty": whole[:0], "no column": whole[:, :0], "black": whole * 0, "nearly black": whole * 0 + 5,
+           "negative": whole[:, :, 0].astype(np.int32) - 300, "None": None, "a number": 7, "bytes": encoded(eye(), "PNG"), "a dict": {"eye": whole},
+           "a closed picture": closed(folder), "a cut file": lazily(folder, encoded(eye(), "JPEG")[:900]), "1 x 1": whole[:1, :1]}
+    same = {"a list of lists": whole.tolist(), "read only": frozen(whole), "backwards": whole[::-1][::-1], "RGBA": np.dstack([whole, whole[:, :, :1] * 0 + 255])}
+    cases = [Case(f"in memory: {name}", lambda value=value: net.predict(value)) for name, value in bad.items()]
+    for name, value in same.items():
+        given = np.asarray(value) if isinstance(value, list) else value
+        cases.append(Case(f"in memory: {name}", lambda given=given: net.predict(given), equals(expected)))
+    return cases
+
+
+def train_arguments(argv):
+    return arguments.parse([*argv, "--weights", "none"])
+
+
+def frozen(array):
+    copy = array.copy()
+    copy.setflags(write=False)
+    return copy
+
+
+def closed(folder):
+    (folder / "closed.png").write_bytes(encoded(eye(), "PNG"))
+    image = Image.open(folder / "closed.png")
+    image.load()
+    image.close()
+    return image
+
+
+def lazily(folder, data):
+    (folder / "lazy.jpg").write_bytes(data)
+    return Image.open(folder / "lazy.jpg")
 
 
 SWEEP = {"pictures": picture_cases, "annotations": annotation_cases, "other tables": other_table_cases, "volumes": volume_cases,
-         "checkpoints": checkpoint_cases, "kept arrays": kept_cases}
+         "checkpoints": checkpoint_cases, "kept arrays": kept_cases, "in memory": memory_cases}
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -524,7 +587,7 @@ def test_the_sweep(tmp_path, rendered, capsys):
         wrong += [fault for case in cases if (fault := case.run())]
         assert not (folder / "executed").exists(), "pickled code was executed"
     assert not wrong, f"{len(wrong)} of {sum(counts.values())}:\n" + "\n".join(wrong)
-    assert sum(counts.values()) >= 300
+    assert sum(counts.values()) >= 722
     with capsys.disabled():
         print(f"\n{sum(counts.values())} damaged inputs: " + ", ".join(f"{number} {kind}" for kind, number in counts.items()))
 

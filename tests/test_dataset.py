@@ -1,62 +1,36 @@
-"""Tables as people download them: what is read, how it is split, and what every bad sheet is answered with."""
+"""Who is in which part, what a part gives to a network, and what `load` and `load_part` refuse."""
 
 import os
-import re
+import pickle
+import shutil
 import sys
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+import torch
+from PIL import Image, PngImagePlugin
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+import arguments  # noqa: E402
+import checkpoint  # noqa: E402
 import dataset  # noqa: E402
+import decode  # noqa: E402
 import samplers  # noqa: E402
-from dataset import GRADES, ODIR_LABELS, add_pseudo_labels, drop_missing, read, split, split_patients, targets_of  # noqa: E402
+import tables  # noqa: E402
+from dataset import FeatureSet, PictureSet, VolumeSet, split_patients  # noqa: E402
+from decode import GivenPictures, Pictures  # noqa: E402
 from errors import InputError  # noqa: E402
+from preprocess import load_picture  # noqa: E402
+from split import PRETREATED, drop_missing, split  # noqa: E402
+from tables import GRADES, targets_of  # noqa: E402
 
 REAL = Path(os.environ.get("REAL_DATA", "absent"))
 needs_real = pytest.mark.skipif(not (REAL / "odir").is_dir(), reason="REAL_DATA names no folder with odir/")
 POS_WEIGHT = [2.0184, 2.0953, 14.4254, 15.8193, 20.9843, 36.7297, 18.3889, 2.6640]  # published
-
-
-def odir_sheet(n=20):
-    """An official sheet: patient i has label i % 8, every fourth one a second label."""
-    rows = []
-    for i in range(n):
-        labels = [int(k == i % 8 or i % 4 == 3 and k == (i + 1) % 8) for k in range(8)]
-        rows.append([i * 3, 50 + i, "Female", f"{i * 3}_left.jpg", f"{i * 3}_right.jpg", "cataract", "normal fundus", *labels])
-    return pd.DataFrame(rows, columns=["ID", "Patient Age", "Patient Sex", "Left-Fundus", "Right-Fundus", "Left-Diagnostic Keywords",
-                                       "Right-Diagnostic Keywords", *ODIR_LABELS])
-
-
-def kaggle(sheet):
-    """full_df.csv as on Kaggle: first every patient's right eye, then the left ones, the patient's columns repeated."""
-    eyes = []
-    for side in ("Right", "Left"):
-        eyes.append(sheet.assign(filepath="../input/" + sheet[f"{side}-Fundus"], labels="['N']", target="[1, 0, 0, 0, 0, 0, 0, 0]",
-                                 filename=sheet[f"{side}-Fundus"]))
-    return pd.concat(eyes)
-
-
-def write(root, sheet, name="annotations.xlsx"):
-    path = root / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if isinstance(sheet, str):
-        path.write_text(sheet)
-    elif path.suffix == ".xlsx":
-        sheet.to_excel(path, index=False)
-    else:
-        sheet.to_csv(path, index=False)
-    return root
-
-
-def touch(folder, *names):
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in names:
-        (folder / name).write_bytes(b"")
 
 
 def refused(function, *words):
@@ -68,27 +42,43 @@ def refused(function, *words):
     return message
 
 
+def write(root, frame, name):
+    """A sheet of text or of a data frame -> its folder."""
+    root.mkdir(parents=True, exist_ok=True)
+    (root / name).write_text(frame if isinstance(frame, str) else frame.to_csv(index=False))
+    return root
+
+
+def frame_of(name, root):
+    return tables.read(name, root).frame
+
+
 # ---------------------------------------------------------------- the published split
+
 
 @needs_real
 def test_published_split_and_weights():
-    table, labels, notes = read("odir", REAL / "odir")
-    parts = split("odir", table)
-    assert len(table) == 3500 and labels == list("NDGCAHMO") and not notes
+    table = tables.read("odir", REAL / "odir")
+    parts = split("odir", table.frame)
+    assert len(table.frame) == 3500 and table.labels == list("NDGCAHMO") and not table.notes
     assert [len(parts[part]) for part in ("train", "val", "test")] == [2792, 698, 0]
     assert parts["val"]["ID"].tolist()[:4] == [296, 4308, 4556, 1710]
-    assert parts["val"][labels].sum().astype(int).tolist() == [214, 226, 34, 37, 37, 29, 30, 217]
-    assert np.round(samplers.pos_weight(targets_of(parts["train"], labels)), 4) == pytest.approx(POS_WEIGHT, abs=1e-4)
-    assert not set(dataset.PRETREATED) & (set(parts["train"]["ID"]) | set(parts["val"]["ID"]))
-    # the bare function on the bare sheet, as its signature promises
-    train, val = split_patients(pd.read_excel(REAL / "odir" / "annotations.xlsx"))
-    assert train["ID"].tolist() == parts["train"]["ID"].tolist() and val["ID"].tolist() == parts["val"]["ID"].tolist()
+    assert parts["val"][table.labels].sum().astype(int).tolist() == [214, 226, 34, 37, 37, 29, 30, 217]
+    weight = samplers.pos_weight(targets_of(parts["train"], table.labels))
+    assert np.round(weight, 4) == pytest.approx(POS_WEIGHT, abs=1e-4)
+    assert not set(PRETREATED) & (set(parts["train"]["ID"]) | set(parts["val"]["ID"]))
+    # the bare function on the bare sheet, as its signature promises, in the official order and in any other
+    sheet = pd.read_excel(REAL / "odir" / "annotations.xlsx")
+    for rows in (sheet, sheet.sample(frac=1, random_state=3)):
+        train, val = split_patients(rows)
+        assert train["ID"].tolist() == parts["train"]["ID"].tolist()
+        assert val["ID"].tolist() == parts["val"]["ID"].tolist()
 
 
 @needs_real
 def test_a_third_part_leaves_validation_as_it_is():
-    table, _, _ = read("odir", REAL / "odir")
-    plain, three = split("odir", table), split("odir", table, test=0.1)
+    frame = frame_of("odir", REAL / "odir")
+    plain, three = split("odir", frame), split("odir", frame, test=0.1)
     assert three["val"]["ID"].tolist() == plain["val"]["ID"].tolist()
     assert len(three["test"]) == 349 and len(three["train"]) == 2792 - 349
     assert set(three["train"]["ID"]) | set(three["test"]["ID"]) == set(plain["train"]["ID"])
@@ -96,347 +86,571 @@ def test_a_third_part_leaves_validation_as_it_is():
 
 
 @needs_real
-def test_kaggles_table_is_the_official_one(tmp_path):
-    official = pd.read_excel(REAL / "odir" / "annotations.xlsx")
-    folded, _, _ = read("odir", write(tmp_path, kaggle(official), "full_df.csv"))
-    table, labels, _ = read("odir", write(tmp_path / "official", official))
-    assert folded["ID"].tolist() == table["ID"].tolist()
-    assert (targets_of(folded, labels) == targets_of(table, labels)).all()
-    assert [[Path(f).name for f in files] for files in folded["files"]] == [[Path(f).name for f in files] for files in table["files"]]
-    assert split("odir", folded)["val"]["ID"].tolist() == split("odir", table)["val"]["ID"].tolist()
-
-
-def test_kaggles_single_eyes_still_make_a_patient(tmp_path):
-    sheet = kaggle(odir_sheet(12)).iloc[5:]  # five right eyes were taken out, as the poor ones are on Kaggle
-    table, _, _ = read("odir", write(tmp_path, sheet, "full_df.csv"))
-    assert table["ID"].tolist() == odir_sheet(12)["ID"].tolist()
-    assert targets_of(table, ODIR_LABELS).tolist() == odir_sheet(12)[ODIR_LABELS].to_numpy().tolist()
-
-
-@needs_real
 def test_the_split_does_not_depend_on_what_is_on_disk(tmp_path):
-    here, labels, _ = read("odir", REAL / "odir")
-    bare, _, _ = read("odir", write(tmp_path, pd.read_excel(REAL / "odir" / "annotations.xlsx")))
-    parts, without = split("odir", here), split("odir", bare)
+    here = frame_of("odir", REAL / "odir")
+    shutil.copy(REAL / "odir" / "annotations.xlsx", tmp_path)  # without a picture
+    parts, without = split("odir", here), split("odir", frame_of("odir", tmp_path))
     assert all(parts[part]["ID"].tolist() == without[part]["ID"].tolist() for part in parts)
     kept, left_out = drop_missing(parts, "drop")
-    assert left_out == 3490 - len(kept["train"]) - len(kept["val"]) and len(kept["val"]) == 399  # the README of the data says 399
-    order = parts["val"]["ID"].tolist()
-    assert kept["val"]["ID"].tolist() == [i for i in order if i in set(kept["val"]["ID"])]  # still the published order
+    assert left_out == 3490 - len(kept["train"]) - len(kept["val"])
+    assert len(kept["val"]) == 399  # the README of the data says so
+    there = set(kept["val"]["ID"])
+    assert kept["val"]["ID"].tolist() == [i for i in parts["val"]["ID"] if i in there]  # the published order
     refused(lambda: drop_missing(parts, "stop"), f"{left_out} row(s)", "--missing drop", "_left.jpg")
-
-
-def test_split_depends_on_seed_and_fraction():
-    sheet = odir_sheet(50)
-    a, b, c = (split_patients(sheet, *more)[1]["ID"].tolist() for more in ((0.2, 42), (0.2, 42), (0.2, 43)))
-    assert a == b != c and len(a) == 10 and len(split_patients(sheet, 0.5)[1]) == 25
-    refused(lambda: split_patients(sheet.iloc[:1]), "1 patient(s)")
-    for val, test in ((0, 0), (1, 0), (0.5, 0.5), (-0.1, 0), (0.2, -0.1)):
-        refused(lambda val=val, test=test: split("odir", sheet.assign(given_part=""), val, test), "leave something for training")
-
-
-# ---------------------------------------------------------------- APTOS
-
-def test_aptos_published_sizes_stratified(tmp_path):
-    counts = [1805, 370, 999, 193, 295]  # the competition's 3 662 training rows
-    grades = np.random.default_rng(0).permutation(np.repeat(np.arange(5), counts))
-    root = write(tmp_path, pd.DataFrame({"id_code": [f"{i:012x}" for i in range(3662)], "diagnosis": grades}), "train.csv")
-    table, labels, _ = read("aptos", root)
-    parts = split("aptos", table)
-    assert labels == GRADES and [len(parts[part]) for part in ("train", "val", "test")] == [2346, 733, 583]
-    assert sorted(i for part in parts.values() for i in part["ID"]) == sorted(table["ID"])
-    for part in parts.values():
-        assert np.bincount(part["target"]) == pytest.approx(np.array(counts) * len(part) / 3662, abs=1.5)
-    assert split("aptos", table)["val"]["ID"].tolist() == parts["val"]["ID"].tolist()
-    assert split("aptos", table, seed=1)["val"]["ID"].tolist() != parts["val"]["ID"].tolist()
-
-
-def test_aptos_finds_pictures_whatever_their_suffix(tmp_path):
-    write(tmp_path, "id_code,diagnosis\n001,0\n002,1\n003.jpeg,2\nNone,3\n", "train.csv")
-    touch(tmp_path / "train_images", "001.png", "002.jpg", "003.jpeg")
-    refused(lambda: read("aptos", tmp_path), "empty id_code", "row(s) 5")  # pandas reads None as a missing value
-    write(tmp_path, "id_code,diagnosis\n001,0\n002,1\n003.jpeg,2\n004,3\n", "train.csv")
-    table, _, _ = read("aptos", tmp_path)
-    assert table["ID"].tolist() == ["001", "002", "003.jpeg", "004"]  # leading zeros stay
-    assert [Path(files[0]).name for files in table["files"]] == ["001.png", "002.jpg", "003.jpeg", "004"]
-    refused(lambda: drop_missing({"train": table}, "stop"), "1 row(s)", "004")
-    kept, left_out = drop_missing({"train": table}, "drop")
-    assert left_out == 1 and kept["train"]["target"].tolist() == [0, 1, 2]
-    write(tmp_path, "id_code,diagnosis\n001,0\n002,1\n", "train.csv")
-    assert [Path(files[0]).name for files in read("aptos", tmp_path)[0]["files"]] == ["001.png", "002.jpg"]  # names, though they look like numbers
-
-
-def test_image_folder(tmp_path):
-    for part, names in (("train", "abc"), ("val", "ab"), ("test", "a")):
-        for name in names:
-            touch(tmp_path / part / name, "1.png", "2.JPG", "notes.txt")
-    table, labels, _ = read("aptos", tmp_path)
-    assert labels == ["a", "b", "c"] and len(table) == 12 and table["target"].tolist() == [0, 0, 1, 1, 2, 2, 0, 0, 1, 1, 0, 0]
-    parts = split("aptos", table)
-    assert [len(parts[part]) for part in ("train", "val", "test")] == [6, 4, 2]
-    refused(lambda: split("aptos", table, val=0.3), "brings its own split")
-    touch(tmp_path / "val" / "z", "1.png")
-    refused(lambda: read("aptos", tmp_path), "unknown class 'z'", "a, b, c")
 
 
 @pytest.mark.skipif(not (REAL / "idrid").is_dir(), reason="REAL_DATA names no folder with idrid/")
 def test_idrid_in_aptos_form():
-    table, _, _ = read("aptos", REAL / "idrid")
-    assert len(table) == 413 and np.bincount(table["target"]).tolist() == [134, 20, 136, 74, 49]
-    parts, left_out = drop_missing(split("aptos", table), "stop")
-    assert left_out == 0 and sum(map(len, parts.values())) == 413 and min(map(len, parts.values())) == round(413 * 583 / 3662)
+    frame = frame_of("aptos", REAL / "idrid")
+    parts, left_out = drop_missing(split("aptos", frame), "stop")
+    assert left_out == 0 and sum(map(len, parts.values())) == 413
+    assert min(map(len, parts.values())) == round(413 * 583 / 3662)
 
 
-# ---------------------------------------------------------------- DR
+# ---------------------------------------------------------------- other splits
+
+
+def patients(count):
+    return pd.DataFrame({"ID": np.arange(count) * 3, "given_part": ""})
+
+
+def test_split_depends_on_seed_and_fraction():
+    sheet = patients(50)
+    found = [
+        split_patients(sheet, *more)[1]["ID"].tolist() for more in ((0.2, 42), (0.2, 42), (0.2, 43), (0.5,))
+    ]
+    assert found[0] == found[1] != found[2] and len(found[0]) == 10 and len(found[3]) == 25
+    refused(lambda: split_patients(sheet.iloc[:1]), "1 patient(s)")
+    for val, test in ((0, 0), (1, 0), (0.5, 0.5), (-0.1, 0), (0.2, -0.1)):
+        refused(lambda val=val, test=test: split("odir", sheet, val, test), "leave some to train")
+
+
+@pytest.mark.parametrize("name", ["odir", "aptos", "dr"])
+def test_the_split_depends_on_the_ids_alone(tmp_path, rendered, name):
+    """A sheet sorted by age, say, gives the same patients in the same order (issue: 10)."""
+    source = rendered(name)
+    file = {"odir": "annotations.xlsx", "aptos": "train.csv", "dr": "trainLabels.csv"}[name]
+    read = pd.read_excel if name == "odir" else pd.read_csv
+    sheet = read(source / file)
+    expected = split(name, frame_of(name, source))
+    for number, rows in enumerate((sheet.iloc[::-1], sheet.sample(frac=1, random_state=0))):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        for entry in source.iterdir():
+            if entry.name != file:
+                (folder / entry.name).symlink_to(entry)
+        rows.to_excel(folder / file, index=False) if name == "odir" else rows.to_csv(
+            folder / file, index=False
+        )
+        found = split(name, frame_of(name, folder))
+        assert {part: rows["ID"].tolist() for part, rows in found.items()} == {
+            part: rows["ID"].tolist() for part, rows in expected.items()
+        }
+
+
+def test_aptos_published_sizes_stratified(tmp_path):
+    counts = [1805, 370, 999, 193, 295]  # the competition's 3 662 training rows
+    grades = np.random.default_rng(0).permutation(np.repeat(np.arange(5), counts))
+    sheet = pd.DataFrame({"id_code": [f"{i:012x}" for i in range(3662)], "diagnosis": grades})
+    table = tables.read("aptos", write(tmp_path, sheet, "train.csv"))
+    parts = split("aptos", table.frame)
+    assert table.labels == GRADES and [len(parts[part]) for part in parts] == [2346, 733, 583]
+    ids = [i for part in parts.values() for i in part["ID"]]
+    assert sorted(ids) == sorted(table.frame["ID"])
+    for part in parts.values():
+        assert np.bincount(part["target"]) == pytest.approx(np.array(counts) * len(part) / 3662, abs=1.5)
+    assert split("aptos", table.frame)["val"]["ID"].tolist() == parts["val"]["ID"].tolist()
+    assert split("aptos", table.frame, seed=1)["val"]["ID"].tolist() != parts["val"]["ID"].tolist()
+
+
+def test_a_split_that_the_data_set_brings_is_kept(tmp_path):
+    for part, names in (("train", "abc"), ("val", "ab"), ("test", "a")):
+        for name in names:
+            (tmp_path / part / name).mkdir(parents=True)
+            for file in ("1.png", "2.JPG", "notes.txt"):
+                (tmp_path / part / name / file).touch()
+    frame = frame_of("aptos", tmp_path)
+    assert [len(rows) for rows in split("aptos", frame).values()] == [6, 4, 2]
+    refused(lambda: split("aptos", frame, val=0.3), "brings its own split")
+
 
 def test_dr_keeps_both_eyes_of_a_patient_together(tmp_path):
     rng = np.random.default_rng(1)
     rows = [(f"{patient}_{eye}", rng.integers(5)) for patient in range(100) for eye in ("left", "right")]
-    rows = [rows[i] for i in rng.permutation(len(rows))]
-    table, labels, _ = read("dr", write(tmp_path, pd.DataFrame(rows, columns=["image", "level"]), "trainLabels.csv"))
-    parts = split("dr", table, test=0.1)
-    patients = {part: set(rows["patient"]) for part, rows in parts.items()}
-    assert [len(patients[part]) for part in ("train", "val", "test")] == [70, 20, 10]
-    assert not patients["train"] & patients["val"] and not patients["train"] & patients["test"] and not patients["val"] & patients["test"]
-    assert [len(part) for part in parts.values()] == [140, 40, 20] and labels == GRADES
-    worst = table.groupby("patient")["target"].max()
-    for names in patients.values():  # stratified by the worse eye
-        assert np.bincount(worst[list(names)], minlength=5) == pytest.approx(np.bincount(worst, minlength=5) * len(names) / 100, abs=1.5)
-
-
-def test_dr_looks_for_pictures_where_they_may_lie(tmp_path):
-    write(tmp_path, "image,level\n10_left,0\n10_right,4\n", "trainLabels.csv")
-    touch(tmp_path, "10_left.jpeg")
-    assert [Path(files[0]).name for files in read("dr", tmp_path)[0]["files"]] == ["10_left.jpeg", "10_right"]
-    touch(tmp_path / "train", "10_left.jpeg", "10_right.jpeg")
-    assert [files[0] for files in read("dr", tmp_path)[0]["files"]] == [str(tmp_path / "train" / f"10_{eye}.jpeg") for eye in ("left", "right")]
-
-
-def lab_files(root):
-    write(root, "10_left.jpeg\n10_right.jpeg\n11_left.jpeg\n", "train_img.csv")
-    write(root, "2\n0\n4\n", "train_label.csv")
-    write(root, "11_right.jpeg\n12_left.jpeg\n", "test_img.csv")
-    write(root, "1\n3\n", "test_label.csv")
-    return root
-
-
-def test_labs_headerless_pair_keeps_its_first_row(tmp_path):
-    table, _, notes = read("dr", lab_files(tmp_path))
-    assert table["ID"].tolist() == ["10_left.jpeg", "10_right.jpeg", "11_left.jpeg", "11_right.jpeg", "12_left.jpeg"]
-    assert table["target"].tolist() == [2, 0, 4, 1, 3] and table["patient"].tolist() == ["10", "10", "11", "11", "12"]
-    parts = split("dr", table)
-    assert [len(parts[part]) for part in ("train", "val", "test")] == [3, 2, 0]
-    assert len(notes) == 1 and notes[0].startswith("1 patient(s)")  # patient 11 straddles the lab's own parts
-
-
-@pytest.mark.parametrize("name, text, words", [
-    ("train_label.csv", "level\n2\n0\n4\n", ["train_label.csv", "no header", "row(s) 1"]),
-    ("train_label.csv", "2\n0\n", ["3 rows", "has 2", "row by row"]),
-    ("train_label.csv", "2\n\n0\n4\n", ["train_label.csv", "row(s) 2"]),  # a blank line must not shift the rows
-    ("train_label.csv", "2\n0\n5\n", ["train_label.csv", "row(s) 3"]),
-    ("train_img.csv", "10_left.jpeg\n10_right.jpeg\n10_left.jpeg\n", ["train_img.csv", "doubled", "row(s) 3"]),
-    ("test_img.csv", "12_left.jpeg\n10_left.jpeg\n", ["test_img.csv", "train_img.csv has too", "row(s) 2"]),
-    ("train_img.csv", "", ["train_img.csv"]),
-])
-def test_labs_pair_read_wrongly(tmp_path, name, text, words):
-    write(lab_files(tmp_path), text, name)
-    refused(lambda: read("dr", tmp_path), *words)
-
-
-# ---------------------------------------------------------------- retina
-
-RETINA = ("filename,normal,diabetic retinopathy,glaucoma,cataract\n"
-          "1.jpg,1,0,0,0\n2.jpg,0,1,0,0\n3.jpg,0,1,1,0\n4.jpg,0,0,1,0\n5.jpg,0,0,0,1\n6.jpg,1,0,0,0\n")
-
-
-def test_retina_labels_are_chosen_and_the_rest_counted(tmp_path):
-    write(tmp_path, RETINA, "train.csv")
-    table, labels, notes = read("retina", tmp_path)
-    assert labels == ["diabetic retinopathy", "glaucoma", "normal"]
-    assert list(zip(table["ID"], table["target"], strict=True)) == [("1.jpg", 2), ("2.jpg", 0), ("4.jpg", 1), ("6.jpg", 2)]
-    assert notes == ["2 row(s) carry none or several of the chosen labels and are left out"]
-    table, labels, _ = read("retina", tmp_path, ["glaucoma", "normal"])
-    assert list(zip(table["ID"], table["target"], strict=True)) == [("1.jpg", 1), ("3.jpg", 0), ("4.jpg", 0), ("6.jpg", 1)]
-    refused(lambda: read("retina", tmp_path, ["glaucoma", "drusen"]), "missing: drusen", "cataract")
-    refused(lambda: read("retina", write(tmp_path, RETINA.replace("5.jpg,0", "5.jpg,7"), "train.csv")), "'normal' other than 0 or 1", "row(s) 6")
-    refused(lambda: read("retina", write(tmp_path, RETINA.replace("5.jpg", "4.jpg"), "train.csv")), "doubled filename", "row(s) 6")
-
-
-def test_unlabelled_and_pseudo_labelled_pictures(tmp_path):
-    write(tmp_path, RETINA, "train.csv")
-    touch(tmp_path / "test", "b.png", "a.jpg", "readme.txt")
-    assert [Path(file).name for file in dataset.unlabelled_pictures(tmp_path)] == ["a.jpg", "b.png"]
-    table, labels, _ = read("retina", tmp_path)
-    path = tmp_path / "pseudo_labels.csv"
-    path.write_text("filename,label,confidence\na.jpg,normal,0.9\nb.png,glaucoma,0.4\n")
-    more, added = add_pseudo_labels(table, labels, tmp_path, path, 0.4)
-    assert added == 2 and more["target"].tolist() == [2, 0, 1, 2, 2, 1] and more["files"].iloc[-1] == (str(tmp_path / "test" / "b.png"),)
-    more, added = add_pseudo_labels(table, labels, tmp_path, path, 0.5)
-    assert added == 1 and more["ID"].tolist()[-1] == "a.jpg" and len(more) == len(table) + 1
-    for text, words in (("filename,label,confidence\na.jpg,drusen,0.9\n", ["not one of", "row(s) 2"]),
-                        ("filename,label,confidence\na.jpg,normal,1.5\n", ["confidence outside", "row(s) 2"]),
-                        ("filename,label,confidence\na.jpg,normal,\n", ["confidence outside", "row(s) 2"]),
-                        ("filename,label,confidence\na.jpg,normal,1\na.jpg,normal,1\n", ["doubled filename", "row(s) 3"]),
-                        ("filename,label,confidence\n../train/1.jpg,normal,1\n", ["leaves the data folder", "row(s) 2"]),
-                        ("filename,label\na.jpg,normal\n", ["missing: confidence"])):
-        path.write_text(text)
-        refused(lambda: add_pseudo_labels(table, labels, tmp_path, path, 0.0), *words)
-
-
-# ---------------------------------------------------------------- MRNet
-
-def knees(root):
-    for source, ids in (("train", "0000 0001 0002"), ("valid", "1130 1131")):
-        for k, label in enumerate(("abnormal", "acl", "meniscus")):
-            write(root, "".join(f"{i},{(n + k) % 2}\n" for n, i in enumerate(ids.split())), f"{source}-{label}.csv")
-        for plane in dataset.PLANES:
-            touch(root / source / plane, *(f"{i}.npy" for i in ids.split()))
-    return root
-
-
-def test_mrnet(tmp_path):
-    table, labels, _ = read("mrnet", knees(tmp_path))
-    assert table["ID"].tolist() == ["train-0000", "train-0001", "train-0002", "valid-1130", "valid-1131"]  # the first row is data
-    assert targets_of(table, labels).tolist() == [[0, 1, 0], [1, 0, 1], [0, 1, 0], [0, 1, 0], [1, 0, 1]]
-    assert table["files"].iloc[1] == tuple(str(tmp_path / "train" / plane / "0001.npy") for plane in ("axial", "coronal", "sagittal"))
-    parts, left_out = drop_missing(split("mrnet", table), "stop")
-    assert left_out == 0 and [len(parts[part]) for part in ("train", "val", "test")] == [3, 2, 0]
-    single, labels, _ = read("mrnet", tmp_path, ["acl"])
-    assert labels == ["acl"] and targets_of(single, labels).tolist() == [[1], [0], [1], [1], [0]]
-    refused(lambda: read("mrnet", tmp_path, ["acl", "tear"]), "not tear", "meniscus")
-    (tmp_path / "train" / "coronal" / "0001.npy").unlink()  # a plane of an exam is missing
-    refused(lambda: drop_missing(split("mrnet", table), "stop"), "1 row(s)", "coronal/0001.npy")
-    assert drop_missing(split("mrnet", table), "drop")[1] == 1
-
-
-@pytest.mark.parametrize("text, words", [
-    ("id,label\n0000,1\n0001,0\n0002,1\n", ["no header", "row(s) 1"]),
-    ("0000,1,0\n", ["3 columns"]),
-    ("0000,1\n0001,2\n0002,1\n", ["other than 0 or 1", "row(s) 2"]),
-    ("0000,1\n0000,1\n0002,1\n", ["doubled exam id", "row(s) 2"]),
-    ("0000,1\n0001,0\n0003,1\n", ["do not hold the same exams", "[2, 3]"]),
-])
-def test_mrnet_bad_tables(tmp_path, text, words):
-    write(knees(tmp_path), text, "train-acl.csv")
-    refused(lambda: read("mrnet", tmp_path), "train-acl.csv", *words)
-
-
-def test_mrnet_label_files_in_another_order(tmp_path):
-    write(knees(tmp_path), "0002,1\n0000,1\n0001,0\n", "train-acl.csv")
-    table, labels, _ = read("mrnet", tmp_path)
-    assert table["acl"].tolist()[:3] == [1, 0, 1] and table["ID"].tolist()[0] == "train-0000"  # joined by id, not by row
-
-
-# ---------------------------------------------------------------- bad sheets
-
-def changed(column, row, value):
-    sheet = odir_sheet().astype({column: object})
-    sheet.loc[row, column] = value
-    return sheet
-
-
-@pytest.mark.parametrize("sheet, words", [
-    (odir_sheet().drop(columns="G"), ["missing: G", "found: ID"]),
-    (odir_sheet().drop(columns=["ID", "Left-Fundus"]), ["missing: ID, Left-Fundus"]),
-    (changed("N", 2, 2), ["'N' other than 0 or 1", "row(s) 4"]),
-    (changed("D", 0, 0.5), ["'D' other than 0 or 1", "row(s) 2"]),
-    (changed("O", 19, None), ["'O' other than 0 or 1", "row(s) 21"]),
-    (changed("H", 5, "yes"), ["'H' other than 0 or 1", "row(s) 7"]),
-    (changed("ID", 3, 0), ["doubled ID", "row(s) 5"]),
-    (changed("ID", 3, "nine"), ["ID that is no whole number", "row(s) 5"]),
-    (changed("ID", 3, 1.5), ["ID that is no whole number", "row(s) 5"]),
-    (changed("ID", 3, None), ["ID that is no whole number", "row(s) 5"]),
-    (changed("ID", 3, "inf"), ["ID that is no whole number", "row(s) 5"]),
-    (changed("Left-Fundus", 4, None), ["empty Left-Fundus", "row(s) 6"]),
-    (changed("Right-Fundus", 4, "  "), ["empty Right-Fundus", "row(s) 6"]),
-    (changed("Right-Fundus", 4, "../../secret.jpg"), ["leaves the data folder", "row(s) 6"]),
-    (changed("Right-Fundus", 4, "/etc/passwd"), ["leaves the data folder", "row(s) 6"]),
-    (odir_sheet().iloc[:0], ["holds no row"]),
-])
-def test_odir_bad_sheets(tmp_path, sheet, words):
-    refused(lambda: read("odir", write(tmp_path, sheet)), "annotations.xlsx", *words)
-    if "doubled ID" not in words and "Left-Fundus" in sheet:  # the same through Kaggle's file, where a sheet row is an eye
-        refused(lambda: read("odir", write(tmp_path / "k", kaggle(sheet), "full_df.csv")), "full_df.csv", words[0])
-
-
-def test_odir_ten_bad_rows_are_counted_and_five_named(tmp_path):
-    sheet = odir_sheet().assign(A=9)
-    message = refused(lambda: read("odir", write(tmp_path, sheet)), "in 20 row(s)")
-    assert re.search(r"row\(s\) 2, 3, 4, 5, 6$", message)
-
-
-def test_kaggles_eyes_that_disagree(tmp_path):
-    sheet = kaggle(odir_sheet())
-    sheet.iloc[25, sheet.columns.get_loc("N")] = 1 - sheet.iloc[25]["N"]
-    refused(lambda: read("odir", write(tmp_path, sheet, "full_df.csv")), "different labels", "row(s) 27")
-
-
-@pytest.mark.parametrize("name, dataset_name", [("annotations.xlsx", "odir"), ("train.csv", "aptos"), ("trainLabels.csv", "dr"),
-                                                ("train.csv", "retina")])
-def test_files_that_are_no_tables(tmp_path, name, dataset_name):
-    refused(lambda: read(dataset_name, tmp_path / "nowhere"), "is no folder")
-    refused(lambda: read(dataset_name, tmp_path), name, "is missing")
-    for number, content in enumerate((b"", b"\x00\xff\x13\x88" * 100, b"PK\x03\x04 cut off", b"just words\n")):
-        folder = tmp_path / str(number)
-        folder.mkdir()
-        (folder / name).write_bytes(content)
-        refused(lambda folder=folder: read(dataset_name, folder), name)
-
-
-@pytest.mark.parametrize("text, words", [
-    ("id_code,diagnosis\na,0\nb,5\n", ["diagnosis", "not one of", "row(s) 3"]),
-    ("id_code,diagnosis\na,0\nb,x\n", ["diagnosis", "row(s) 3"]),
-    ("id_code,diagnosis\na,0\nb,1.5\n", ["diagnosis", "row(s) 3"]),
-    ("id_code,diagnosis\na,0\na,1\n", ["doubled id_code", "row(s) 3"]),
-    ("id_code,diagnosis\na,0\n\nb,7\n", ["row(s) 3"]),  # the blank line itself, by its own number
-    ("id_code,diagnosis\na,0\nb,7\n\n\n", ["row(s) 3"]),  # blank lines at the end are nothing
-    ("id_code;diagnosis\na;0\n", ["missing: id_code, diagnosis", "id_code;diagnosis"]),
-    ("id_code,diagnosis,diagnosis\na,0,1\n", ["twice: diagnosis"]),
-    ("id_code,diagnosis\n", ["holds no row"]),
-])
-def test_aptos_bad_tables(tmp_path, text, words):
-    refused(lambda: read("aptos", write(tmp_path, text, "train.csv")), "train.csv", *words)
-
-
-def test_blank_lines_at_the_end_and_a_byte_order_mark_are_taken(tmp_path):
-    (tmp_path / "train.csv").write_bytes(b"\xef\xbb\xbfid_code,diagnosis\r\na,0\r\nb,1\r\n\r\n,\r\n")
-    assert read("aptos", tmp_path)[0]["target"].tolist() == [0, 1]
-
-
-@pytest.mark.parametrize("name", ["odir", "aptos", "dr"])
-def test_labels_are_only_chosen_where_there_is_a_choice(tmp_path, name):
-    write(tmp_path, "id_code,diagnosis\na,0\n", "train.csv")
-    refused(lambda: read(name, tmp_path, list("abcde")), "--labels", "always has")
+    sheet = pd.DataFrame(rows, columns=["image", "level"]).sample(frac=1, random_state=1)
+    frame = frame_of("dr", write(tmp_path, sheet, "trainLabels.csv"))
+    parts = split("dr", frame, test=0.1)
+    found = {part: set(rows["patient"]) for part, rows in parts.items()}
+    assert [len(found[part]) for part in ("train", "val", "test")] == [70, 20, 10]
+    assert len(found["train"] | found["val"] | found["test"]) == 100
+    assert [len(part) for part in parts.values()] == [140, 40, 20]
+    worst = frame.groupby("patient")["target"].max()
+    for names in found.values():  # stratified by the worse eye
+        share = np.bincount(worst, minlength=5) * len(names) / 100
+        assert np.bincount(worst[list(names)], minlength=5) == pytest.approx(share, abs=1.5)
 
 
 def test_too_few_of_a_class_to_split(tmp_path):
-    write(tmp_path, "id_code,diagnosis\n" + "".join(f"{i},{int(i == 0)}\n" for i in range(30)), "train.csv")
-    refused(lambda: split("aptos", read("aptos", tmp_path)[0]), "cannot be split", "every class")
+    text = "id_code,diagnosis\n" + "".join(f"{i},{int(i == 0)}\n" for i in range(30))
+    refused(
+        lambda: split("aptos", frame_of("aptos", write(tmp_path, text, "train.csv"))),
+        "cannot be split",
+        "every class",
+    )
+    two = "id_code,diagnosis\na,0\nb,1\n"
+    refused(lambda: split("aptos", frame_of("aptos", write(tmp_path, two, "train.csv"))), "leave none")
 
 
-# ---------------------------------------------------------------- at scale, and what a run is compared by
+def test_missing_files_stop_or_cost_their_rows(tmp_path):
+    write(tmp_path, "id_code,diagnosis\n001,0\n002,1\n003.jpeg,2\n004,3\n", "train.csv")
+    (tmp_path / "train_images").mkdir()
+    for name in ("001.png", "002.jpg", "003.jpeg"):
+        (tmp_path / "train_images" / name).touch()
+    frame = frame_of("aptos", tmp_path)
+    assert [Path(files[0]).name for files in frame["files"]] == ["001.png", "002.jpg", "003.jpeg", "004"]
+    refused(lambda: drop_missing({"train": frame}, "stop"), "1 row(s)", "004")
+    kept, left_out = drop_missing({"train": frame}, "drop")
+    assert left_out == 1 and kept["train"]["target"].tolist() == [0, 1, 2]
+
 
 def test_a_hundred_thousand_rows(tmp_path):
     n = 100_000
-    rng = np.random.default_rng(0)
     names = [f"{i // 2}_{('left', 'right')[i % 2]}" for i in range(n)]
-    table, _, _ = read("dr", write(tmp_path, pd.DataFrame({"image": names, "level": rng.integers(5, size=n)}), "trainLabels.csv"))
-    parts = split("dr", table)
+    sheet = pd.DataFrame({"image": names, "level": np.random.default_rng(0).integers(5, size=n)})
+    parts = split("dr", frame_of("dr", write(tmp_path, sheet, "trainLabels.csv")))
     kept, left_out = drop_missing(parts, "drop")
     assert len(parts["val"]) == n // 5 and left_out == n and sum(map(len, kept.values())) == 0
 
 
-def test_digest_changes_with_rows_labels_and_parts(tmp_path):
-    table, labels, _ = read("odir", write(tmp_path, odir_sheet()))
-    parts = split("odir", table)
-    found = [dataset.data_digest(parts, labels), dataset.data_digest(split("odir", table, seed=1), labels),
-             dataset.data_digest(split("odir", table, test=0.2), labels)]
-    other = {part: rows.assign(N=1 - rows["N"]) for part, rows in parts.items()}
-    assert len({*found, dataset.data_digest(other, labels)}) == 4
-    assert dataset.data_digest(split("odir", table), labels) == found[0]
+def test_digest_changes_with_rows_labels_and_parts(rendered):
+    table = tables.read("odir", rendered("odir"))
+    frame, labels = table.frame, table.labels
+    parts = split("odir", frame)
+    found = [
+        dataset.data_digest(parts, labels),
+        dataset.data_digest(split("odir", frame, seed=1), labels),
+        dataset.data_digest(split("odir", frame, test=0.2), labels),
+        dataset.data_digest({part: rows.assign(N=1 - rows["N"]) for part, rows in parts.items()}, labels),
+    ]
+    assert len(set(found)) == 4
+    assert dataset.data_digest(split("odir", frame), labels) == found[0]
 
 
-def test_rendered_folders_are_known_by_their_marker(tmp_path):
-    assert not dataset.is_rendered(tmp_path)
-    touch(tmp_path, "rendered.json")
-    assert dataset.is_rendered(tmp_path)
+# ---------------------------------------------------------------- the data sets, as torch users expect them
+
+
+@pytest.fixture(scope="module")
+def eyes(rendered, tmp_path_factory):
+    """Six files of one rendered patient each, as three pairs, decoded at 32 pixels."""
+    files = sorted(str(file) for file in (rendered("odir") / "images").iterdir())[:6]
+    rows = [tuple(files[i : i + 2]) for i in range(0, 6, 2)]
+    return Pictures(rows, "fov", 32, tmp_path_factory.mktemp("eyes"), 0)
+
+
+def test_eye_pairs_by_number_and_by_batch(eyes):
+    targets = np.eye(3, dtype=np.float32)
+    data = PictureSet(eyes, targets)
+    assert len(data) == 3
+    images, target = data[1]
+    assert images.shape == (2, 3, 32, 32) and images.dtype == torch.float32 and target.tolist() == [0, 1, 0]
+    for eye in range(2):
+        pixels = load_picture(eyes.files[2 + eye], "fov", 32)[0].transpose(2, 0, 1)
+        assert np.array_equal(images[eye].numpy() * 255, pixels)
+    batch = data.__getitems__([2, 0])
+    assert set(batch) == {"images", "targets"} and batch["images"].dtype == torch.uint8
+    assert batch["targets"].tolist() == [[0, 0, 1], [1, 0, 0]]
+    assert torch.equal(batch["images"][1] / 255, data[0][0].permute(0, 2, 3, 1))
+    loader = torch.utils.data.DataLoader(data, batch_size=2, collate_fn=lambda batch: batch)
+    assert [len(batch["images"]) for batch in loader] == [2, 1]
+
+
+def test_random_views_depend_on_row_and_repeat(eyes):
+    data = PictureSet(eyes, np.zeros(3, np.float32), seed=5, view=2)
+    batch = data.__getitems__([(1, 0), (1, 1), (2, 0)])
+    again = data.__getitems__([(2, 0), (1, 1)])
+    assert batch["uniforms"].shape == (3, 3, 11)  # both eyes', and the pair's
+    assert torch.equal(batch["uniforms"][[2, 1]], again["uniforms"])
+    assert not torch.equal(batch["uniforms"][0], batch["uniforms"][1])
+    assert "uniforms" not in data.__getitems__([])
+
+
+def test_features_by_number_and_at_their_place():
+    features = torch.arange(8.0).reshape(4, 2)
+    plain = FeatureSet(features[:3], np.array([0, 1, 2]))
+    assert len(plain) == 3 and plain[2][0].tolist() == [4, 5] and plain[2][1] == 2 and not plain.on_device
+    assert plain.__getitems__([(2, 1), (0, 0)])["features"].tolist() == [[4, 5], [0, 1]]
+    placed = FeatureSet(features, np.array([7, 8]), {(0, 0): 0, (0, 1): 3, (1, 0): 2})
+    batch = placed.__getitems__([(0, 1), (1, 0)])
+    assert batch["features"].tolist() == [[6, 7], [4, 5]] and batch["targets"].tolist() == [7, 8]
+
+
+def test_knees_of_different_length_and_their_crop(rendered):
+    frame = frame_of("mrnet", rendered("mrnet"))
+    data = VolumeSet(frame["files"], np.zeros((len(frame), 3), np.float32), 72)
+    batch = data.__getitems__([1, 0])
+    whole = [np.load(file) for file in frame["files"].iloc[1]]
+    for plane, volume in enumerate(whole):
+        assert batch["lengths"][plane][0] == len(volume)
+        assert np.array_equal(batch["volumes"][plane][: len(volume)], volume[:, 92:164, 92:164])
+    volumes, target = data[0]
+    assert [len(volume) for volume in volumes] == [lengths[1] for lengths in batch["lengths"]]
+    assert target.tolist() == [0, 0, 0] and len(data) == len(frame)
+    empty = data.__getitems__([])
+    assert [volume.shape for volume in empty["volumes"]] == [(0, 72, 72)] * 3 and empty["lengths"] == [[]] * 3
+    scaled = VolumeSet(frame["files"], np.zeros((len(frame), 3), np.float32), 64, "none")[1][0]
+    assert [volume.shape[1:] for volume in scaled] == [(64, 64)] * 3
+    assert float(scaled[0].float().mean()) == pytest.approx(float(whole[0].mean()), abs=1)
+
+
+def test_a_subset_keeps_rows_pictures_and_targets_together(eyes):
+    table = pd.DataFrame({"ID": [10, 20, 30], "patient": ["a", "b", "c"], "files": [()] * 3})
+    part = dataset.Part(table, eyes, np.eye(3, dtype=np.float32), 4, 32)
+    fewer = part.subset([2, 0])
+    assert len(part) == 3 and len(fewer) == 2 and fewer.ids() == ["30", "10"] and fewer.expected == 4
+    assert fewer.patients().tolist() == ["c", "a"]
+    for new, old in ((0, 2), (1, 0)):
+        (images, target), (expected, wanted) = fewer.dataset()[new], part.dataset()[old]
+        assert torch.equal(images, expected) and torch.equal(target, wanted)
+        assert all(np.array_equal(a, b) for a, b in zip(fewer.shown(new), part.shown(old), strict=True))
+
+
+# ---------------------------------------------------------------- decoded pictures, kept
+
+
+def test_decoded_pictures_are_kept_and_say_what_was_found(eyes, tmp_path, monkeypatch):
+    files = [shutil.copy(file, tmp_path) for file in eyes.files[:3]]
+    cut = Path(files[1])
+    cut.write_bytes(cut.read_bytes()[:-2])  # only the end marker is gone
+    Path(files[2]).write_bytes(b"no picture")
+    rows = [(file,) for file in files]
+    found = Pictures(rows, "fov", 32, tmp_path / "cache", 0)
+    assert found.repaired == [str(cut)] and list(found.failed) == [files[2]]
+    assert "no JPEG" in found.failed[files[2]] and [len(content) for content in found.contents] == [2, 2, 0]
+    monkeypatch.setattr(decode, "load_picture", None)  # the second time nothing is decoded
+    again = Pictures(rows, "fov", 32, tmp_path / "cache", 0)
+    assert np.array_equal(again.array(), found.array()) and again.failed == found.failed
+    assert again.repaired == found.repaired and again.contents == found.contents
+
+
+def cut_short(path):
+    """As another file of the same name: whoever has mapped the old one keeps it."""
+    content = path.read_bytes()
+    path.unlink()
+    path.write_bytes(content[: len(content) // 2])
+
+
+@pytest.mark.parametrize("damage", [cut_short, Path.unlink])
+@pytest.mark.parametrize("suffix", [".npy", ".json"])
+def test_damaged_pictures_and_facts_are_made_again(eyes, tmp_path, damage, suffix):
+    rows = [(file,) for file in eyes.files]
+    first = Pictures(rows, "fov", 32, tmp_path, 0)
+    pixels = first.array().copy()
+    damage(first.path.with_suffix(suffix))
+    again = Pictures(rows, "fov", 32, tmp_path, 0)
+    assert again.contents == first.contents and np.array_equal(again.array(), pixels)
+
+
+def test_what_the_system_refuses_is_asked_again(eyes, tmp_path, monkeypatch):
+    """A permission error passes; kept, it would later leave a patient out silently (issue 12: 8)."""
+    file = shutil.copy(eyes.files[0], tmp_path)
+    real = decode.load_picture
+
+    def denied(path, *args):
+        raise PermissionError(13, "Permission denied", path)
+
+    monkeypatch.setattr(decode, "load_picture", denied)
+    refused(lambda: Pictures([(file,)], "fov", 32, tmp_path / "cache", 0), "Permission denied", "run again")
+    assert not list((tmp_path / "cache").glob("pictures-*"))
+    monkeypatch.setattr(decode, "load_picture", real)
+    assert not Pictures([(file,)], "fov", 32, tmp_path / "cache", 0).failed
+
+
+def test_a_worker_gets_the_path_not_the_pictures(eyes, tmp_path):
+    """Under spawn and forkserver every worker unpickles its data set (issue 11: 6)."""
+    big = Pictures([(file,) for file in eyes.files], "fov", 256, tmp_path, 0)
+    data = PictureSet(big, np.zeros(6, np.float32))
+    data.__getitems__([0])  # mapped in this process
+    sent = pickle.dumps(data)
+    assert big.array().nbytes > 1_000_000 and len(sent) < 10_000
+    arrived = pickle.loads(sent)
+    assert arrived.pictures.mapped is None
+    assert torch.equal(arrived.__getitems__([3])["images"], data.__getitems__([3])["images"])
+    assert isinstance(arrived.pictures.array(), np.memmap)
+
+
+def test_pictures_in_memory_are_taken_as_kept_ones_are(eyes):
+    given = PictureSet(GivenPictures(eyes.array(), eyes.rows[::-1].copy()), np.zeros(3, np.float32))
+    assert torch.equal(given[0][0], PictureSet(eyes, np.zeros(3, np.float32))[2][0])
+
+
+# ---------------------------------------------------------------- load
+
+
+@pytest.fixture
+def retina(rendered, tmp_path):
+    """A copy of the rendered retina set -> (folder, load(*flags))."""
+    root = tmp_path / "retina"
+    shutil.copytree(rendered("retina"), root)
+
+    def load(*flags):
+        fixed = ["--dataset", "retina", "--data", str(root), "--size", "72", "--workers", "0"]
+        return dataset.load(arguments.parse([*fixed, "--cache", str(tmp_path / "cache"), *map(str, flags)]))
+
+    return root, load
+
+
+def test_what_load_says_of_its_parts(retina):
+    root, load = retina
+    data = load("--test-fraction", 0.2)
+    sizes = {part: len(frame) for part, frame in data.frames.items()}
+    assert (
+        data.facts["parts"] == sizes
+        and set(sizes) == {"train", "val", "test"}
+        and set(data.parts)
+        == {
+            "train",
+            "val",
+        }
+    )
+    assert data.facts["rendered"] and data.facts["root"] == str(root) and data.facts["duplicates"] == 0
+    assert data.facts["left_out"] == data.facts["unreadable"] == 0
+    assert [part.expected for part in data.parts.values()] == [sizes["train"], sizes["val"]]
+    counts = np.bincount(data.train.targets, minlength=3)
+    assert data.prior() == pytest.approx(counts / counts.sum())
+    assert not set(data.frames["train"]["patient"]) & set(data.frames["val"]["patient"])
+
+
+def test_missing_and_unreadable_rows_are_counted_beside_what_should_be_there(retina):
+    root, load = retina
+    data = load()
+    train, val = (part.table["files"].iloc[0][0] for part in data.parts.values())
+    sizes = [len(part) for part in data.parts.values()]
+    Path(train).unlink()
+    Path(val).write_bytes(b"no picture")
+    refused(load, "1 row(s) have no picture", Path(train).name)
+    shutil.copy(data.train.table["files"].iloc[1][0], train)
+    Image.open(train).rotate(90).save(train)
+    refused(load, "1 file(s) cannot be read", Path(val).name, "--missing drop")
+    Path(train).unlink()
+    less = load("--missing", "drop")
+    assert [len(part) for part in less.parts.values()] == [sizes[0] - 1, sizes[1] - 1]
+    assert [part.expected for part in less.parts.values()] == sizes
+    assert less.facts["left_out"] == 1 and less.facts["unreadable"] == 1
+    assert less.facts["parts"]["val"] == sizes[1] - 1
+    assert less.val.table["ID"].tolist() == data.val.table["ID"].tolist()[1:]
+    assert np.array_equal(less.val.dataset()[0][0], data.val.dataset()[1][0])
+
+
+def test_nothing_left_to_train_on(retina):
+    root, load = retina
+    for file in load().val.table["files"]:
+        Path(file[0]).unlink()
+    refused(lambda: load("--missing", "drop"), "no row is left")
+
+
+def test_shuffled_labels_are_those_of_the_training_part_alone(retina):
+    _, load = retina
+    plain, control = load(), load("--shuffle-labels")
+    assert not np.array_equal(plain.train.targets, control.train.targets)
+    assert np.array_equal(np.sort(plain.train.targets), np.sort(control.train.targets))
+    assert np.array_equal(plain.val.targets, control.val.targets)
+    assert plain.facts["digest"] == control.facts["digest"]  # of the data as they are
+
+
+def test_a_calibration_part_is_cut_from_the_training_patients(rendered, tmp_path):
+    flags = ["--data", str(rendered("odir")), "--size", "32", "--workers", "0", "--cache", str(tmp_path)]
+    plain = dataset.load(arguments.parse(flags))
+    three = dataset.load(arguments.parse([*flags, "--calibration-fraction", "0.25"]))
+    assert three.val.ids() == plain.val.ids() and len(three.parts["calibration"]) == 8
+    assert {*three.train.ids(), *three.parts["calibration"].ids()} == set(plain.train.ids())
+    assert not set(three.train.ids()) & set(three.parts["calibration"].ids())
+
+
+def test_without_data_stand_ins_are_drawn_and_named_once(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    args = arguments.parse(["--size", "32", "--workers", "0"])
+    commands = []
+
+    def draw(command):
+        commands.append(command)
+        return dataset.subprocess.CompletedProcess(command, 1)
+
+    monkeypatch.setattr(dataset.subprocess, "run", draw)
+    refused(lambda: dataset.load(args), "could not be rendered", "data/rendered/odir")
+    assert len(commands) == 1 and "--dataset" in commands[0]
+    assert capfd.readouterr().out.count("RENDERED STAND-INS") == 1
+    args.data = "nowhere"  # what was named is never replaced
+    refused(lambda: dataset.load(args), "nowhere", "is no folder")
+    assert len(commands) == 1
+
+
+# ---------------------------------------------------------------- a picture in two parts
+
+
+def same_bytes(source, target):
+    shutil.copy(source, target)
+
+
+def same_pixels(source, target):
+    """Another file of the same picture: a PNG with a comment in the place of the JPEG."""
+    comment = PngImagePlugin.PngInfo()
+    comment.add_text("Comment", "another file")
+    with Image.open(source) as image:
+        image.convert("RGB").save(target, format="PNG", pnginfo=comment)
+
+
+@pytest.mark.parametrize("copy", [same_bytes, same_pixels])
+@pytest.mark.parametrize("crop", [[], ["--augment", "lab", "--crop", "67"]])
+def test_a_validation_picture_that_is_in_training_stops_the_run(retina, copy, crop):
+    """Known by its content, not its name; with --crop the parts are decoded at two sizes (issue 12: 7)."""
+    _, load = retina
+    data = load(*crop)
+    train, val = (data.parts[part].table["files"] for part in ("train", "val"))
+    for number in range(2):
+        copy(train.iloc[number][0], val.iloc[number][0])
+    refused(lambda: load(*crop), "2 validation row(s)", "--duplicates keep")
+    kept = load("--duplicates", "keep", *crop)
+    assert kept.facts["duplicates"] == 2 and len(kept.val) == len(data.val)
+
+
+def test_a_knee_in_two_parts(rendered, tmp_path):
+    root = tmp_path / "mrnet"
+    shutil.copytree(rendered("mrnet"), root)
+    flags = ["--dataset", "mrnet", "--data", str(root), "--size", "72", "--cache", str(tmp_path / "cache")]
+    data = dataset.load(arguments.parse(flags))
+    assert data.facts["duplicates"] == 0 and data.train.pictures is None
+    shutil.copy(data.train.table["files"].iloc[0][1], data.val.table["files"].iloc[1][1])
+    refused(lambda: dataset.load(arguments.parse(flags)), "1 validation row(s)")
+
+
+@needs_real
+def test_no_real_validation_picture_is_in_training(tmp_path):
+    """Of all 4 000 pictures by their bytes; by pixels the run itself looks."""
+    parts, _ = drop_missing(split("odir", frame_of("odir", REAL / "odir")), "drop")
+    digests = {}
+    for name in ("train", "val"):
+        files = [file for row in parts[name]["files"] for file in row]
+        digests[name] = {dataset.digest(Path(file).read_bytes()) for file in files}
+    assert len(digests["val"]) == 2 * 399 and not digests["train"] & digests["val"]
+
+
+# ---------------------------------------------------------------- load_part
+
+
+@pytest.fixture
+def finished(trained, rendered, tmp_path):
+    """A finished run on the retina set -> (args, best.pt's content, a copy of its data, load_part)."""
+    saved = checkpoint.load_checkpoint(trained("retina") / "best.pt")
+    args = arguments.argparse.Namespace(**saved["args"])
+    args.cache = str(tmp_path / "cache")
+    copy = tmp_path / "copy"
+    shutil.copytree(rendered("retina"), copy)
+
+    def load(part="val", root=None, **more):
+        return dataset.load_part(args, saved, part, root, **more)
+
+    return saved, copy, load
+
+
+def test_a_part_comes_back_as_the_run_had_it(finished):
+    saved, copy, load = finished
+    part, facts = load()
+    assert part.ids() == saved["split"]["val"] and part.expected == len(part)
+    assert part.targets.tolist() == saved["targets"]["val"].tolist()
+    assert facts["own"] and facts["rendered"] and not facts["left_out"]
+    whole, facts = load("all")
+    assert len(whole) == sum(map(len, saved["split"].values())) and facts["own"]
+    moved, facts = load(root=copy)  # the same rows and labels in another folder
+    assert moved.ids() == part.ids() and facts["own"] and "are the run's" in facts["notes"][-1]
+    refused(lambda: load("test"), "no test part", "--test-fraction")
+
+
+def relabel(root, change):
+    sheet = pd.read_csv(root / "train.csv")
+    change(sheet)
+    sheet.to_csv(root / "train.csv", index=False)
+
+
+def turn(sheet):
+    """Every picture gets the next label."""
+    columns = tables.RETINA_LABELS
+    sheet[columns] = sheet[[columns[-1], *columns[:-1]]].to_numpy()
+
+
+def test_edited_labels_stop_the_evaluation(finished):
+    """Unless --data names another data set, and then it says so (issue 12: 6)."""
+    saved, copy, load = finished
+    saved["data"]["root"] = str(copy)
+    assert load()[1]["own"]
+    relabel(copy, turn)
+    wanted = len(saved["split"]["val"])
+    message = refused(load, f"{wanted} row(s)", "other labels than in training", "--data")
+    assert saved["split"]["val"][0] in message
+    refused(lambda: load("all"), "other labels than in training")
+    refused(lambda: load(root=copy), "other labels than in training")  # the run's own folder by name
+    saved["data"]["root"] = str(copy.parent / "elsewhere")
+    part, facts = load(root=copy)
+    assert not facts["own"] and "other rows or labels" in facts["notes"][-1]
+    assert part.targets.tolist() != saved["targets"]["val"].tolist()
+
+
+def test_one_edited_label_is_enough(finished):
+    saved, copy, load = finished
+    saved["data"]["root"] = str(copy)
+    name = saved["split"]["val"][3]
+
+    def change(sheet):
+        row = sheet["filename"] == name
+        values = sheet.loc[row, tables.RETINA_LABELS].to_numpy()
+        sheet.loc[row, tables.RETINA_LABELS] = np.roll(values, 1)
+
+    relabel(copy, change)
+    assert name in refused(load, "1 row(s)", "other labels")
+
+
+def test_other_patients_in_another_folder(finished):
+    saved, copy, load = finished
+    relabel(copy, lambda sheet: sheet.update({"filename": "new_" + sheet["filename"]}))
+    for file in list((copy / "train").iterdir()):
+        file.rename(file.with_name(f"new_{file.name}"))
+    refused(lambda: load(root=copy), "are not in this data set", "--split all")
+    refused(lambda: load(root=copy, missing="drop"), "are not in this data set")  # not one of them is there
+    part, facts = load("all", copy)
+    assert len(part) == sum(map(len, saved["split"].values())) and not facts["own"]
+    assert all(name.startswith("new_") for name in part.ids())
+    saved["data"]["root"] = str(copy)
+    refused(load, "They have changed since training")
+
+
+def test_what_is_missing_at_test_time_is_counted(finished):
+    """Rows scored beside the rows that the part should have (issue 12: 9)."""
+    saved, copy, load = finished
+    saved["data"]["root"] = str(copy)
+    files = [Path(file[0]) for file in load()[0].table["files"]]
+    wanted = len(files)
+    files[0].unlink()
+    refused(load, "1 row(s) have no picture", files[0].name)
+    files[1].write_bytes(b"no picture")
+    relabel(copy, lambda sheet: sheet.replace({"filename": {files[2].name: "another.jpg"}}, inplace=True))
+    files[2].rename(files[2].with_name("another.jpg"))
+    part, facts = load(missing="drop")
+    assert len(part) == wanted - 3 and part.expected == wanted and facts["left_out"] == 3
+    assert part.ids() == saved["split"]["val"][3:]
+    for file in files:
+        file.unlink(missing_ok=True)
+    refused(lambda: load(missing="drop"), "no row is left")
+
+
+def test_another_data_sets_classes_are_refused(rendered, trained, tmp_path):
+    """The grades of this run against an ImageFolder of two classes."""
+    saved = checkpoint.load_checkpoint(trained("aptos") / "best.pt")
+    for number, name in enumerate(("wet", "dry") * 4):
+        folder = tmp_path / "folders" / "train" / name
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copy(next((rendered("aptos") / "train_images").iterdir()), folder / f"{number}.png")
+    args = arguments.argparse.Namespace(**saved["args"])
+    refused(
+        lambda: dataset.load_part(args, saved, "all", tmp_path / "folders"),
+        "has the classes dry, wet",
+        "trained on 0, 1, 2, 3, 4",
+    )

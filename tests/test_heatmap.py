@@ -1,17 +1,18 @@
-"""Grad-CAM against maps worked out by hand, for every network; heatmap.py's files."""
+"""heatmap.py: which files it writes for which rows, and that its maps are of the network that gave the number."""
 
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
-from torch import nn
 
 import checkpoint
+import figures
 import heatmap
-import models
+import predictor
+from cache import file_names
 from errors import guard
 
 REAL = Path(os.environ.get("REAL_DATA", "absent"))
@@ -21,94 +22,11 @@ def run(*arguments):
     return guard(heatmap.main, [*map(str, arguments), "--device", "cpu", "--workers", "0"])
 
 
-def tiny_net():
-    """Two channels, x0 + x1 and x1 - x2; the mean over the 2 x 2 picture after an in-place ReLU; three classes."""
-    conv = nn.Conv2d(3, 2, 1, bias=False)
-    conv.weight.data = torch.tensor([[1.0, 1, 0], [0, 1, -1]]).reshape(2, 3, 1, 1)
-    head = nn.Linear(2, 3)
-    head.weight.data, head.bias.data = torch.tensor([[1.0, 0], [2, -4], [-1, -1]]), torch.tensor([0.0, 1, 0])
-    return models.SingleNet(nn.Sequential(conv, nn.ReLU(inplace=True), nn.AdaptiveAvgPool2d(1), nn.Flatten()), head, "backbone.0")
-
-
-def test_grad_cam_by_hand():
-    image = torch.tensor([[[[1.0, 2], [0, 4]], [[0.0, 1], [2, 0]], [[1.0, 0], [1, 3]]]])  # (1, 3, 2, 2)
-    # convolution: a = x0 + x1 = [[1, 3], [2, 4]], b = x1 - x2 = [[-1, 1], [1, -3]]; ReLU lets b's gradient through twice of four
-    # means: a 10 / 4, b 2 / 4; logits: 2.5; 1 + 5 - 2 = 4; -3
-    # weights of the channels = mean gradient: a: W / 4, b: W / 4 * 2 / 4
-    # class 0: a / 4 -> a / 4's maximum 1: [[1, 3], [2, 4]] / 4
-    # class 1: 2 a / 4 - b / 2 = [[0.5 + 0.5, 1.5 - 0.5], [1 - 0.5, 2 + 1.5]] = [[1, 1], [0.5, 3.5]] -> / 3.5
-    # class 2: -a / 4 - b / 8 = [[-1/8, ...], ..., -1 + 3/8] is nowhere positive -> 0
-    logits, maps, picks = models.grad_cam(tiny_net(), image)
-    assert picks is None and maps.shape == (1, 3, 2, 2)
-    torch.testing.assert_close(logits, torch.tensor([[2.5, 4.0, -3.0]]))
-    torch.testing.assert_close(maps[0, 0], torch.tensor([[0.25, 0.75], [0.5, 1]]))
-    torch.testing.assert_close(maps[0, 1], torch.tensor([[1, 1], [0.5, 3.5]]) / 3.5)
-    torch.testing.assert_close(maps[0, 2], torch.zeros(2, 2))
-
-
-def test_rows_of_a_batch_do_not_mix():
-    torch.manual_seed(0)
-    net, images = tiny_net(), torch.randn(3, 3, 2, 2)
-    alone = torch.cat([models.grad_cam(net, image[None])[1] for image in images])
-    torch.testing.assert_close(models.grad_cam(net, images)[1], alone)
-
-
-@pytest.mark.parametrize("name, size, side", [("v0", 64, 2), ("v1", 64, 2), ("v2", 64, 2), ("resnet18", 96, 3), ("resnet50", 64, 2),
-                                              ("efficientnet-b1", 64, 2), ("alexnet", 96, 4)])
-def test_every_network_of_pictures(name, size, side):
-    torch.manual_seed(0)
-    model = models.build_model(name, 3, "none", size)
-    eyes = 2 if name in ("v0", "v1", "v2") else 1
-    images = torch.randn(2, eyes, 3, size, size)
-    logits, maps, picks = models.grad_cam(model, images)
-    assert maps.shape == (2 * eyes, 3, side, side) and picks is None
-    assert maps.min() == 0 and maps.max() == 1 and set(maps.amax((2, 3)).unique().tolist()) <= {0.0, 1.0}
-    with torch.no_grad():
-        torch.testing.assert_close(model(images), logits)  # evaluation mode, and the hook changes nothing
-    assert not any(module._forward_hooks for module in model.modules())
-    assert all(parameter.grad is None for parameter in model.parameters())
-
-
-def test_mrnet_shows_the_strongest_slice_of_each_plane():
-    """Trunks whose features are a slice's brightness: the pooled maximum, and so the answer, comes from the brightest."""
-    model = models.MRNet(2)
-    for p in range(3):
-        conv = nn.Conv2d(3, 256, 1, bias=False)
-        nn.init.constant_(conv.weight, 1 / 3)
-        model.backbone[p] = nn.Sequential(*[nn.Identity()] * 10, conv)
-    nn.init.constant_(model.classifier.weight, 1 / 768)
-    model.classifier.weight.data[1] *= -1
-    nn.init.zeros_(model.classifier.bias)
-    generator, brightest = torch.Generator().manual_seed(0), [3, 0, 5]
-    volumes = [torch.rand(count, 1, 4, 4, generator=generator).expand(-1, 3, -1, -1).clone() for count in (5, 2, 6)]
-    for volume, pick in zip(volumes, brightest, strict=True):
-        volume[pick] += 1
-    logits, maps, picks = models.grad_cam(model, volumes, [[5], [2], [6]])
-    assert picks == brightest
-    mean = sum(volume[pick].mean() for volume, pick in zip(volumes, brightest, strict=True)) / 3
-    torch.testing.assert_close(logits, torch.stack([mean, -mean])[None])
-    for volume, pick, plane in zip(volumes, brightest, maps, strict=True):
-        assert plane.shape == (1, 2, 4, 4)
-        torch.testing.assert_close(plane[0, 0], volume[pick, 0] / volume[pick, 0].max())  # one weight for all channels
-        assert not plane[0, 1].any()  # brightness speaks against the second label
-
-
-def test_explain_shows_the_slices_that_were_picked():
-    torch.manual_seed(0)
-    model = models.build_model("mrnet", 3)
-    volumes = [torch.randint(0, 256, (count, 72, 72), dtype=torch.uint8) for count in (3, 2, 4)]
-    names, shown, maps, logits = models.explain(model, {"volumes": volumes, "lengths": [[3], [2], [4]], "targets": torch.zeros(1)})
-    assert logits.shape == (3,) and [cam.shape for cam in maps] == [(3, 3, 3)] * 3
-    for name, plane, volume, picture in zip(names, ("axial", "coronal", "sagittal"), volumes, shown, strict=True):
-        number = int(name.removeprefix(f"{plane}, slice "))  # counted from 1
-        assert np.array_equal(picture, np.repeat(volume[number - 1].numpy()[:, :, None], 3, 2))
-
-
-# ---------------------------------------------------------------- the script
-
 def test_split_gives_a_file_per_label_and_patient(trained, tmp_path, capsys):
     saved = checkpoint.load_checkpoint(trained("odir") / "best.pt")
-    assert run("--ckpt", trained("odir") / "best.pt", "--split", "val", "--per-label", 1, "--out", tmp_path) == 0
+    flags = ["--split", "val", "--per-label", 1, "--out", tmp_path / "out", "--cache", tmp_path / "cache"]
+    assert run("--ckpt", trained("odir") / "best.pt", *flags) == 0
+    tmp_path = tmp_path / "out"
     text, names = capsys.readouterr().out, sorted(file.name for file in tmp_path.iterdir())
     assert "RENDERED" in text and f"{len(names)} PNGs" in text
     for name in names:
@@ -117,13 +35,14 @@ def test_split_gives_a_file_per_label_and_patient(trained, tmp_path, capsys):
     missing = [line.split()[-1] for line in text.splitlines() if line.startswith("nobody")]
     assert sorted({name.split("-")[0] for name in names} | set(missing)) == sorted(saved["labels"])
     assert len(names) == len(saved["labels"]) - len(missing)
-    with Image.open(tmp_path / names[0]) as image:  # both eyes below one another, the picture and eight classes
-        assert 3 < image.width / image.height < 5
+    with Image.open(tmp_path / names[0]) as image:  # two eyes, a picture and three or four maps in each line
+        assert 1.2 < image.width / image.height < 2.5
 
 
 def test_per_label_counts(trained, tmp_path):
-    assert run("--ckpt", trained("retina") / "best.pt", "--split", "val", "--per-label", 2, "--out", tmp_path) == 0
-    names = [file.name for file in tmp_path.iterdir()]
+    flags = ["--split", "val", "--per-label", 2, "--out", tmp_path / "out", "--cache", tmp_path / "cache"]
+    assert run("--ckpt", trained("retina"), *flags) == 0
+    names = [file.name for file in (tmp_path / "out").iterdir()]
     for label in ("diabetic_retinopathy", "glaucoma", "normal"):
         assert sum(name.startswith(f"{label}-") for name in names) == 2
     assert len(names) == 6
@@ -137,20 +56,40 @@ def test_pictures_and_exams(trained, rendered, tmp_path, capsys):
     assert run("--ckpt", trained("mrnet") / "best.pt", *planes, "--out", tmp_path / "knee") == 0
     file, = (tmp_path / "knee").iterdir()
     with Image.open(file) as image:
-        assert file.stem == planes[0].stem and 1 < image.width / image.height < 1.4  # three planes, picture and three labels
+        assert file.stem == planes[0].stem and 0.8 < image.width / image.height < 1.4  # three planes, picture and three labels
 
 
-def test_default_folder_is_the_runs(trained, rendered, tmp_path, monkeypatch):
-    """best.pt may be a copy elsewhere: the files about it still go to the run's folder."""
-    import shutil
+def test_default_folder_is_that_of_the_run_in_which_the_checkpoint_lies(trained, rendered, tmp_path, monkeypatch):
+    """Of a moved run the moved folder; of a lone best.pt one beside it, never the one that the file names."""
+    before = sorted(trained("retina").rglob("*"))
+    shutil.copytree(trained("retina"), tmp_path / "moved")
     shutil.copyfile(trained("retina") / "best.pt", tmp_path / "best.pt")
     monkeypatch.chdir(tmp_path)
     eye = sorted((rendered("retina") / "test").iterdir())[0]
-    try:
-        assert run("--ckpt", "best.pt", eye) == 0
-        assert (trained("retina") / "heatmaps" / f"{eye.stem}.png").is_file()
-    finally:
-        shutil.rmtree(trained("retina") / "heatmaps")
+    assert run("--ckpt", "moved", eye) == 0 and (tmp_path / "moved/heatmaps" / f"{eye.stem}.png").is_file()
+    assert run("--ckpt", "best.pt", eye) == 0 and (tmp_path / "test-best/heatmaps" / f"{eye.stem}.png").is_file()
+    assert sorted(trained("retina").rglob("*")) == before
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_maps_probabilities_and_words_are_of_one_network(precision, trained, tmp_path, monkeypatch):
+    """What is drawn has test.py's probability (the kept features') and the map of the same forward pass."""
+    seen, drawn = [], figures.heatmaps
+    monkeypatch.setattr(figures, "heatmaps", lambda rows, trunk: seen.append((rows, trunk)) or drawn(rows, trunk))
+    flags = ["--split", "val", "--per-label", 1, "--out", tmp_path / "out", "--cache", tmp_path / "cache"]
+    assert run("--ckpt", trained("odir"), *flags, "--precision", precision) == 0
+    net = predictor.load(trained("odir"), "cpu", precision, 0)
+    images = Path(net.saved["data"]["root"]) / "images"
+    for rows, random_trunk in seen:
+        assert random_trunk and [row["title"].split(" ", 1)[1] for row in rows] == ["left eye", "right eye"]
+        patient = rows[0]["title"].split()[0]
+        pair = [images / f"{patient}_{side}.jpg" for side in ("left", "right")]
+        answer, maps = net.predict(*pair), net.heatmap(*pair)
+        for row, (_, picture, cams) in zip(rows, maps, strict=True):
+            np.testing.assert_array_equal(row["picture"], picture)
+            for (name, prob, cam), label in zip(row["maps"], net.labels, strict=True):
+                assert name.split()[0] == label and f"{prob:.4f}" == f"{answer[label]:.4f}"
+                np.testing.assert_allclose(cam, cams[label], atol=1e-5)
 
 
 def test_refused(trained, rendered, tmp_path, capsys):
@@ -166,8 +105,8 @@ def test_refused(trained, rendered, tmp_path, capsys):
 
 
 def test_names_are_safe_and_none_is_written_twice():
-    names = heatmap.file_names(["val/0/a.png", "b", "B", "../c.d"], [["x y", "z"], ["z"], ["z"], [""]])
-    assert names == [["x_y-val_0_a.png", "z-val_0_a.png"], ["z-b.png"], ["z-B-2.png"], ["_c.d.png"]]
+    names = ["x y-val/0/a.png", "z-val/0/a.png", "z-b", "z-B", "../c.d", "z-b.JPG"]
+    assert file_names(names) == ["x_y-val_0_a.png", "z-val_0_a.png", "z-b.png", "z-B-2.png", "_c.d.png", "z-b-3.png"]
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason="REAL_DATA is not set")

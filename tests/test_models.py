@@ -1,6 +1,7 @@
-"""The networks against the published counts, the libraries' own and plain loops; frozen trunks; where weights come from."""
+"""The networks against the published counts, the libraries and plain loops; where weights come from."""
 
 import json
+import re
 import shutil
 import sys
 import urllib.error
@@ -18,14 +19,16 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import engine  # noqa: E402
-import models  # noqa: E402
+import features  # noqa: E402
 import train  # noqa: E402
-from augment import prepare_batch  # noqa: E402
+from augment import IMAGENET_MEAN, IMAGENET_STD, prepare_batch  # noqa: E402
+from checkpoint import state_digest  # noqa: E402
+from dataset import PictureSet  # noqa: E402
+from decode import Pictures  # noqa: E402
 from errors import InputError, guard  # noqa: E402
-from models import AlexNet, DualResNet, FastTrunk, MRNet, build_model  # noqa: E402
-from pictures import Pictures, PictureSet  # noqa: E402
+from models import AlexNet, DualResNet, MRNet, build_model  # noqa: E402
 
-HEADS = {"v0": 32_776, "v1": 32_776, "v2": 4096 * 128 + 128 + 128 * 64 + 64 + 64 * 8 + 8}
+HEADS = {"v0": 32_776, "v1": 32_776, "v2": 4096 * 128 + 128 + 128 * 64 + 64 + 64 * 8 + 8, "v3": 32_776}
 
 
 def count(module):
@@ -33,7 +36,12 @@ def count(module):
 
 
 def images(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def normal(pictures):
+    """As ImageNet's weights want pictures in 0..1."""
+    return (pictures - torch.tensor(IMAGENET_MEAN)[:, None, None]) / torch.tensor(IMAGENET_STD)[:, None, None]
 
 
 def shake_batchnorm(module, seed=0):
@@ -51,6 +59,7 @@ def shake_batchnorm(module, seed=0):
 
 # ---------------------------------------------------------------- the eye pairs' network
 
+
 @pytest.mark.parametrize("head", HEADS)
 def test_published_parameter_counts(head):
     model = build_model(head, 8)
@@ -58,26 +67,42 @@ def test_published_parameter_counts(head):
     assert count(model.backbone) == 23_508_032 and count(model.classifier) == HEADS[head]
     assert count(model) == 23_508_032 + HEADS[head]
     dropouts = [module.p for module in model.classifier.modules() if isinstance(module, nn.Dropout)]
-    assert dropouts == {"v0": [], "v1": [0.2], "v2": [0.5, 0.5]}[head]
-    assert not any(isinstance(module, nn.Dropout) for module in model.backbone.modules())  # kept features must not be dropped
+    assert dropouts == {"v0": [], "v1": [0.2], "v2": [0.5, 0.5], "v3": []}[head]
+    assert not any(
+        isinstance(module, nn.Dropout) for module in model.backbone.modules()
+    )  # kept features must not be dropped
 
 
 def test_dual_net_is_one_trunk_for_both_eyes_side_by_side():
     model = build_model("v0", 8).eval()
     pair = images(3, 2, 3, 32, 32)
     with torch.no_grad():
-        features = torch.cat([model.backbone(pair[:, 0]), model.backbone(pair[:, 1])], 1)
-        torch.testing.assert_close(model(pair), features @ model.classifier.weight.T + model.classifier.bias, atol=1e-4, rtol=1e-4)
+        left, right = (model.backbone(normal(pair[:, eye])) for eye in range(2))
+        expected = torch.cat([left, right], 1) @ model.classifier.weight.T + model.classifier.bias
+        torch.testing.assert_close(model(pair), expected, atol=1e-4, rtol=1e-4)
         assert not torch.allclose(model(pair), model(pair.flip(1)))
         assert model.features(pair[:0]).shape == (0, 4096)
 
 
 def test_unknown_model():
-    with pytest.raises(InputError, match="'v3'.*v0, v1, v2"):
-        build_model("v3", 8)
+    with pytest.raises(InputError, match="'v4'.*close to it: .*v[0-3]"):
+        build_model("v4", 8)
+
+
+def test_v3_takes_both_eyes_in_any_order():
+    """The maximum and the mean of the two eyes: whichever eye shows it, and twice as much where both do."""
+    model = build_model("v3", 8).eval()
+    pair = images(2, 2, 3, 32, 32)
+    with torch.no_grad():
+        left, right = model.features(pair).chunk(2, 1)
+        both = torch.cat([torch.maximum(left, right), (left + right) / 2], 1)
+        expected = both @ model.classifier[1].weight.T + model.classifier[1].bias
+        torch.testing.assert_close(model(pair), expected)
+        torch.testing.assert_close(model(pair.flip(1)), model(pair), atol=1e-5, rtol=1e-5)
 
 
 # ---------------------------------------------------------------- parity with the libraries
+
 
 def test_efficientnet_gives_the_librarys_outputs():
     library = shake_batchnorm(EfficientNet.from_name("efficientnet-b1", num_classes=5)).eval()
@@ -88,9 +113,11 @@ def test_efficientnet_gives_the_librarys_outputs():
     model.classifier.load_state_dict(head)
     pictures = images(2, 3, 64, 64)
     with torch.no_grad():
-        expected = library(pictures)
+        expected = library(normal(pictures))
         torch.testing.assert_close(model(pictures), expected, atol=1e-4, rtol=1e-3)
-        torch.testing.assert_close(model(pictures[:, None]), expected, atol=1e-4, rtol=1e-3)  # (B, 1, 3, H, W), as the loader gives it
+        torch.testing.assert_close(
+            model(pictures[:, None]), expected, atol=1e-4, rtol=1e-3
+        )  # (B, 1, 3, H, W), as the loader gives it
     assert count(model) == count(library) and model.classifier[0].p == library._dropout.p
 
 
@@ -103,11 +130,12 @@ def test_resnets_give_the_librarys_outputs(name):
     model.backbone.load_state_dict(state)
     pictures = images(2, 3, 64, 64)
     with torch.no_grad():
-        torch.testing.assert_close(model(pictures), library(pictures), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(model(pictures), library(normal(pictures)), atol=1e-4, rtol=1e-4)
     assert count(model) == count(library)
 
 
 # ---------------------------------------------------------------- AlexNet
+
 
 def test_alexnet_shapes_and_count_by_hand():
     model = AlexNet(3, 224)
@@ -116,14 +144,26 @@ def test_alexnet_shapes_and_count_by_hand():
         x = layer(x)
         if isinstance(layer, nn.Conv2d | nn.MaxPool2d | nn.Flatten):
             shapes.append(tuple(x.shape[1:]))
-    assert shapes == [(96, 54, 54), (96, 26, 26), (256, 26, 26), (256, 12, 12), (384, 12, 12), (384, 12, 12), (256, 12, 12), (256, 5, 5), (6400,)]
+    assert shapes == [
+        (96, 54, 54),
+        (96, 26, 26),
+        (256, 26, 26),
+        (256, 12, 12),
+        (384, 12, 12),
+        (384, 12, 12),
+        (256, 12, 12),
+        (256, 5, 5),
+        (6400,),
+    ]
     convolutions = [(1, 96, 11), (96, 256, 5), (256, 384, 3), (384, 384, 3), (384, 256, 3)]
     by_hand = sum(i * o * k * k + o + 2 * o for i, o, k in convolutions) + 6400 * 3 + 3
     assert count(model) == by_hand
     kinds = [type(layer) for layer in model.backbone]
-    after = [kinds[i + 1:i + 3] for i, kind in enumerate(kinds) if kind is nn.Conv2d]
+    after = [kinds[i + 1 : i + 3] for i, kind in enumerate(kinds) if kind is nn.Conv2d]
     assert after == [[nn.ReLU, nn.BatchNorm2d]] * 5  # BatchNorm after each ReLU
-    assert [layer.stride for layer in model.backbone if isinstance(layer, nn.Conv2d)] == [(4, 4)] + [(1, 1)] * 4
+    assert [layer.stride for layer in model.backbone if isinstance(layer, nn.Conv2d)] == [(4, 4)] + [
+        (1, 1)
+    ] * 4
 
 
 def test_alexnet_sees_the_green_channel_alone_and_starts_he_normal():
@@ -138,13 +178,17 @@ def test_alexnet_sees_the_green_channel_alone_and_starts_he_normal():
     for layer in model.modules():
         if isinstance(layer, nn.Conv2d | nn.Linear):
             fan_in = layer.weight[0].numel()
-            assert layer.weight.std().item() == pytest.approx((2 / fan_in) ** 0.5, rel=0.05) and not layer.bias.any()
+            assert (
+                layer.weight.std().item() == pytest.approx((2 / fan_in) ** 0.5, rel=0.05)
+                and not layer.bias.any()
+            )
     with pytest.raises(InputError, match="--size 66.*67"):
         AlexNet(3, 66)
     assert AlexNet(3, 67).classifier.in_features == 256
 
 
 # ---------------------------------------------------------------- MRNet
+
 
 def plain_mrnet(model, exams):
     """One exam, one plane, one slice after the other -> logits (B, L)."""
@@ -163,7 +207,10 @@ def test_mrnet_equals_a_plain_loop_alone_and_in_a_batch():
     model = build_model("mrnet", 3).eval()
     assert isinstance(model, MRNet) and model.classifier.in_features == 768 and len(model.backbone) == 3
     counts = [(1, 4, 2), (3, 1, 5), (2, 2, 1)]  # slices of each exam in each plane
-    exams = [[images(n, 3, 64, 64, seed=10 * i + p) for p, n in enumerate(planes)] for i, planes in enumerate(counts)]
+    exams = [
+        [images(n, 3, 64, 64, seed=10 * i + p) for p, n in enumerate(planes)]
+        for i, planes in enumerate(counts)
+    ]
     volumes = [torch.cat([exam[plane] for exam in exams]) for plane in range(3)]
     lengths = [[planes[plane] for planes in counts] for plane in range(3)]
     with torch.no_grad():
@@ -178,34 +225,15 @@ def test_mrnet_equals_a_plain_loop_alone_and_in_a_batch():
 
 # ---------------------------------------------------------------- frozen trunks
 
-@pytest.mark.parametrize("name, shape", [("v0", (4, 3, 64, 64)), ("resnet18", (4, 3, 64, 64)), ("alexnet", (2, 3, 96, 96)),
-                                         ("efficientnet-b1", (2, 3, 64, 64))])
-def test_fast_trunk_is_the_plain_trunk(name, shape):
-    torch.manual_seed(0)
-    backbone = shake_batchnorm(build_model(name, 5, size=shape[-1]).backbone).eval()
-    before = {key: value.clone() for key, value in backbone.state_dict().items()}
-    fast, pictures = FastTrunk(backbone), images(*shape)
-    with torch.no_grad():
-        expected = backbone(pictures)
-        assert expected.abs().max() > 1e-3
-        torch.testing.assert_close(fast(pictures), expected, atol=1e-4 * float(expected.abs().max()), rtol=1e-4)
-        fast.train()
-        torch.testing.assert_close(fast(pictures), expected, atol=1e-4 * float(expected.abs().max()), rtol=1e-4)
-    assert not fast.training and not any(module.training for module in fast.modules())
-    assert fast(pictures[:0]).shape == (0, expected.shape[1])
-    assert all(torch.equal(before[key], value) for key, value in backbone.state_dict().items())  # a copy was folded
-    if "resnet" in name or name == "v0":
-        assert not any(isinstance(module, nn.BatchNorm2d) for module in fast.modules())
-    assert FastTrunk(backbone, torch.bfloat16)(pictures).dtype == torch.float32
-
 
 def test_with_fast_trunk_shares_the_head_and_leaves_the_model_alone():
     model = build_model("v2", 8)
-    fast = models.with_fast_trunk(model).train()
-    assert fast.classifier is model.classifier and isinstance(fast.backbone, FastTrunk)
-    assert isinstance(model.backbone, torchvision.models.ResNet) and not fast.backbone.training and fast.classifier.training
-    knees = models.with_fast_trunk(build_model("mrnet", 3))
-    assert [type(trunk) for trunk in knees.backbone] == [FastTrunk] * 3
+    fast = features.with_fast_trunk(model).train()
+    assert fast.classifier is model.classifier and isinstance(fast.backbone, features.FastTrunk)
+    assert isinstance(model.backbone, torchvision.models.ResNet)
+    assert not fast.backbone.training and fast.classifier.training
+    knees = features.with_fast_trunk(build_model("mrnet", 3))
+    assert [type(trunk) for trunk in knees.backbone] == [features.FastTrunk] * 3
 
 
 @pytest.fixture(scope="module")
@@ -213,9 +241,16 @@ def frozen(tmp_path_factory, rendered, train_here):
     """{--bn: (the network as it was built, best.pt, last.pt, its folder)} of three short trainings."""
     folder, found = tmp_path_factory.mktemp("frozen"), {}
     for bn in ("fitted", "batch", "pretrained"):
-        run = train_here(folder, "--data", rendered("odir"), "--bn", bn, *(["--epochs", "1"] if bn == "pretrained" else []))
+        run = train_here(
+            folder, "--data", rendered("odir"), "--bn", bn, *(["--epochs", "1"] if bn == "pretrained" else [])
+        )
         engine.seed_everything(42)
-        found[bn] = build_model("v0", 8), torch.load(run / "best.pt", weights_only=True), torch.load(run / "last.pt", weights_only=True), run
+        found[bn] = (
+            build_model("v0", 8),
+            torch.load(run / "best.pt", weights_only=True),
+            torch.load(run / "last.pt", weights_only=True),
+            run,
+        )
     return found
 
 
@@ -224,7 +259,9 @@ def test_a_frozen_trunks_parameters_stay_and_the_head_moves(frozen, bn):
     built, best, last, run = frozen[bn]
     assert json.loads((run / "run.json").read_text())["epochs_run"] == (1 if bn == "pretrained" else 2)
     parameters = [f"backbone.{name}" for name, _ in built.backbone.named_parameters()]
-    assert len(parameters) == 159 and all(torch.equal(best["model"][name], built.state_dict()[name]) for name in parameters)
+    assert len(parameters) == 159 and all(
+        torch.equal(best["model"][name], built.state_dict()[name]) for name in parameters
+    )
     assert not torch.equal(best["model"]["classifier.weight"], built.classifier.weight)
     whole = bn == "batch"  # then last.pt holds the trunk as well
     if whole:
@@ -232,12 +269,9 @@ def test_a_frozen_trunks_parameters_stay_and_the_head_moves(frozen, bn):
     else:
         trunk = build_model("v0", 8)
         trunk.load_state_dict(best["model"])
-        assert last["trunk"] == models_digest(trunk.backbone)  # the trunk of the last epoch is the best epoch's, bit for bit
-
-
-def models_digest(module):
-    from checkpoint import state_digest
-    return state_digest(module)
+        assert last["trunk"] == state_digest(
+            trunk.normalise, trunk.backbone
+        )  # the trunk of the last epoch is the best epoch's, bit for bit
 
 
 def statistics(state):
@@ -247,24 +281,35 @@ def statistics(state):
 def test_fitted_statistics_are_those_of_the_training_pictures(frozen, rendered, tmp_path):
     built, best, _, _ = frozen["fitted"]
     ids = set(best["split"]["train"])
-    files = sorted(str(file) for file in (rendered("odir") / "images").iterdir() if file.name.split("_")[0] in ids)
+    files = sorted(
+        str(file) for file in (rendered("odir") / "images").iterdir() if file.name.split("_")[0] in ids
+    )
     pictures = Pictures([(file,) for file in files], "fov", 32, tmp_path, 0)
-    data = PictureSet(pictures.array(), pictures.rows, np.zeros(len(files)))
-    (batch,), _ = prepare_batch(data[[(i, 0) for i in range(len(files))]], torch.device("cpu"))
+    data = PictureSet(pictures, np.zeros(len(files), np.float32))
+    (batch,), _ = prepare_batch(data.__getitems__(range(len(files))), torch.device("cpu"))
+    batch = normal(batch)
     assert len(batch) == 64  # 32 patients: one batch of the fit
     trunk = built.backbone
     with torch.no_grad():
         x = trunk.conv1(batch[:, 0])
-        torch.testing.assert_close(best["model"]["backbone.bn1.running_mean"], x.mean((0, 2, 3)), atol=1e-4, rtol=1e-3)
-        torch.testing.assert_close(best["model"]["backbone.bn1.running_var"], x.var((0, 2, 3)), atol=1e-4, rtol=1e-3)
+        torch.testing.assert_close(
+            best["model"]["backbone.bn1.running_mean"], x.mean((0, 2, 3)), atol=1e-4, rtol=1e-3
+        )
+        torch.testing.assert_close(
+            best["model"]["backbone.bn1.running_var"], x.var((0, 2, 3)), atol=1e-4, rtol=1e-3
+        )
         # and the last layer's, behind everything else: what BatchNorm sees when it normalises by these pictures
         for module in trunk.modules():
             if isinstance(module, nn.BatchNorm2d):
                 module.momentum = None
         trunk.train()(batch[:, 0])
     last = trunk.layer4[-1].bn3
-    torch.testing.assert_close(best["model"]["backbone.layer4.2.bn3.running_mean"], last.running_mean, atol=1e-3, rtol=1e-2)
-    torch.testing.assert_close(best["model"]["backbone.layer4.2.bn3.running_var"], last.running_var, atol=1e-3, rtol=2e-2)
+    torch.testing.assert_close(
+        best["model"]["backbone.layer4.2.bn3.running_mean"], last.running_mean, atol=1e-3, rtol=1e-2
+    )
+    torch.testing.assert_close(
+        best["model"]["backbone.layer4.2.bn3.running_var"], last.running_var, atol=1e-3, rtol=2e-2
+    )
 
 
 def test_batch_moves_the_statistics_pretrained_keeps_them(frozen):
@@ -279,15 +324,23 @@ def test_batch_moves_the_statistics_pretrained_keeps_them(frozen):
 
 # ---------------------------------------------------------------- weights
 
-FILES = {"v0": "resnet50-11ad3fa6.pth", "resnet18": "resnet18-f37072fd.pth", "mrnet": "alexnet-owt-7be5be79.pth",
-         "efficientnet-b1": Path(url_map["efficientnet-b1"]).name}
+FILES = {
+    "v0": "resnet50-11ad3fa6.pth",
+    "resnet18": "resnet18-f37072fd.pth",
+    "mrnet": "alexnet-owt-7be5be79.pth",
+    "efficientnet-b1": Path(url_map["efficientnet-b1"]).name,
+}
 
 
 def library(name):
     """The library's own network, randomly initialised, in the form in which it publishes weights."""
     if name == "efficientnet-b1":
         return EfficientNet.from_name(name)
-    return {"v0": torchvision.models.resnet50, "resnet18": torchvision.models.resnet18, "mrnet": torchvision.models.alexnet}[name]()
+    return {
+        "v0": torchvision.models.resnet50,
+        "resnet18": torchvision.models.resnet18,
+        "mrnet": torchvision.models.alexnet,
+    }[name]()
 
 
 @pytest.fixture
@@ -317,16 +370,24 @@ def test_imagenet_weights_from_the_cache(name, no_network):
     expected = theirs.features.state_dict() if name == "mrnet" else theirs.state_dict()
     for trunk in trunks:
         found = trunk.state_dict()
-        assert set(expected) - set(found) <= {"fc.weight", "fc.bias", "_fc.weight", "_fc.bias"} and set(found) <= set(expected)
+        assert set(expected) - set(found) <= {"fc.weight", "fc.bias", "_fc.weight", "_fc.bias"} and set(
+            found
+        ) <= set(expected)
         assert all(torch.equal(value, expected[key]) for key, value in found.items())
     # the same file by name, and strictly: one key too few or too many is refused
     assert build_model(name, 5, str(cache / FILES[name]))
-    state = {key: value for key, value in theirs.state_dict().items() if not key.startswith("classifier.")}  # AlexNet's: 230 MB
+    state = {
+        key: value for key, value in theirs.state_dict().items() if not key.startswith("classifier.")
+    }  # AlexNet's: 230 MB
     missing = next(iter(state))
     torch.save({key: value for key, value in state.items() if key != missing}, cache / "less.pth")
-    with pytest.raises(InputError, match="less.pth does not fit.*" + missing.removeprefix("features.").replace(".", r"\.")):
+    with pytest.raises(
+        InputError, match="less.pth does not fit.*" + re.escape(missing.removeprefix("features."))
+    ):
         build_model(name, 5, str(cache / "less.pth"))
-    torch.save({**state, "features.other" if name == "mrnet" else "other": torch.zeros(1)}, cache / "more.pth")
+    torch.save(
+        {**state, "features.other" if name == "mrnet" else "other": torch.zeros(1)}, cache / "more.pth"
+    )
     with pytest.raises(InputError, match="more.pth does not fit.*other"):
         build_model(name, 5, str(cache / "more.pth"))
 
@@ -337,14 +398,23 @@ def test_missing_imagenet_weights_say_how_to_supply_them(name, no_network):
     with pytest.raises(InputError) as caught:
         build_model(name, 5, "imagenet")
     assert [Path(url).name for url in asked] == [FILES[name]]
-    assert all(words in str(caught.value) for words in (str(cache), "no network in tests", "--weights PATH", "--weights none"))
+    words = (
+        str(cache),
+        "no network in tests",
+        "--weights PATH",
+        "--weights none",
+        "--trunk efficientnet-lite0",
+    )
+    assert all(word in str(caught.value) for word in words)
 
 
 def test_damaged_imagenet_weights_and_those_that_hold_code(no_network):
     _, cache = no_network
     for content in (b"", b"<html>moved</html>", None):
         if content is None:
-            torch.save({"conv1.weight": Path("x")}, cache / FILES["resnet18"])  # a class, which would have to be unpickled
+            torch.save(
+                {"conv1.weight": Path("x")}, cache / FILES["resnet18"]
+            )  # a class, which would have to be unpickled
         else:
             (cache / FILES["resnet18"]).write_bytes(content)
         with pytest.raises(InputError, match="resnet18.*" + str(cache)):
@@ -353,7 +423,7 @@ def test_damaged_imagenet_weights_and_those_that_hold_code(no_network):
 
 def test_the_seeds_alexnet_has_no_imagenet_weights(no_network):
     asked, _ = no_network
-    with pytest.raises(InputError, match="no ImageNet weights"):
+    with pytest.raises(InputError, match="--weights imagenet: the retina study's AlexNet has none"):
         build_model("alexnet", 3, "imagenet", 96)
     assert not asked
 
@@ -361,9 +431,16 @@ def test_the_seeds_alexnet_has_no_imagenet_weights(no_network):
 def test_files_that_are_no_weights(tmp_path):
     with pytest.raises(InputError, match="--weights .*gone.pt.*no such file"):
         build_model("resnet18", 3, str(tmp_path / "gone.pt"))
-    things = {"words.pt": "not a checkpoint", "list.pt": [1, 2], "tensor.pt": torch.zeros(3), "numbers.pt": {1: 2}, "empty.pt": {},
-              "theirs.pt": {"model": {"conv1.weight": torch.zeros(1)}, "epoch": 3}, "module.pt": nn.Linear(2, 2),
-              "half.pt": {"model": library("resnet18").state_dict(), "args": {}}}
+    things = {
+        "words.pt": "not a checkpoint",
+        "list.pt": [1, 2],
+        "tensor.pt": torch.zeros(3),
+        "numbers.pt": {1: 2},
+        "empty.pt": {},
+        "theirs.pt": {"model": {"conv1.weight": torch.zeros(1)}, "epoch": 3},
+        "module.pt": nn.Linear(2, 2),
+        "half.pt": {"model": library("resnet18").state_dict(), "args": {}},
+    }
     for name, thing in things.items():
         path = tmp_path / name
         path.write_text(thing) if isinstance(thing, str) else torch.save(thing, path)
@@ -381,25 +458,43 @@ def test_best_pt_as_weights(frozen, capsys):
     path = str(run / "best.pt")
     torch.manual_seed(9)
     same = build_model("v0", 8, path)
-    assert all(torch.equal(value, best["model"][key]) for key, value in same.state_dict().items())  # head and statistics too
+    assert all(
+        torch.equal(value, best["model"][key]) for key, value in same.state_dict().items()
+    )  # head and statistics too
     assert "head" not in capsys.readouterr().out
-    for name, labels in (("v2", 8), ("v1", 8), ("v0", 3)):  # another head, or one of another size
+    for name, labels in (("v2", 8), ("v1", 8), ("v0", 3), ("v3", 8)):  # another head, or one of another size
         model = build_model(name, labels, path)
-        assert all(torch.equal(value, best["model"][f"backbone.{key}"]) for key, value in model.backbone.state_dict().items())
+        assert all(
+            torch.equal(value, best["model"][f"backbone.{key}"])
+            for key, value in model.backbone.state_dict().items()
+        )
         assert "the head is another and starts afresh" in capsys.readouterr().out
         assert model.classifier(torch.zeros(1, 4096)).shape == (1, labels)
     for name in ("resnet50", "resnet18", "mrnet"):
-        with pytest.raises(InputError, match=f"a checkpoint of v0, not of {name}"):
+        with pytest.raises(InputError, match=f"a checkpoint of v0, resnet50, not of {name}"):
             build_model(name, 8, path)
     with pytest.raises(InputError, match="last.pt"):
         build_model("v0", 8, str(run / "last.pt"))
 
 
-def test_imagenet_on_real_data_stops_on_rendered_goes_on_loudly(rendered, train_here, no_network, tmp_path, monkeypatch, capsys):
+def test_imagenet_on_real_data_stops_on_rendered_goes_on_loudly(
+    rendered, train_here, no_network, tmp_path, monkeypatch, capsys
+):
     real = tmp_path / "real"
     shutil.copytree(rendered("odir"), real, ignore=shutil.ignore_patterns("rendered.json"))
     monkeypatch.chdir(tmp_path)
-    flags = ["--weights", "imagenet", "--size", "32", "--device", "cpu", "--precision", "fp32", "--workers", "0"]
+    flags = [
+        "--weights",
+        "imagenet",
+        "--size",
+        "32",
+        "--device",
+        "cpu",
+        "--precision",
+        "fp32",
+        "--workers",
+        "0",
+    ]
     assert guard(train.main, ["--data", str(real), *flags]) == 2
     out, err = capsys.readouterr()
     assert "error: --weights imagenet" in err and "--weights PATH" in err and "RANDOM" not in out

@@ -13,9 +13,11 @@ from PIL import Image
 import checkpoint
 import figures
 import models
-import pictures
 import predict
-from augment import normalise
+import predictor
+import tables
+import test
+from augment import IMAGENET_MEAN, IMAGENET_STD
 from errors import InputError, guard
 from preprocess import load_picture
 
@@ -27,24 +29,29 @@ def run(*arguments):
     return guard(predict.main, [*map(str, arguments), "--device", "cpu", "--workers", "0"])
 
 
+def net_of(run_folder):
+    return predictor.load(run_folder, "cpu", None, 0)
+
+
 def read_probs(path, labels):
     sheet = pd.read_excel(path, dtype={"ID": str}) if path.suffix == ".xlsx" else pd.read_csv(path, dtype={"ID": str})
     return sheet.set_index("ID")[labels].astype(float)
 
 
 @pytest.fixture(scope="session")
-def tested(trained, script, tmp_path_factory):
-    """Probabilities by test.py in fp32 of the validation part: name -> (data frame by ID, labels)."""
+def tested(trained, tmp_path_factory):
+    """Probabilities by test.py of the validation part: name -> (data frame by ID, labels)."""
     made = {}
 
     def probs(name):
         if name not in made:
             out = tmp_path_factory.mktemp(f"tested-{name}")
-            script("test.py", "--ckpt", trained(name) / "best.pt", "--out", out, "--precision", "fp32", "--device", "cpu", "--resamples", 5,
-                   cwd=out, status=0)
+            flags = ["--out", out, "--device", "cpu", "--resamples", 5, "--workers", 0, "--cache", out / "cache"]
+            assert guard(test.main, ["--ckpt", str(trained(name)), *map(str, flags)]) == 0
             labels = checkpoint.load_checkpoint(trained(name) / "best.pt")["labels"]
             made[name] = read_probs(out / "probs.xlsx", labels), labels
         return made[name]
+
     return probs
 
 
@@ -54,7 +61,7 @@ def tested(trained, script, tmp_path_factory):
 def test_probabilities_are_those_of_test(name, trained, rendered, tested, tmp_path):
     expected, labels = tested(name)
     folder = {"odir": "images", "retina": "train", "mrnet": "valid"}[name]
-    assert run("--ckpt", trained(name) / "best.pt", rendered(name) / folder, "--out", tmp_path, "--batch", 3, "--precision", "fp32") == 0
+    assert run("--ckpt", trained(name) / "best.pt", rendered(name) / folder, "--out", tmp_path, "--precision", "fp32") == 0
     ours = read_probs(tmp_path / "predictions.csv", labels)
     if name == "mrnet":
         expected.index = expected.index.str.removeprefix("valid-")
@@ -62,15 +69,16 @@ def test_probabilities_are_those_of_test(name, trained, rendered, tested, tmp_pa
     np.testing.assert_allclose(ours.loc[expected.index], expected, atol=1e-6, rtol=1e-5)
 
 
-def test_bf16_is_near_fp32_and_the_same_in_batches_of_one(trained, rendered, tmp_path):
-    frames = []
-    for precision, batch in (("bf16", 32), ("bf16", 1), ("fp32", 32)):
-        out = tmp_path / f"{precision}-{batch}"
-        assert run("--ckpt", trained("retina") / "best.pt", rendered("retina") / "test", "--out", out, "--precision", precision,
-                   "--batch", batch) == 0
-        frames.append(read_probs(out / "predictions.csv", ["diabetic retinopathy", "glaucoma", "normal"]).to_numpy())
-    assert np.abs(frames[0] - frames[1]).max() < 0.02
-    assert 0 < np.abs(frames[0] - frames[2]).max() < 0.2
+def test_bf16_is_near_fp32_and_the_same_one_by_one(trained, rendered, tmp_path):
+    frames, labels = [], ["diabetic retinopathy", "glaucoma", "normal"]
+    for precision in ("bf16", "fp32"):
+        out = tmp_path / precision
+        assert run("--ckpt", trained("retina"), rendered("retina") / "test", "--out", out, "--precision", precision) == 0
+        frames.append(read_probs(out / "predictions.csv", labels))
+    net = predictor.load(trained("retina"), "cpu", "bf16", 0)
+    alone = [net.predict(rendered("retina") / "test" / name) for name in frames[0].index]
+    assert np.abs(pd.DataFrame(alone).to_numpy() - frames[0].to_numpy()).max() < 1e-4
+    assert 0 < np.abs(frames[0] - frames[1]).to_numpy().max() < 0.2
 
 
 def test_pictures_are_preprocessed_as_in_training(trained, rendered, tmp_path):
@@ -82,10 +90,15 @@ def test_pictures_are_preprocessed_as_in_training(trained, rendered, tmp_path):
         wide.paste(image.resize((280, 280)), (150, 10))
         wide.save(large)
     ckpt = trained("retina") / "best.pt"
-    saved, settings, model = models.open_checkpoint(ckpt, torch.device("cpu"))
-    array, _ = load_picture(large, settings.preprocess, settings.size)
+    saved = checkpoint.load_checkpoint(ckpt)
+    model = models.AlexNet(3, saved["args"]["size"])
+    model.load_state_dict(saved["model"])
+    array, _ = load_picture(large, saved["args"]["preprocess"], saved["args"]["size"])
+    image = torch.tensor(array).permute(2, 0, 1).float() / 255
+    image = (image - torch.tensor(IMAGENET_MEAN)[:, None, None]) / torch.tensor(IMAGENET_STD)[:, None, None]
     with torch.no_grad():
-        by_hand = model.eval()(normalise(torch.tensor(array).permute(2, 0, 1)[None].float() / 255)).softmax(1)[0].numpy()
+        model.eval()
+        by_hand = model.classifier(model.backbone(image[None])).softmax(1)[0].numpy()
     shutil.copyfile(large, tmp_path / "other.png")
     assert run("--ckpt", ckpt, large, tmp_path / "other.png", "--out", tmp_path, "--precision", "fp32") == 0
     np.testing.assert_allclose(read_probs(tmp_path / "predictions.csv", saved["labels"]).loc["large.png"], by_hand, atol=1e-5)
@@ -98,15 +111,16 @@ def test_one_pair(trained, rendered, tested, tmp_path, capsys, monkeypatch):
     patient = expected.index[0]
     notes = []
     drawn = figures.prediction
-    monkeypatch.setattr(figures, "prediction", lambda *given: notes.append(given[-1]) or drawn(*given))
+    monkeypatch.setattr(figures, "prediction", lambda *given: notes.append(given[-2]) or drawn(*given))
     images = rendered("odir") / "images"
     threshold = float(np.sort(expected.loc[patient])[-2:].mean())  # between the two strongest
     pair = [images / f"{patient}_left.jpg", images / f"{patient}_right.jpg"]
     assert run("--ckpt", trained("odir") / "best.pt", *pair, "--out", tmp_path, "--threshold", threshold, "--precision", "fp32") == 0
     text = capsys.readouterr().out
     lines = [line.split() for line in text.splitlines() if line.split()[:1] and line.split()[0] in labels]
+    lines = [[line[0], *line[2:]] for line in lines]  # without the label's word
     assert [line[0] for line in lines] == labels
-    np.testing.assert_allclose([float(line[2]) for line in lines], expected.loc[patient], atol=1e-4)
+    np.testing.assert_allclose([float(line[1]) for line in lines], expected.loc[patient], atol=1e-4)
     assert [line[0] for line in lines if line[-1] == "<--"] == [expected.loc[patient].idxmax()]
     assert "not a medical device" in text.lower() and "!! Trained on RENDERED" in text
     assert "Not a medical device" in notes[0] and "RENDERED" in notes[0] and "left eye; right eye" in notes[0]
@@ -129,15 +143,15 @@ def test_one_exam_as_folder_and_as_three_files(trained, rendered, tmp_path, caps
     assert len(tables[0]) == 3 and tables[0] == tables[1]
     (exam / "coronal.npy").unlink()
     assert run("--ckpt", trained("mrnet") / "best.pt", exam, "--out", tmp_path) == 2
-    assert "coronal.npy: there is no such file" in capsys.readouterr().err
+    assert "coronal.npy is missing" in capsys.readouterr().err
 
 
 def test_marks_only_what_is_above_the_threshold(capsys):
-    predict.print_table(["a", "bb"], [0.5, 0.501], [False, True], 0.5)
+    predict.print_table(["a", "bb"], [0.5, 0.501], [False, True], [0.5, 0.5])
     first, second, _ = capsys.readouterr().out.splitlines()
     assert first.split() == ["a", "0.5000", "#" * 20 + "|" + "." * 19]
     assert second.split() == ["bb", "0.5010", "#" * 20 + "|" + "." * 19, "<--"]
-    predict.print_table(["a"], [1.0], [True], 1.0)  # the threshold's sign stays inside the bar
+    predict.print_table(["a"], [1.0], [True], [1.0])  # the threshold's sign stays inside the bar
     assert capsys.readouterr().out.splitlines()[0].split()[2] == "#" * 39 + "|"
 
 
@@ -151,7 +165,88 @@ def test_real_data_is_not_called_rendered(trained, rendered, tmp_path, capsys):
     assert "trained_on" not in pd.read_csv(tmp_path / "predictions.csv")
 
 
+def test_the_picture_is_of_the_network_that_gave_the_number(trained, rendered, tmp_path, monkeypatch):
+    """Bars and heat maps: one forward pass of the network in front of the table."""
+    seen, drawn = [], figures.prediction
+    monkeypatch.setattr(figures, "prediction", lambda *given: seen.append(given) or drawn(*given))
+    eye = sorted((rendered("retina") / "test").iterdir())[0]
+    assert run("--ckpt", trained("retina"), eye, "--out", tmp_path, "--precision", "bf16") == 0
+    net = predictor.load(trained("retina"), "cpu", "bf16", 0)
+    ((_, picture, maps),) = net.heatmap(eye)
+    pictures, cams, names, probs, thresholds, _, aspect = seen[0]
+    np.testing.assert_array_equal(pictures[0], picture)
+    np.testing.assert_array_equal(cams[0], list(maps.values()))
+    np.testing.assert_allclose(probs, list(net.predict(eye).values()), atol=1e-7)
+    assert names == net.labels and thresholds is None and aspect == 1
+
+
+def test_right_before_left_is_noticed(trained, rendered, tmp_path, capsys):
+    images = rendered("odir") / "images"
+    left = sorted(images.glob("*_left.jpg"))[0]
+    right = images / left.name.replace("left", "right")
+    assert run("--ckpt", trained("odir"), right, left, "--out", tmp_path) == 2
+    assert "Give LEFT RIGHT" in capsys.readouterr().err
+
+
+def test_learned_thresholds_are_those_of_the_checkpoint(trained, rendered, tmp_path, capsys):
+    state = checkpoint.load_checkpoint(trained("mrnet") / "best.pt")
+    (tmp_path / "a").mkdir()
+    checkpoint.save_checkpoint(tmp_path / "a/best.pt", **{**state, "thresholds": [0.0, 1.0, 0.25]} | {"format": 2})
+    valid = rendered("mrnet") / "valid"
+    assert run("--ckpt", tmp_path / "a", valid, "--out", tmp_path, "--learned") == 0
+    found = pd.read_csv(tmp_path / "predictions.csv")
+    assert ("abnormal" == found["predicted"].str.split(";").str[0]).all(), "every probability is above 0"
+    assert not found["predicted"].str.contains("acl").any()
+    assert list(found["predicted"].str.contains("meniscus")) == list(found["meniscus"] > 0.25)
+    assert run("--ckpt", trained("mrnet"), valid, "--out", tmp_path, "--learned") == 2
+    assert "--folds" in capsys.readouterr().err
+    assert run("--ckpt", tmp_path / "a", tmp_path / "a/best.pt", valid, "--out", tmp_path, "--learned") == 2
+    assert "one network" in capsys.readouterr().err
+
+
+def test_several_networks_give_their_mean(trained, rendered, tmp_path, capsys):
+    """Two checkpoints of the same labels, a folder and a file; what is no checkpoint is a picture."""
+    state = checkpoint.load_checkpoint(trained("odir") / "best.pt")
+    model = {name: value * 0.5 if name.startswith("classifier") else value for name, value in state["model"].items()}
+    checkpoint.save_checkpoint(tmp_path / "other.pt", **{**state, "model": model})
+    images, answers = rendered("odir") / "images", []
+    for ckpt in ([trained("odir")], [tmp_path / "other.pt"], [trained("odir"), tmp_path / "other.pt"]):
+        assert run("--ckpt", *ckpt, images, "--out", tmp_path) == 0
+        answers.append(read_probs(tmp_path / "predictions.csv", state["labels"]))
+    np.testing.assert_allclose(answers[2], (answers[0] + answers[1]) / 2, atol=2e-7)
+    assert np.abs(answers[0] - answers[1]).to_numpy().max() > 1e-3
+    assert run("--ckpt", trained("odir"), trained("retina"), images, "--out", tmp_path) == 2
+    assert "other labels" in capsys.readouterr().err
+
+
+def test_mirrored_pictures(trained, rendered, tmp_path):
+    """--tta is the mean with the mirrored pair, whose eyes change sides: a mirrored patient gets the same answer."""
+    images = rendered("odir") / "images"
+    name = sorted(images.glob("*_left.jpg"))[0].name
+    pair = [np.asarray(Image.open(images / name.replace("left", side))) for side in ("left", "right")]
+    net = net_of(trained("odir"))
+    plain = net.predict(*pair)
+    both, mirrored = net.predict(*pair, tta=True), net.predict(pair[1][:, ::-1], pair[0][:, ::-1])
+    for label in net.labels:
+        assert abs(both[label] - (plain[label] + mirrored[label]) / 2) < 2e-3  # mirrored before it is scaled down
+
+
 # ---------------------------------------------------------------- many, some of them unreadable
+
+def test_several_pictures_give_a_sheet_and_say_so(trained, rendered, tmp_path, capsys):
+    """Two photographs, named alike in two folders: a sheet, and with --figures a picture each."""
+    eye = sorted((rendered("retina") / "test").iterdir())[0]
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        shutil.copyfile(eye, tmp_path / folder / "eye.jpg")
+    shutil.copyfile(eye, tmp_path / "b" / "eye.png")
+    given = [tmp_path / "a" / "eye.jpg", tmp_path / "b" / "eye.jpg"]
+    assert run("--ckpt", trained("retina"), *given, "--out", tmp_path / "out", "--figures") == 0
+    assert f"{tmp_path / 'out/predictions.csv'} written: 2 predicted" in capsys.readouterr().out
+    assert len(list((tmp_path / "out").glob("*.png"))) == 2 and not (tmp_path / "out/prediction.png").exists()
+    assert run("--ckpt", trained("retina"), tmp_path / "b", "--out", tmp_path / "two", "--figures") == 0
+    assert sorted(file.name for file in (tmp_path / "two").glob("*.png")) == ["eye-2.png", "eye.png"]
+
 
 def test_unreadable_ones_are_named_and_the_others_predicted(trained, rendered, tmp_path, capsys):
     folder, whole, part = tmp_path / "eyes", tmp_path / "whole", tmp_path / "part"
@@ -214,33 +309,32 @@ def write(path, text=""):
     return path
 
 
-def test_a_picture_beside_a_missing_one_is_not_accused(tmp_path):
+def test_a_picture_beside_a_missing_one_is_not_accused(trained, tmp_path):
     Image.fromarray(np.full((32, 32, 3), 90, np.uint8)).save(tmp_path / "a_left.jpg")
-    table, _ = pictures.given_rows("odir", [tmp_path / "a_left.jpg", tmp_path / "a_rihgt.jpg"])
-    rows, part, faults = pictures.open_given(table, "fov", 32, tmp_path / "cache", 0)
-    assert rows.empty and part is None and list(faults.values()) == [f"{tmp_path / 'a_rihgt.jpg'}: there is no such file"]
+    part, faults = net_of(trained("odir")).open_rows([(tmp_path / "a_left.jpg", tmp_path / "a_rihgt.jpg")])
+    assert len(part) == 0 and list(faults.values()) == [f"{tmp_path / 'a_rihgt.jpg'}: No such file or directory"]
 
 
 def test_rows_of_folders_and_command_lines(tmp_path, capsys):
     for name in ("7_LEFT.jpg", "7_right.PNG", "08_left.jpg", "notes.txt", "other.jpg"):
         write(tmp_path / "eyes" / name)
-    table, many = pictures.given_rows("odir", [tmp_path / "eyes"])
+    table, many = tables.given_rows("odir", [tmp_path / "eyes"])
     assert many and list(table["ID"]) == ["08", "7"]
     assert table["files"][1] == (str(tmp_path / "eyes/7_LEFT.jpg"), str(tmp_path / "eyes/7_right.PNG"))
     assert "1 picture(s)" in capsys.readouterr().out and table["files"][0][1].endswith("08_right.*")
-    table, many = pictures.given_rows("aptos", [tmp_path / "eyes"])
+    table, many = tables.given_rows("aptos", [tmp_path / "eyes"])
     assert many and list(table["ID"]) == ["08_left.jpg", "7_LEFT.jpg", "7_right.PNG", "other.jpg"]
-    table, many = pictures.given_rows("odir", ["a/5_left.jpg", "b/5_right.jpg"])
+    table, many = tables.given_rows("odir", ["a/5_left.jpg", "b/5_right.jpg"])
     assert not many and table["ID"][0] == "5" and table["files"][0] == ("a/5_left.jpg", "b/5_right.jpg")
-    table, many = pictures.given_rows("dr", ["a/1.jpg", "b/1.jpg"])
+    table, many = tables.given_rows("dr", ["a/1.jpg", "b/1.jpg"])
     assert many and list(table["ID"]) == ["a/1.jpg", "b/1.jpg"]
     write(tmp_path / "eyes" / "7_left.png")
     with pytest.raises(InputError, match="two pictures of one eye"):
-        pictures.given_rows("odir", [tmp_path / "eyes"])
+        tables.given_rows("odir", [tmp_path / "eyes"])
     (tmp_path / "empty").mkdir()
     for name in ("odir", "aptos", "mrnet"):
         with pytest.raises(InputError, match="holds nothing"):
-            pictures.given_rows(name, [tmp_path / "empty"])
+            tables.given_rows(name, [tmp_path / "empty"])
 
 
 @pytest.mark.parametrize("name, text, ids, files", [
@@ -249,7 +343,7 @@ def test_rows_of_folders_and_command_lines(tmp_path, capsys):
     ("retina", "file\n x.jpg\ny.png\n", ["x.jpg", "y.png"], ("x.jpg",)),
     ("mrnet", "axial,coronal,sagittal,ID\n1a.npy,1c.npy,1s.npy,01\n", ["01"], ("1a.npy", "1c.npy", "1s.npy"))])
 def test_rows_of_a_csv_are_relative_to_it(name, text, ids, files, tmp_path):
-    table, many = pictures.given_rows(name, [write(tmp_path / "list" / "these.csv", text)])
+    table, many = tables.given_rows(name, [write(tmp_path / "list" / "these.csv", text)])
     assert many and list(table["ID"]) == ids
     assert table["files"][0] == tuple(str(tmp_path / "list" / file) for file in files)
 
@@ -259,14 +353,14 @@ def test_rows_of_a_csv_are_relative_to_it(name, text, ids, files, tmp_path):
     ("aptos", "file\na.jpg\nb.jpg\na.jpg\n", "doubled ID .* 4"), ("aptos", "ID,file\n,b.jpg\n", "empty ID"), ("aptos", "file\n", "no row")])
 def test_a_csv_that_is_not_as_expected(name, text, said, tmp_path):
     with pytest.raises(InputError, match=said):
-        pictures.given_rows(name, [write(tmp_path / "these.csv", text)])
+        tables.given_rows(name, [write(tmp_path / "these.csv", text)])
 
 
 def test_csv_end_to_end(trained, rendered, tmp_path, capsys):
     eyes = sorted((rendered("retina") / "test").iterdir())[:3]
     sheet = write(tmp_path / "these.csv", "file\n" + "\n".join([*map(str, eyes), "gone.jpg"]) + "\n")
     assert run("--ckpt", trained("retina") / "best.pt", sheet, "--out", tmp_path) == 1
-    assert "gone.jpg: there is no such file" in capsys.readouterr().err
+    assert "gone.jpg: No such file or directory" in capsys.readouterr().err
     result = pd.read_csv(tmp_path / "predictions.csv")
     assert list(result["ID"]) == list(map(str, eyes))
     probs = result[["diabetic retinopathy", "glaucoma", "normal"]]

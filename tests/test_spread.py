@@ -3,16 +3,17 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
 
 import checkpoint
-import dataset
 import spread_labels
 from errors import InputError, guard
-from spread_labels import UNKNOWN, agreement, spread, training_rows
+from spread_labels import UNKNOWN, agreement, spread, training_rows, unlabelled_rows
+from tables import add_pseudo_labels, read, unlabelled_pictures
 
 
 def run(*arguments):
@@ -74,17 +75,52 @@ def test_agreement_hides_what_it_asks_for(clusters):
 
 # ---------------------------------------------------------------- who takes part
 
-def test_rows_of_validation_and_test_never_take_part():
-    table = pd.DataFrame({"ID": ["a", "b", "c", "d"], "target": [0, 1, 0, 1]})
-    saved = {"split": {"train": ["a", "b", "c"], "val": ["d"], "test": []}}
-    assert list(training_rows(saved, table, None)["ID"]) == ["a", "b", "c"]
+def net_with(train, val, test, pseudo_labels=None):
+    """What spread_labels.py asks of a network: its labels, its flags and the split it was trained with."""
+    split = {"train": train, "val": val, "test": test}
+    return SimpleNamespace(labels=["yes", "no"], args=SimpleNamespace(pseudo_labels=pseudo_labels), saved={"split": split})
+
+
+def retina_folder(root, labelled, unlabelled):
+    for part, names in (("train", labelled), ("test", unlabelled)):
+        (root / part).mkdir(parents=True)
+        for name in names:
+            (root / part / name).touch()
+    sheet = pd.DataFrame({"filename": labelled, "yes": 1, "no": 0})
+    sheet.to_csv(root / "train.csv", index=False)
+    return root
+
+
+def test_rows_of_validation_and_test_never_take_part(tmp_path):
+    root = retina_folder(tmp_path / "retina", ["a.png", "b.png", "c.png", "d.png"], [])
+
+    def ids(*split):
+        return [name.removesuffix(".png") for name in training_rows(net_with(*split), root)["ID"]]
+    assert ids(["a.png", "b.png", "c.png"], ["d.png"], []) == ["a", "b", "c"]
     # A pseudo-labelled picture of the first training may bear the name of a validation or test picture.
-    saved = {"split": {"train": ["a", "b", "d", "unlabelled"], "val": ["d"], "test": ["b"]}}
-    assert list(training_rows(saved, table, "pseudo_labels.csv")["ID"]) == ["a"]
+    assert ids(["a.png", "b.png", "d.png", "unlabelled.png"], ["d.png"], ["b.png"], "pseudo_labels.csv") == ["a"]
     with pytest.raises(InputError, match="2 of the run's 3 training pictures"):
-        training_rows({"split": {"train": ["a", "x", "y"], "val": [], "test": []}}, table, None)
+        ids(["a.png", "x.png", "y.png"], [], [])
     with pytest.raises(InputError):
-        training_rows({"split": {"train": ["x"], "val": ["a"], "test": []}}, table, "pseudo_labels.csv")
+        ids(["x.png"], ["a.png"], [], "pseudo_labels.csv")
+
+
+def test_pictures_that_train_would_refuse_get_no_label(tmp_path, capsys):
+    """Other eyes of validation and test patients, and pictures that are labelled already, whatever their suffix."""
+    labelled = ["1_left.png", "2_left.png", "3_left.png", "4.png"]
+    root = retina_folder(tmp_path / "retina", labelled, ["1_right.jpg", "2_right.jpg", "3_right.jpg", "4.jpg", "5.jpg"])
+    net = net_with(["1_left.png", "4.png"], ["2_left.png"], ["3_left.png"])
+    assert list(unlabelled_rows(net, root)["ID"]) == ["1_right.jpg", "5.jpg"]
+    assert "3 unlabelled picture(s)" in capsys.readouterr().out
+    for name in ("1_right.jpg", "5.jpg"):
+        (root / "test" / name).unlink()
+    with pytest.raises(InputError, match="every picture"):
+        unlabelled_rows(net, root)
+    frame = read("retina", root, net.labels).frame.set_index("ID", drop=False)
+    parts = {part: frame.loc[ids] for part, ids in net.saved["split"].items()}
+    sheet = pd.DataFrame({"filename": ["1_right.jpg", "5.jpg"], "label": "yes", "confidence": 1})
+    sheet.to_csv(tmp_path / "pseudo.csv", index=False)
+    assert add_pseudo_labels(parts, net.labels, root, tmp_path / "pseudo.csv", 0)[1] == 2, "training takes what is left"
 
 
 def test_validation_pictures_and_labels_change_nothing(trained, rendered, tmp_path):
@@ -112,12 +148,12 @@ def test_validation_pictures_and_labels_change_nothing(trained, rendered, tmp_pa
 
 # ---------------------------------------------------------------- the chain
 
-def test_spread_then_train_on(trained, rendered, script, tmp_path, capsys):
+def test_spread_then_train_on(trained, rendered, train_here, tmp_path, capsys):
     ckpt, data = trained("retina") / "best.pt", rendered("retina")
-    assert run("--ckpt", ckpt, "--out", tmp_path) == 0
+    assert run("--ckpt", ckpt, "--out", tmp_path, "--cache", tmp_path / "cache") == 0
     text = capsys.readouterr().out
     sheet = pd.read_csv(tmp_path / "pseudo_labels.csv", dtype={"filename": str})
-    unlabelled = [Path(file).name for file in dataset.unlabelled_pictures(data)]
+    unlabelled = [Path(file).name for file in unlabelled_pictures(data)]
     assert list(sheet.columns) == ["filename", "label", "confidence"] and set(sheet["filename"]) <= set(unlabelled)
     assert sheet["confidence"].between(0, 1).all()
     before = json.loads((trained("retina") / "run.json").read_text())["data"]["parts"]
@@ -128,18 +164,19 @@ def test_spread_then_train_on(trained, rendered, script, tmp_path, capsys):
 
     least = float(sheet["confidence"].median())
     for name, weights, sure in (("scratch", "none", 0.0), ("continued", ckpt, least)):
-        done = script("train.py", "--dataset", "retina", "--data", data, "--pseudo-labels", tmp_path / "pseudo_labels.csv", "--min-confidence", sure,
-                      "--weights", weights, "--name", name, "--epochs", 1, "--size", 96, "--batch", 8, "--workers", 0, "--device", "cpu",
-                      "--precision", "fp32", cwd=tmp_path, status=0)
+        flags = ["--dataset", "retina", "--data", data, "--pseudo-labels", tmp_path / "pseudo_labels.csv", "--epochs", 1]
+        train_here(tmp_path, *flags, "--min-confidence", sure, "--weights", weights, "--name", name, "--size", 96, "--batch", 8)
+        said = capsys.readouterr().out
         more = int((sheet["confidence"] >= sure).sum())
-        assert f"{more} pseudo-labelled picture(s) join" in done.stdout and 0 < more <= len(sheet)
+        assert f"{more} pseudo-labelled picture(s) join" in said and 0 < more <= len(sheet)
         parts = json.loads((tmp_path / "runs" / name / "run.json").read_text())["data"]["parts"]
         assert parts["train"] == before["train"] + more and parts["val"] == before["val"]
         again = checkpoint.load_checkpoint(tmp_path / "runs" / name / "best.pt")
         assert again["split"]["val"] == checkpoint.load_checkpoint(ckpt)["split"]["val"]
 
     # A second round, from a run that has unlabelled pictures among its training part.
-    assert run("--ckpt", tmp_path / "runs/continued/best.pt", "--out", tmp_path / "second", "--kernel", "rbf") == 0
+    assert run("--ckpt", tmp_path / "runs/continued/best.pt", "--out", tmp_path / "second", "--cache", tmp_path / "cache",
+               "--kernel", "rbf") == 0
     assert f"{before['train']} labelled training pictures" in capsys.readouterr().out
 
 

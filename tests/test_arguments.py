@@ -1,0 +1,216 @@
+"""The flags of train.py: their help, defaults and rules, and the experiments of run_all.sh."""
+
+import argparse
+import ast
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+import arguments
+from errors import InputError
+
+PARSERS = {name: arguments.get_args_parser(name) for name in arguments.PUBLISHED}
+ACTIONS = [action for action in PARSERS["odir"]._actions if action.dest != "help"]
+FREE = {"data", "labels", "pseudo_labels", "cache", "runs", "name", "resume", "model", "trunk", "weights"}
+YES_NO = argparse.BooleanOptionalAction | argparse._StoreTrueAction
+
+
+def test_every_flag_is_read():
+    """By an attribute `args.x` outside arguments.py, whose rules do not count."""
+    read = set()
+    for file in ROOT.glob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Attribute) and ast.unparse(node.value) in ("args", "self.args"):
+                read.add((file.name, node.attr))
+    modules = "train learner records features dataset decode checkpoint split".split()
+    elsewhere = {name for file, name in read if file.removesuffix(".py") in modules}
+    unread = {action.dest for action in ACTIONS} - elsewhere
+    assert not unread, f"read nowhere: {sorted(unread)}"
+
+
+@pytest.mark.parametrize("name", PARSERS)
+def test_every_default_would_be_accepted_if_typed(name):
+    parser = PARSERS[name]
+    plain = vars(parser.parse_args([]))
+    for action in ACTIONS:
+        default, flag = plain[action.dest], action.option_strings[0]
+        if isinstance(action, YES_NO):
+            assert isinstance(default, bool)
+            assert vars(parser.parse_args([flag]))[action.dest] is True
+            if isinstance(action, argparse.BooleanOptionalAction):
+                assert vars(parser.parse_args([f"--no-{flag[2:]}"]))[action.dest] is False
+        elif default is not None:
+            typed = vars(parser.parse_args([flag, str(default)]))[action.dest]
+            assert typed == default and type(typed) is type(default), f"{flag} {default!r}: {typed!r}"
+
+
+def test_strings_of_a_closed_set_have_choices_and_every_flag_its_help():
+    text = PARSERS["odir"].format_help()
+    for action in ACTIONS:
+        assert action.help and action.option_strings[0] in text, action.dest
+        assert action.type is not bool  # bool("False") is True
+        if action.type is None and not isinstance(action, YES_NO):
+            assert action.choices or action.dest in FREE, f"{action.dest} takes any string"
+
+
+def test_help_and_a_wrong_flag_answer_without_torch():
+    """Seconds on a slow disk, where torch is read: so neither it nor pandas nor numpy is imported."""
+    code = (
+        "import sys, train\nfrom errors import guard\nheavy = {'torch', 'pandas', 'numpy', 'sklearn'}\n"
+        "try:\n    print(guard(train.main, sys.argv[1:]))\nexcept SystemExit as end:\n    print(end.code)\n"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
+    )
+    for argv, status in ([["--help"], 0], [["--batch-size", "8"], 2], [["--lr", "0"], 2]):
+        command = [sys.executable, "-c", code, *argv]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=60)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.splitlines()[-1] == str(status)
+
+
+UNKNOWN = {
+    "--batch-size 8": "--batch-size: did you mean --batch?",
+    "--epoch 8": "--epoch: did you mean --epochs?",
+    "--learning-rate 1": "unrecognized arguments: --learning-rate",
+    "--finetune": "--finetune: did you mean --fine-tune?",
+    "--no-finetune": "--no-finetune: did you mean --no-fine-tune?",
+    "--sched none": "unrecognized arguments: --sched",  # no abbreviation
+    "--scheduler cosin": "invalid choice: 'cosin'",
+    "--lr fast": "invalid float",
+    "--epochs 1.5": "invalid int",
+    "--dataset cifar": "invalid choice: 'cifar'",
+}
+
+
+@pytest.mark.parametrize("words", UNKNOWN)
+def test_wrong_flags_are_refused_by_name(words, capsys):
+    with pytest.raises(SystemExit) as ended:
+        arguments.get_args(words.split())
+    assert ended.value.code == 2 and UNKNOWN[words] in capsys.readouterr().err
+
+
+RULES = {
+    "--lr 0": "--lr 0.0: expected",
+    "--lr nan": "--lr nan: expected",
+    "--lr inf": "--lr inf: expected",
+    "--batch -1": "--batch -1: expected 1 or more",
+    "--epochs 0": "--epochs 0: expected 1 or more",
+    "--momentum 5": "--momentum 5.0: expected 1 or less",
+    "--ema 1": "--ema 1.0: expected 0.99999 or less",
+    "--calibration-fraction 0.6": "--calibration-fraction 0.6: expected 0.5 or less",
+    "--size 1000000": "one picture takes 3e+03 GB at this size; expected 4096 or less",
+    "--labels N N": "a label is named twice",
+    "--pseudo-labels x.csv": "--pseudo-labels belongs to --dataset retina",
+    "--min-confidence 0.5": "--min-confidence needs --pseudo-labels",
+    "--crop 196": "--crop 196 needs --augment",
+    "--augment pair --crop 300": "a --size (here 224) that it fits into",
+    "--dataset mrnet --crop 200": "--crop 200 needs",
+    "--augment knee": "odir takes eyes or pair",
+    "--dataset aptos --augment pair": "aptos takes eyes or lab",
+    "--views 2": "--views needs --augment",
+    "--dataset mrnet --preprocess fov": "--preprocess fov: mrnet takes crop or none",
+    "--preprocess crop": "photographs the others",
+    "--dataset mrnet --size 300": "MRNet's slices are 256 x 256",
+    "--dataset mrnet --size 32": "too small for MRNet's AlexNet trunks: 64 or more",
+    "--model resnet18": "--model resnet18 does not take odir; expected v0",
+    "--dataset aptos --model v0": "--model v0 does not take aptos; expected a network for one photograph",
+    "--dataset aptos --model mrnet": "--model mrnet does not take aptos",
+    "--dataset mrnet --model resnet18": "--model resnet18 does not take mrnet",
+    "--dataset aptos --trunk resnet18": "give --model resnet18",
+    "--freeze-epochs 2": "--freeze-epochs needs --fine-tune",
+    "--trunk-lr 0.1": "--trunk-lr needs --fine-tune",
+    "--folds 5 --fine-tune": "--folds needs kept features",
+    "--folds 5 --bn batch": "--folds needs kept features",
+    "--folds 5 --no-feature-cache": "--folds needs kept features",
+    "--dataset mrnet --no-fine-tune --folds 5": "--folds needs kept features",
+    "--folds 5 --calibration-fraction 0.1": "two ways to learn thresholds: choose one",
+    "--folds 1": "--folds 1: expected 2 or more",
+    "--dataset aptos --calibration-fraction 0.1": "there are no thresholds to learn",
+    "--schedule-epochs 3 --scheduler none": "--schedule-epochs: --scheduler none has none",
+    "--gamma 0.5 --scheduler cyclic": "--gamma: --scheduler cyclic has none",
+    "--gamma 1.5": "--gamma 1.5: expected a factor between 0 and 1",
+    "--max-lr 0.2": "--max-lr belongs to --scheduler cyclic",
+    "--scheduler cyclic --lr 0.5": "expected less than --max-lr 0.1",
+    "--scheduler cyclic --lr 0.01 --optimizer adam": "give --optimizer sgd",
+    "--warmup-epochs 2": "--warmup-epochs belongs to --scheduler cosine",
+    "--warmup-epochs 9 --scheduler cosine --epochs 3": "expected --epochs 3 or less",
+    "--optimizer adam --momentum 0.5": "--momentum belongs to --optimizer sgd",
+    "--sampler weighted": "use balanced",
+    "--dataset dr --loss focal": "is for several labels a row",
+    "--loss asymmetric --weighted-loss": "weighs by itself",
+    "--weight-power 0.5": "--weight-power needs --weighted-loss",
+    "--resume nowhere": "--resume nowhere: there is no such run folder",
+}
+
+
+@pytest.mark.parametrize("words", RULES)
+def test_flags_that_do_not_go_together_are_refused(words):
+    with pytest.raises(InputError, match=re.escape(RULES[words])):
+        arguments.get_args(words.split())
+
+
+def test_every_rule_has_its_test():
+    """Each `raise InputError` of arguments.py is reached by a line of RULES, but for that of a resume."""
+    source = (ROOT / "arguments.py").read_text()
+    raised = {node.lineno for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Raise)}
+    reached = set()
+    for words in RULES:
+        try:
+            arguments.get_args(words.split())
+        except InputError as error:
+            trace = error.__traceback__
+            while trace:
+                if trace.tb_frame.f_code.co_filename.endswith("arguments.py"):
+                    reached.add(trace.tb_lineno)
+                trace = trace.tb_next
+    missing = [source.splitlines()[line - 1].strip() for line in sorted(raised - reached)]
+    assert missing == ['raise InputError(f"a resumed run keeps its {kept}: start a new run to change it")']
+
+
+# data set -> flags, values as published
+DEFAULTS = {
+    "odir": {
+        "model": "v0",
+        "optimizer": "sgd",
+        "momentum": 0.9,
+        "lr": 0.05,
+        "scheduler": "linear",
+        "batch": 32,
+    }
+    | {"epochs": 100, "patience": 20, "size": 224, "seed": 42, "preprocess": "fov", "fine_tune": False}
+    | {"augment": "none", "sampler": "shuffle", "bn": "fitted", "schedule_epochs": 50, "gamma": 0.1},
+    "aptos": {"model": "efficientnet-b1", "optimizer": "adam", "lr": 0.01, "scheduler": "step", "batch": 30}
+    | {"epochs": 50, "sampler": "weighted", "fine_tune": True, "momentum": None, "gamma": 0.7},
+    "dr": {"lr": 0.001, "momentum": 0.9, "weight_decay": 5e-4, "batch": 64, "freeze_epochs": 5, "epochs": 25}
+    | {"size": 256, "crop": 224, "drop_last": True, "scheduler": "none", "gamma": None},
+    "retina": {"model": "alexnet", "optimizer": "adam", "lr": 0.001, "epochs": 50, "weights": "none"},
+    "mrnet": {"optimizer": "adam", "lr": 1e-5, "weight_decay": 0.01, "batch": 1, "scheduler": "plateau"}
+    | {"weighted_loss": True, "augment": "knee", "schedule_epochs": 3, "gamma": 0.3},
+}
+
+
+@pytest.mark.parametrize("name", DEFAULTS)
+def test_the_defaults_are_experiment_three_and_the_other_studies(name):
+    args = vars(arguments.parse(["--dataset", name]))
+    assert {key: args[key] for key in DEFAULTS[name]} == DEFAULTS[name]
+    json.dumps(args)
+
+
+def test_what_is_typed_wins_over_what_is_stored_over_what_is_published():
+    stored = vars(arguments.parse(["--dataset", "aptos", "--lr", "0.2", "--batch", "4"]))
+    args = arguments.read_flags(["--batch", "5"], stored)
+    assert (args.dataset, args.lr, args.batch, args.epochs) == ("aptos", 0.2, 5, 50)
+
+
+def test_the_experiments_are_the_lines_of_run_all():
+    found = arguments.experiments()
+    assert {"odir-00", "odir-17", "aptos-1", "dr-resnet50-weighted", "retina-5", "mrnet-acl"} <= set(found)
+    assert not arguments.differences(vars(arguments.parse([])), found["odir-03"])
+    assert found["odir-14"].crop == 196 and found["dr-resnet18"].drop_last and found["retina-4"].labels
+    changed = vars(arguments.parse(["--lr", "0.5", "--batch", "64", "--seed", "7", "--name", "a"]))
+    assert arguments.differences(changed, found["odir-03"]) == ["lr 0.5 not 0.05", "batch 64 not 32"]
+    retina = {**vars(found["retina-2"]), "weights": "runs/demo-retina-1/best.pt"}
+    assert not arguments.differences(retina, found["retina-2"])

@@ -1,0 +1,396 @@
+"""test.py: what it writes where, about which checkpoint, rows and data; learned thresholds; means of networks."""
+
+import json
+import os
+import re
+import shutil
+import threading
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+import checkpoint
+import figures
+import metrics
+import predictor
+import test
+from errors import guard
+
+REAL = Path(os.environ.get("REAL_DATA", "absent"))
+SHEETS = ["probs.xlsx", "ground_truth.xlsx", "classification_report.txt", "test_scores.json"]
+PICTURES = ["confusion.png", "roc.png", "samples.png", "heatmaps.png", "reliability.png"]
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """test.py in this process and an empty folder -> its exit status; pictures are drawn only where asked for."""
+    monkeypatch.chdir(tmp_path)
+
+    def main(*arguments, pictures=False):
+        if not pictures:
+            monkeypatch.setattr(test, "draw_all", lambda *_: {})
+        flags = ["--device", "cpu", "--workers", 0, "--resamples", 20, "--cache", tmp_path / "cache"]
+        return guard(test.main, list(map(str, [*arguments, *flags])))
+
+    return main
+
+
+def copied(folder, place):
+    """A run's folder, copied: a test may write into it."""
+    shutil.copytree(folder, place)
+    return place
+
+
+def scores_of(folder):
+    return json.loads((folder / "test_scores.json").read_text())
+
+
+def changed(folder, path, **changes):
+    checkpoint.save_checkpoint(path, **{**checkpoint.load_checkpoint(folder / "best.pt"), **changes})
+    return path
+
+
+# ---------------------------------------------------------------- whose result it is
+
+
+def test_the_run_is_the_folder_that_the_checkpoint_lies_in(trained, run, tmp_path):
+    """`mv runs/a runs/b`, then another run `a`: testing b leaves a alone; so does a copied run."""
+    b = copied(trained("odir"), tmp_path / "runs/b")
+    a = copied(trained("odir"), tmp_path / "runs/odir")  # the name that the checkpoint of b stores
+    before = {file: file.read_bytes() for file in a.iterdir()}
+    assert run("--ckpt", b / "best.pt") == 0
+    assert scores_of(b)["rows"] == 8
+    assert {file: file.read_bytes() for file in a.iterdir()} == before
+
+
+def test_a_lone_checkpoint_gets_a_folder_beside_it(trained, run, tmp_path):
+    shutil.copyfile(trained("odir") / "best.pt", tmp_path / "best.pt")
+    shutil.copyfile(trained("odir") / "best.pt", tmp_path / "mine.pt")
+    before = sorted(trained("odir").rglob("*"))
+    assert run("--ckpt", "best.pt") == 0 and run("--ckpt", tmp_path / "mine.pt", "--threshold", 0.3) == 0
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["best.pt", "cache", "mine.pt", "test-best", "test-mine"]
+    assert (tmp_path / "test-best/test_scores.json").exists()
+    assert (tmp_path / "test-mine/test-val-0.3/test_scores.json").exists()
+    assert sorted(trained("odir").rglob("*")) == before
+
+
+def test_a_hostile_checkpoint_chooses_no_folder(trained, run, tmp_path):
+    """Name, runs and cache of a best.pt point elsewhere: nothing is written there."""
+    victim = tmp_path / "victim"
+    args = checkpoint.load_checkpoint(trained("odir") / "best.pt")["args"]
+    args = {**args, "runs": str(victim), "name": "../victim/x", "cache": str(victim / "cache"), "resume": str(victim)}
+    (tmp_path / "home").mkdir()
+    assert run("--ckpt", changed(trained("odir"), tmp_path / "home/best.pt", args=args)) == 0
+    assert not victim.exists() and not (trained("odir") / "test_scores.json").exists()
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["cache", "home"]
+    assert sorted(file.name for file in (tmp_path / "home").iterdir()) == ["best.pt", "test-best"]
+
+
+def test_scores_say_what_they_are_of(trained, run, tmp_path):
+    folder = copied(trained("odir"), tmp_path / "run")
+    assert run("--ckpt", folder) == 0
+    found, saved = scores_of(folder), checkpoint.load_checkpoint(folder / "best.pt")
+    info = json.loads((folder / "run.json").read_text())
+    expected = {"digest": checkpoint.state_digest(saved["model"]), "epoch": saved["epoch"], "loss": saved["loss"]}
+    assert found["checkpoint"] == expected == {name: info[f"best_{name}"] for name in expected}
+    assert found["data"] == {"root": saved["data"]["root"], "rendered": True, "own": True, "digest": info["data"]["digest"]}
+    assert (found["split"], found["threshold"], found["tta"], found["precision"]) == ("val", 0.5, False, "fp32")
+    assert (found["rows"], found["expected_rows"], found["patients"], found["weights"]) == (8, 8, 8, "none")
+    assert found["loss"] == pytest.approx(saved["loss"], abs=1e-6)
+    assert list(found["scores"]) == ["per label", "challenge"] and found["thresholds"] is None
+    for name, value in found["scores"]["per label"].items():
+        stored = saved["scores"][name]
+        assert value is None if np.isnan(stored) else value == pytest.approx(stored, abs=1e-6)
+    run("--ckpt", folder, "--precision", "bf16")
+    assert scores_of(folder)["precision"] == "bf16"
+
+
+def test_eyes_of_one_patient_are_counted_and_resampled_together(trained, run, tmp_path, capsys, monkeypatch):
+    seen, intervals = [], metrics.bootstrap_intervals
+    monkeypatch.setattr(metrics, "bootstrap_intervals", lambda *a, **k: seen.append(k["patients"]) or intervals(*a, **k))
+    folder = copied(trained("dr"), tmp_path / "dr")
+    assert run("--ckpt", folder) == 0
+    found = scores_of(folder)
+    assert (found["rows"], found["patients"]) == (16, 8) and "16 rows, 8 patients" in capsys.readouterr().out
+    ids = checkpoint.load_checkpoint(folder / "best.pt")["split"]["val"]
+    assert list(seen[0]) == [name.rsplit("_", 1)[0] for name in ids]
+
+
+def test_every_file_is_there_and_marked(trained, run, tmp_path, capsys, monkeypatch):
+    marked, mark = [], figures.mark_rendered
+    monkeypatch.setattr(figures, "mark_rendered", lambda figure, *words: marked.append(figure) or mark(figure, *words))
+    folder = copied(trained("odir"), tmp_path / "run")
+    assert run("--ckpt", folder, pictures=True) == 0
+    text = capsys.readouterr().out
+    for name in [*SHEETS, *PICTURES, "submission.csv"]:
+        assert (folder / name).stat().st_size > 0 and name in text, name
+    assert len(marked) == 5 and "(RENDERED)" in text
+    probs = pd.read_excel(folder / "probs.xlsx", dtype={"ID": str})
+    truth = pd.read_excel(folder / "ground_truth.xlsx", dtype={"ID": str})
+    saved = checkpoint.load_checkpoint(folder / "best.pt")
+    assert list(probs["ID"]) == list(truth["ID"]) == saved["split"]["val"]
+    assert (truth[saved["labels"]].to_numpy() == saved["targets"]["val"].numpy()).all()
+    assert (folder / "classification_report.txt").read_text() in text
+
+
+def test_a_network_of_rendered_pictures_marks_what_it_says_of_others(trained, rendered, run, tmp_path):
+    data = copied(rendered("odir"), tmp_path / "real")
+    (data / "rendered.json").unlink()
+    assert run("--ckpt", trained("odir"), "--data", data, "--out", tmp_path / "out") == 0
+    assert scores_of(tmp_path / "out")["data"]["rendered"]
+
+
+# ---------------------------------------------------------------- which rows
+
+
+def test_edited_labels_are_noticed(trained, rendered, run, tmp_path, capsys):
+    data = copied(rendered("odir"), tmp_path / "data")
+    ckpt = changed(trained("odir"), tmp_path / "best.pt", data={**facts_of(trained("odir")), "root": str(data)})
+    assert run("--ckpt", ckpt) == 0
+    sheet = pd.read_excel(data / "annotations.xlsx")
+    labels = checkpoint.load_checkpoint(ckpt)["labels"]
+    sheet[labels] = 1 - sheet[labels]
+    sheet.to_excel(data / "annotations.xlsx", index=False)
+    capsys.readouterr()
+    assert run("--ckpt", ckpt) == 2
+    said = capsys.readouterr().err
+    assert "8 row(s)" in said and "other labels than in training" in said and "--data" in said
+    assert run("--ckpt", trained("odir"), "--data", data, "--out", tmp_path / "out") == 0
+    assert "other rows or labels than the run's" in capsys.readouterr().out
+    found = scores_of(tmp_path / "out")["data"]
+    assert not found["own"] and found["digest"] != facts_of(trained("odir"))["digest"]
+
+
+def facts_of(folder):
+    return checkpoint.load_checkpoint(folder / "best.pt")["data"]
+
+
+def test_what_is_missing_stands_beside_what_should_be_there(trained, rendered, run, tmp_path, capsys):
+    data = copied(rendered("odir"), tmp_path / "data")
+    state = checkpoint.load_checkpoint(trained("odir") / "best.pt")
+    for patient in state["split"]["val"][:5]:
+        (data / "images" / f"{patient}_left.jpg").unlink()
+    ckpt = changed(trained("odir"), tmp_path / "best.pt", data={**state["data"], "root": str(data)})
+    assert run("--ckpt", ckpt) == 2
+    assert "5 row(s) have no picture" in capsys.readouterr().err
+    assert run("--ckpt", ckpt, "--missing", "drop", "--out", tmp_path / "out") == 0
+    assert "3 rows, 3 patients, 5 of 8 left out" in capsys.readouterr().out
+    found = scores_of(tmp_path / "out")
+    assert (found["rows"], found["expected_rows"], found["patients"]) == (3, 8, 3)
+
+
+def test_data_folders_get_a_folder_each(trained, rendered, run, tmp_path):
+    """Two folders of one name, and one of the run's own rows: nothing collides, nothing lies in the run's own place."""
+    folder = copied(trained("odir"), tmp_path / "run")
+    one, two = (copied(rendered("odir"), tmp_path / name / "eyes") for name in ("a", "b"))
+    for data in (one, two):
+        sheet = pd.read_excel(data / "annotations.xlsx")
+        sheet.assign(ID=sheet["ID"] + 10**6).to_excel(data / "annotations.xlsx", index=False)
+        assert run("--ckpt", folder, "--split", "all", "--data", data) == 0
+    assert run("--ckpt", folder, "--split", "all") == 0
+    made = sorted(path.name for path in folder.glob("test-*"))
+    assert len(made) == 3 and made[0] == "test-all" and all(name.startswith("test-all-eyes-") for name in made[1:])
+    roots = {scores_of(folder / name)["data"]["root"] for name in made}
+    assert roots == {facts_of(folder)["root"], str(one), str(two)}
+    assert not (folder / "test_scores.json").exists()
+
+
+def test_the_published_part_goes_into_the_runs_folder(trained, run, tmp_path):
+    folder = copied(trained("aptos"), tmp_path / "aptos")
+    assert run("--ckpt", folder, "--split", "test") == 0 and scores_of(folder)["split"] == "test"
+    assert run("--ckpt", folder) == 0 and scores_of(folder / "test-val")["split"] == "val"
+    assert scores_of(folder)["split"] == "test"
+    folder = copied(trained("odir"), tmp_path / "odir")
+    assert run("--ckpt", folder, "--tta") == 0 and run("--ckpt", folder, "--threshold", 0.25) == 0
+    assert run("--ckpt", folder) == 0 and scores_of(folder)["split"] == "val"
+    assert sorted(path.name for path in folder.glob("test-*")) == ["test-val-0.25", "test-val-mirrored"]
+
+
+def test_refused(trained, run, tmp_path, capsys):
+    for arguments, said in (
+        ([trained("odir"), "--split", "test"], "no test part"),
+        ([trained("retina"), "--threshold", 0.4], "exclude each other"),
+        ([trained("odir"), "--threshold", 1.4], "0 to 1"),
+        ([trained("odir"), trained("retina")], "other labels"),
+        ([tmp_path / "none"], "no such checkpoint"),
+        ([trained("odir") / "last.pt"], "not a best.pt"),
+    ):
+        assert run("--ckpt", *arguments) == 2
+        assert said in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------- thresholds
+
+
+def test_learned_thresholds_are_a_family_of_their_own(trained, run, tmp_path, capsys):
+    """Beside the rule at 0.5, which they do not change; the submission is shifted so that 0.5 means them."""
+    plain = copied(trained("odir"), tmp_path / "plain")
+    learned = copied(trained("odir"), tmp_path / "learned")
+    probs_before = predictor.load(plain, "cpu").saved["scores"]
+    limits = [0.02, 0.001, 0.3, 0.05, 0.7, 1e-6, 0.01, 0.999]
+    changed(learned, learned / "best.pt", thresholds=limits)
+    assert run("--ckpt", plain) == 0 and run("--ckpt", learned) == 0
+    first, second = scores_of(plain), scores_of(learned)
+    for family in ("per label", "challenge"):
+        assert first["scores"][family] == second["scores"][family]
+        assert first["intervals"][family] == second["intervals"][family]
+    labels = checkpoint.load_checkpoint(plain / "best.pt")["labels"]
+    assert second["thresholds"] == dict(zip(labels, limits, strict=True)) and first["thresholds"] is None
+    assert "thresholds that were learned on training patients" in capsys.readouterr().out
+    sheets = [pd.read_excel(learned / name) for name in ("probs.xlsx", "ground_truth.xlsx")]
+    probs, truth = (sheet[labels].to_numpy() for sheet in sheets)
+    by_hand = metrics.compute_challenge_metrics(truth, probs, np.array(limits))
+    found = second["scores"]["per label, learned thresholds"]
+    for name, value in by_hand.items():
+        assert found[name] is None if np.isnan(value) else found[name] == pytest.approx(value)
+    assert found["f1"] != second["scores"]["per label"]["f1"]
+    submission = pd.read_csv(learned / "submission.csv")[labels].to_numpy()
+    assert ((submission > 0.5) == (probs > limits)).all() and (submission > 0.5).any()
+    assert set(pd.read_csv(plain / "submission.csv")[labels].round(6).stack()) == set(probs.round(6).ravel())
+    assert run("--ckpt", learned, "--threshold", 0.4) == 0
+    assert list(scores_of(learned / "test-val-0.4")["scores"]) == ["per label", "challenge"]
+    assert probs_before
+
+
+@pytest.mark.parametrize("limit", [0.0, 1e-300, 1e-9, 0.1, 0.5, 0.7, 1 - 1e-12, 1.0])
+def test_the_shift_keeps_order_and_decisions(limit):
+    rng = np.random.default_rng(0)
+    near = np.float32(limit) * (1 + np.arange(-3, 4) * np.float32(1e-7))
+    probs = np.clip(np.concatenate([[0, 1, limit], near, rng.random(200) ** 4]), 0, 1)
+    probs = np.sort(probs.astype(np.float32)).astype(float)[:, None]
+    shifted = test.shifted_to_half(probs, np.array([limit]))
+    assert (np.diff(shifted[:, 0]) >= 0).all() and shifted.min() >= 0 and shifted.max() <= 1
+    assert ((shifted > 0.5) == (probs > limit)).all()
+    apart = np.diff(probs[:, 0]) > 1e-6
+    assert (np.diff(shifted[:, 0])[apart] > 0).all(), "different probabilities stay different"
+
+
+# ---------------------------------------------------------------- means
+
+
+def test_mirrored_views_and_several_checkpoints_give_means(trained, run, tmp_path, capsys):
+    one, labels = copied(trained("odir"), tmp_path / "one"), list("NDGCAHMO")
+    state = checkpoint.load_checkpoint(one / "best.pt")
+    model = {name: value * 0.5 if name.startswith("classifier") else value for name, value in state["model"].items()}
+    (tmp_path / "two").mkdir()
+    two = changed(one, tmp_path / "two/best.pt", model=model, thresholds=[0.1] * 8)
+    found = {}
+    for name, arguments in {"one": [one], "two": [two], "both": [one, two], "tta": [one, "--tta"]}.items():
+        assert run("--ckpt", *arguments, "--out", tmp_path / name) == 0
+        found[name] = pd.read_excel(tmp_path / name / "probs.xlsx")[labels].to_numpy()
+    np.testing.assert_allclose(found["both"], (found["one"] + found["two"]) / 2, atol=1e-6)
+    assert np.abs(found["tta"] - found["one"]).max() > 1e-6
+    result = scores_of(tmp_path / "both")
+    assert [entry["digest"] for entry in result["networks"]] == [scores_of(tmp_path / name)["checkpoint"]["digest"] for name in ("one", "two")]
+    assert result["thresholds"] is None and result["loss"] is None and scores_of(tmp_path / "tta")["loss"] is None
+    # Another split: rows of one's validation part were trained on by the other.
+    split = {**state["split"], "val": state["split"]["train"][:8], "train": state["split"]["val"] + state["split"]["train"][8:]}
+    targets = {**state["targets"], "val": state["targets"]["train"][:8]}
+    targets["train"] = np.concatenate([state["targets"]["val"], state["targets"]["train"][8:]])
+    import torch
+    other = changed(one, tmp_path / "two/other.pt", split=split, targets={**targets, "train": torch.from_numpy(targets["train"])})
+    assert run("--ckpt", one, other) == 2
+    assert "another val part" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------- while things change
+
+
+def test_while_best_pt_is_rewritten(trained, run, tmp_path):
+    """The scores are of the checkpoint whose digest they name, whichever of the two it was."""
+    folder = copied(trained("odir"), tmp_path / "run")
+    state = checkpoint.load_checkpoint(folder / "best.pt")
+    other = {**state, "model": {name: value * 0.5 if name.startswith("classifier") else value for name, value in state["model"].items()}}
+    expected = {}
+    for version in (state, other):
+        path = tmp_path / "alone.pt"
+        checkpoint.save_checkpoint(path, **version)
+        assert run("--ckpt", path, "--out", tmp_path / "alone") == 0
+        result = scores_of(tmp_path / "alone")
+        expected[result["checkpoint"]["digest"]] = result["scores"]
+    stop = threading.Event()
+
+    def rewrite():
+        while not stop.is_set():
+            for version in (other, state):
+                checkpoint.save_checkpoint(folder / "best.pt", **version)
+
+    thread = threading.Thread(target=rewrite)
+    thread.start()
+    try:
+        for _ in range(3):
+            assert run("--ckpt", folder) == 0
+            result = scores_of(folder)
+            assert result["scores"] == expected[result["checkpoint"]["digest"]]
+    finally:
+        stop.set()
+        thread.join()
+
+
+def test_a_read_only_working_folder(trained, run, tmp_path, monkeypatch):
+    """Everything goes into the run's folder and the cache: nothing is written here."""
+    folder = copied(trained("retina"), tmp_path / "run")
+    here = tmp_path / "here"
+    here.mkdir(mode=0o500)
+    monkeypatch.chdir(here)
+    assert run("--ckpt", folder) == 0 and not list(here.iterdir())
+
+
+def test_a_run_of_repeated_views(trained, rendered, train_here, run, tmp_path, capsys):
+    """--views: what is tested is the network that was validated."""
+    flags = ["--data", rendered("odir"), "--augment", "pair", "--views", 2, "--epochs", 3, "--cache", tmp_path / "cache"]
+    folder = train_here(tmp_path, *flags)
+    assert run("--ckpt", folder) == 0
+    best = checkpoint.load_checkpoint(folder / "best.pt")
+    assert scores_of(folder)["loss"] == pytest.approx(best["loss"], abs=1e-6)
+
+
+# ---------------------------------------------------------------- pictures of the scores
+
+
+def test_samples_and_maps_show_one_row_of_each_label(trained, run, tmp_path, monkeypatch):
+    seen = {}
+    for name in ("samples", "heatmaps"):
+        drawn = getattr(figures, name)
+        monkeypatch.setattr(figures, name, lambda rows, *more, name=name, drawn=drawn: seen.update({name: rows}) or drawn(rows, *more))
+    folder = copied(trained("retina"), tmp_path / "run")
+    assert run("--ckpt", folder, pictures=True) == 0
+    probs = pd.read_excel(folder / "probs.xlsx", dtype={"ID": str}).set_index("ID")
+    truth = pd.read_excel(folder / "ground_truth.xlsx", dtype={"ID": str}).set_index("ID")
+    assert [row["truth"] for row in seen["samples"]] == [[label] for label in probs.columns]
+    for sample, line in zip(seen["samples"], seen["heatmaps"], strict=True):
+        row = probs.loc[sample["title"]]
+        assert line["title"] == sample["title"] and line["truth"] == sample["truth"]
+        assert truth.loc[sample["title"], sample["truth"][0]] == 1
+        assert sample["prediction"] == [(row.idxmax(), pytest.approx(row.max()))]
+        for name, prob, cam in line["maps"]:
+            assert prob == pytest.approx(row[name], abs=1e-6) and cam.ndim == 2
+
+
+def test_the_report_is_at_the_threshold_of_the_scores(trained, run, tmp_path):
+    """scikit-learn's report counts, at each threshold, the rows that are above it."""
+    for threshold in (0.5, 0.01):
+        assert run("--ckpt", trained("odir"), "--threshold", threshold, "--out", tmp_path / "out") == 0
+        text = (tmp_path / "out/classification_report.txt").read_text()
+        probs = pd.read_excel(tmp_path / "out/probs.xlsx")
+        truth = pd.read_excel(tmp_path / "out/ground_truth.xlsx")
+        recall = float(re.search(r"C cataract +\S+ +(\S+)", text)[1])
+        assert recall == pytest.approx((probs["C"] > threshold)[truth["C"] == 1].mean(), abs=1e-4)
+
+
+def test_one_label_alone(trained, rendered, train_here, run, tmp_path):
+    flags = ["--dataset", "mrnet", "--data", rendered("mrnet"), "--labels", "abnormal", "--size", 72, "--epochs", 1]
+    folder = train_here(tmp_path, *flags)
+    assert run("--ckpt", folder, pictures=True) == 0
+    assert list(scores_of(folder)["scores"]["auc"]) == ["auc_abnormal", "auc"]
+
+
+@pytest.mark.skipif(not (REAL / "idrid").is_dir(), reason="REAL_DATA is not set")
+def test_real_photographs(train_here, run, tmp_path):
+    flags = ["--dataset", "aptos", "--data", REAL / "idrid", "--model", "alexnet", "--size", 72, "--epochs", 1]
+    folder = train_here(tmp_path, *flags, "--duplicates", "keep")
+    assert run("--ckpt", folder, "--split", "test", pictures=True) == 0
+    found = scores_of(folder)
+    assert found["rows"] == found["expected_rows"] == 66 and not found["data"]["rendered"] and found["duplicates"] >= 0
