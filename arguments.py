@@ -16,10 +16,8 @@ PUBLISHED = {
     "odir": {},
     "aptos": dict(model="efficientnet-b1", optimizer="adam", lr=0.01, scheduler="step", batch=30, epochs=50)
     | dict(patience=50, preprocess="none", fine_tune=True, sampler="weighted"),
-    "dr": dict(
-        model="resnet18", lr=0.001, weight_decay=5e-4, scheduler="none", batch=64, epochs=25, patience=25
-    )
-    | dict(fine_tune=True, freeze_epochs=5, drop_last=True)
+    "dr": dict(model="resnet18", lr=0.001, weight_decay=5e-4, scheduler="none", batch=64, epochs=25)
+    | dict(patience=25, fine_tune=True, freeze_epochs=5, drop_last=True)
     | dict(preprocess="centre", size=256, crop=224, augment="lab"),
     # Only network, optimiser and loss are published; the rest is ours.
     "retina": dict(model="alexnet", optimizer="adam", lr=0.001, scheduler="none", epochs=50)
@@ -48,14 +46,15 @@ LEAST |= dict(warmup_epochs=0, trunk_lr=0, ema=0, folds=0, weight_power=0, calib
 MOST = dict(momentum=1, min_confidence=1, ema=0.99999, calibration_fraction=0.5)
 LARGEST_SIZE = 4096  # pixels: larger than any fundus camera's picture
 # Two runs that differ in these alone are one experiment.
-WHERE = "seed name resume runs cache workers device precision compile data feature_cache".split()
+WHERE = (
+    "seed name resume runs cache workers device precision compile deterministic data feature_cache".split()
+)
 
 
 def add_machine_flags(parser, precision="auto"):
     """Flags that every script with a network has; `precision` is its default."""
-    parser.add_argument(
-        "--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="where it runs"
-    )
+    devices = ["auto", "cpu", "cuda", "mps"]
+    parser.add_argument("--device", choices=devices, default="auto", help="where it runs")
     text = "auto: the fastest native one" if precision else "default: as the run was asked to"
     choices = ["auto", "fp32", "bf16", "fp16"]
     parser.add_argument("--precision", choices=choices, default=precision, help=text)
@@ -69,18 +68,10 @@ def get_args_parser(dataset="odir", description=None):
     add = parser.add_argument_group("data").add_argument
     add("--dataset", choices=PUBLISHED, default="odir", help="data set; sets the published defaults below")
     add("--data", help="its folder (default: data/<dataset>, else rendered stand-ins)")
-    add(
-        "--missing",
-        choices=["stop", "drop"],
-        default="stop",
-        help="missing pictures: stop, or drop their rows",
-    )
-    add(
-        "--duplicates",
-        choices=["stop", "keep"],
-        default="stop",
-        help="validation pictures that are trained on",
-    )
+    text = "missing pictures: stop, or drop their rows"
+    add("--missing", choices=["stop", "drop"], default="stop", help=text)
+    text = "validation pictures that are trained on"
+    add("--duplicates", choices=["stop", "keep"], default="stop", help=text)
     add("--labels", nargs="+", help="retina, mrnet: which labels (default: the study's)")
     add("--val-fraction", type=float, help="validation patients (published: 0.2; aptos 733/3662)")
     add("--test-fraction", type=float, help="patients kept away (published: 0; aptos 583/3662)")
@@ -96,12 +87,8 @@ def get_args_parser(dataset="odir", description=None):
     add("--crop", type=int, help="pixels a side of a random crop in training; evaluation resizes to it")
     text = "eyes: experiments 8, 9; pair: 14-17; lab: dr; knee: mrnet"
     add("--augment", choices=["none", "eyes", "pair", "lab", "knee"], default="none", help=text)
-    add(
-        "--views",
-        type=int,
-        default=0,
-        help="cycle through N random views; 0: a fresh one per epoch (write-up)",
-    )
+    text = "cycle through N random views; 0: a fresh one per epoch (write-up)"
+    add("--views", type=int, default=0, help=text)
 
     add = parser.add_argument_group("network").add_argument
     text = "v0 to v3: both eyes; mrnet; alexnet, efficientnet-b1, efficientnet-lite0 or torchvision's name"
@@ -135,18 +122,10 @@ def get_args_parser(dataset="odir", description=None):
     add("--patience", type=int, default=20, help="epochs without a lower validation loss (write-up)")
     text = "best.pt: the epoch of the lowest validation loss (write-up), or the last one"
     add("--keep", choices=["best", "last"], default="best", help=text)
-    add(
-        "--ema",
-        type=float,
-        default=0.0,
-        help="decay of averaged weights, which are validated and kept; 0: none",
-    )
-    add(
-        "--loss",
-        choices=["bce", "focal", "asymmetric"],
-        default="bce",
-        help="of several labels (write-up: bce)",
-    )
+    text = "decay of averaged weights, which are validated and kept; 0: none"
+    add("--ema", type=float, default=0.0, help=text)
+    losses = ["bce", "focal", "asymmetric"]
+    add("--loss", choices=losses, default="bce", help="of several labels (write-up: bce)")
     text = "pos_weight or class weights of the training part (experiment 11)"
     add("--weighted-loss", action=yes_no, default=False, help=text)
     add("--weight-power", type=float, default=1.0, help="exponent of these weights; below 1: softer")
@@ -155,12 +134,8 @@ def get_args_parser(dataset="odir", description=None):
     add("--drop-last", action=yes_no, default=False, help="leave out a short last batch (dr lab)")
 
     add = parser.add_argument_group("thresholds, learned on training patients").add_argument
-    add(
-        "--folds",
-        type=int,
-        default=0,
-        help="of a frozen trunk: parts of the training part, one left out at a time",
-    )
+    text = "of a frozen trunk: parts of the training part, one left out at a time"
+    add("--folds", type=int, default=0, help=text)
     text = "of --fine-tune: share of the training patients that no gradient sees"
     add("--calibration-fraction", type=float, default=0.0, help=text)
 
@@ -221,21 +196,21 @@ def resolve(args):
     if args.bn is None:
         # The original's statistics drifted towards the fundus pictures. Of another trunk than the published
         # one the weights' own are better (docs/results.md).
-        published = args.trunk == "resnet50" and args.model not in ("efficientnet-lite0",)
+        published = args.trunk == "resnet50" and args.model != "efficientnet-lite0"
         args.bn = "fitted" if published else "pretrained"
         if args.fine_tune:
             args.bn = "batch"
     epochs, gamma = SCHEDULES[args.scheduler]
-    if args.schedule_epochs is None:
-        args.schedule_epochs = epochs
-    if args.gamma is None:
-        args.gamma = gamma
-    if args.max_lr is None and args.scheduler == "cyclic":
-        args.max_lr = 0.1
-    if args.warmup_epochs is None and args.scheduler == "cosine":
-        args.warmup_epochs = 1.0
-    if args.momentum is None and args.optimizer == "sgd":
-        args.momentum = 0.9
+    usual = {"schedule_epochs": epochs, "gamma": gamma}
+    if args.scheduler == "cyclic":
+        usual["max_lr"] = 0.1
+    if args.scheduler == "cosine":
+        usual["warmup_epochs"] = 1.0
+    if args.optimizer == "sgd":
+        usual["momentum"] = 0.9
+    for name, value in usual.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
     return args
 
 
@@ -264,9 +239,8 @@ def check_pictures(args):
     if args.min_confidence and not args.pseudo_labels:
         raise InputError("--min-confidence needs --pseudo-labels")
     if args.crop and (args.augment == "none" or knees or not 16 <= args.crop <= args.size):
-        raise InputError(
-            f"--crop {args.crop} needs --augment and a --size (here {args.size}) that it fits into"
-        )
+        needs = f"needs --augment and a --size (here {args.size}) that it fits into"
+        raise InputError(f"--crop {args.crop} {needs}")
     recipes = RECIPES.get(name, ("eyes", "lab"))
     if args.augment not in ("none", *recipes):
         raise InputError(f"--augment {args.augment}: {name} takes {' or '.join(recipes)}")
@@ -283,10 +257,8 @@ def check_pictures(args):
 def check_network(args):
     name, model = args.dataset, args.model
     if (name == "odir") != (model in EYE_MODELS):
-        takes = "v0, v1 or v2" if name == "odir" else "a network for one photograph, such as resnet18"
-        raise InputError(
-            f"--model {model} does not take {name}; expected {'mrnet' if name == 'mrnet' else takes}"
-        )
+        takes = "v0, v1, v2 or v3" if name == "odir" else "a network for one photograph, such as resnet18"
+        raise InputError(f"--model {model} does not take {name}; expected {takes}")
     if (name == "mrnet") != (model == "mrnet"):
         raise InputError(f"--model {model} does not take {name}")
     if args.trunk != "resnet50" and model not in EYE_MODELS:
@@ -316,10 +288,11 @@ def check_optimisation(args):
         raise InputError(f"--gamma {args.gamma}: expected a factor between 0 and 1")
     if args.max_lr is not None and args.scheduler != "cyclic":
         raise InputError("--max-lr belongs to --scheduler cyclic")
-    if args.scheduler == "cyclic" and args.lr >= (args.max_lr or 0.1):
-        raise InputError(
-            f"--lr {args.lr} is cyclic's lower end: expected less than --max-lr {args.max_lr or 0.1}"
-        )
+    high = args.max_lr or 0.1
+    if args.scheduler == "cyclic" and args.lr >= high:
+        raise InputError(f"--lr {args.lr} is cyclic's lower end: expected less than --max-lr {high}")
+    if args.scheduler == "cyclic" and args.trunk_lr != 1:
+        raise InputError("--trunk-lr: --scheduler cyclic sets one rate for the whole network")
     if args.scheduler == "cyclic" and args.optimizer != "sgd":
         raise InputError("--scheduler cyclic cycles sgd's momentum too: give --optimizer sgd")
     if args.warmup_epochs is not None and args.warmup_epochs > args.epochs:
@@ -330,9 +303,8 @@ def check_optimisation(args):
         raise InputError("--momentum belongs to --optimizer sgd")
     one_class = args.dataset not in ("odir", "mrnet")
     if args.sampler == "weighted" and not one_class:
-        raise InputError(
-            f"--sampler weighted needs one class a picture; {args.dataset} has labels: use balanced"
-        )
+        problem = f"--sampler weighted needs one class a picture; {args.dataset} has labels"
+        raise InputError(f"{problem}: use balanced")
     if args.loss != "bce" and one_class:
         raise InputError(f"--loss {args.loss} is for several labels a row; {args.dataset} has one class")
     if args.loss == "asymmetric" and args.weighted_loss:

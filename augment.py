@@ -37,10 +37,7 @@ def draw(seed, view, keys, pictures):
 
 
 def augment(images, uniforms, recipe, crop):
-    """Images (B, P, 3, H, W) float in 0..1 and their `draw` -> (B, P, 3, crop, crop), in 0..1.
-
-    Rotation, shift, crop and flips are one bilinear resampling (what lies outside the picture is black).
-    """
+    """Images (B, P, 3, H, W) float in 0..1 and their `draw` -> (B, P, 3, crop, crop), black around them."""
     recipe = RECIPES[recipe]
     batch, pictures = images.shape[:2]
     own, pair = uniforms[:, :-1], uniforms[:, -1:].expand(-1, pictures, -1)
@@ -83,9 +80,9 @@ def resample(images, matrices, size):
 
 
 def jitter(images, u, strengths):
-    """Brightness, contrast, saturation, hue in this order (torchvision draws the order too), by picture.
+    """torchvision's adjust_brightness, _contrast, _saturation, _hue, one after the other, by picture.
 
-    `images` (N, 3, H, W) in 0..1, `u` (N, 4) in [0, 1). Equals torchvision's adjust_* one after the other.
+    `images` (N, 3, H, W) in 0..1, `u` (N, 4) in [0, 1).
     """
     brightness, contrast, saturation = (
         1 + (2 * u[:, i, None, None, None] - 1) * strengths[i] for i in range(3)
@@ -125,9 +122,9 @@ def shift_hue(images, turns):
 
 
 def prepare_batch(batch, device, recipe="none", size=None):
-    """A data set's batch -> (inputs of the model, targets) on `device`; pictures in 0..1, cut to `size`.
+    """A data set's batch -> (inputs of the model, targets) on `device`, seen as `recipe` says.
 
-    Pictures are (B, P, 3, size, size), seen as `recipe` says; features and volumes have no `size`.
+    Pictures are (B, P, 3, size, size) in 0..1; features and volumes have no `size`.
     """
     device = torch.device(device)
     # On MPS a source may be freed before a copy that is not waited for (pytorch issues 139550, 189690).
@@ -147,7 +144,7 @@ def prepare_batch(batch, device, recipe="none", size=None):
 def prepare_volumes(volumes, lengths, uniforms, recipe):
     """Three planes of uint8 slices (sum of slices, S, S) -> ([(sum of slices, 3, S, S)] * 3, lengths).
 
-    Each exam is stretched to 0..255 by its own minimum and maximum (a constant one becomes 0), then normalised.
+    Each exam is stretched to 0..255 by its own minimum and maximum (a constant one: 0), then normalised.
     """
     matrices = None
     if recipe != "none" and lengths[0]:
@@ -168,10 +165,7 @@ def prepare_volumes(volumes, lengths, uniforms, recipe):
 
 
 def mirror_batch(images):
-    """What a mirror shows of pictures (B, P, 3, H, W), or of a list of planes (slices, 3, H, W).
-
-    A mirrored left eye is a right eye, so the eyes of a pair change places, as in the recipe `pair`.
-    """
+    """What a mirror shows of pictures (B, P, 3, H, W), or of a list of planes (slices, 3, H, W)."""
     if isinstance(images, list):
         return [plane.flip(-1) for plane in images]
-    return images.flip((1, -1))
+    return images.flip((1, -1))  # a mirrored left eye is a right eye: the eyes of a pair change places

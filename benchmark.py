@@ -34,11 +34,14 @@ from cache import kept_array
 from checkpoint import describe_machine
 from dataset import FeatureSet, VolumeSet
 from errors import Parser, guard
-from features import FastTrunk
+from features import EXTRACT_BATCH, FastTrunk
 from learner import Learner
 
 HERE = Path(__file__).parent
+MATRIX = {"cpu": 4096, "cuda": 8192}  # rows of the matrices whose product is the machine's own limit
+# Published epochs of the experiments with a frozen trunk whose pictures stay the same.
 EPOCHS = {"00": 36, "01": 32, "02": 47, "03": 59, "04": 59, "05": 59, "06": 42, "07": 100, "11": 47, "12": 30}
+POWERS, RUNS = (10**3, 10**4, 10**5, 10**6), 200  # of growth and head; of report
 
 
 def get_args_parser():
@@ -115,9 +118,8 @@ def plain_epoch(net, trained, files, size, device):
     for start in range(0, len(files), 64):
         images = [Image.open(file).convert("RGB") for file in files[start : start + 64]]
         images = np.stack([image.resize((size, size), Image.Resampling.BILINEAR) for image in images])
-        pairs = (
-            torch.from_numpy(images).permute(0, 3, 1, 2).contiguous().unflatten(0, (-1, 2)).to(device) / 255
-        )
+        images = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous().to(device)
+        pairs = images.unflatten(0, (-1, 2)) / 255
         with torch.no_grad():
             inputs = pairs if trained is net else net.features(pairs)
         step(trained, (inputs,))
@@ -152,7 +154,7 @@ def extraction(args, device):
     precision = engine.pick_precision("auto", device, args.trunk)
     net = models.build_trunk(args.trunk, args.size, True)[0].eval().to(device)
     images = torch.randn(args.pictures, 3, args.size, args.size, device=device)
-    n, batch = (4096, 16) if device.type == "cpu" else (8192, 256)
+    n, batch = MATRIX.get(device.type, 4096), EXTRACT_BATCH.get(device.type, 16)
     matrix = torch.randn(n, n, device=device, dtype=engine.PRECISIONS[precision])
     for compiled in (False, True):
         fast = FastTrunk(net, precision, compiled).to(device)
@@ -207,14 +209,12 @@ def sampler(args, device):
 
 
 def finetune(args, device):
-    """A step of 64 pictures by precision and layout, from kept pictures; what preparing these takes."""
-    files = photographs(args)["train"][:64]
+    """A step of 64 pictures by precision and layout, from kept ones; what preparing these takes."""
+    files = photographs(args)["train"][: min(64, args.pictures)]
     kept = np.stack([preprocess.load_picture(file, "fov", args.size)[0] for file in files])
-    batch = {
-        "images": torch.from_numpy(kept).unflatten(0, (-1, 2)),
-        "targets": torch.zeros(len(files) // 2, 8),
-    }
-    batch["uniforms"] = draw(0, 0, [(row, 0) for row in range(len(files) // 2)], 2)
+    keys = [(row, 0) for row in range(len(files) // 2)]
+    batch = {"images": torch.from_numpy(kept).unflatten(0, (-1, 2)), "uniforms": draw(0, 0, keys, 2)}
+    batch["targets"] = torch.zeros(len(keys), 8)
     net = models.build_model("v0", 8, "none", args.size, args.trunk).to(device).train()
     images = prepare_batch(batch, device)[0][0]
     sides = {"plain": partial(plain_epoch, net, net, files, args.size, device)}
@@ -241,18 +241,13 @@ def mrnet(args, device):
     """A training pass over knees: one by one in float32, against the fast precision and layout."""
     table = tables.read("mrnet", args.mrnet)
     frame, precision = table.frame.head(args.pictures // 16), engine.pick_precision("auto", device)
-    data = VolumeSet(frame["files"], tables.targets_of(frame, table.labels), 224)
+    data = VolumeSet(frame["files"], tables.targets_of(frame, table.labels), args.size)
     slow = models.build_model("mrnet", 3).to(device)
     fast = copy.deepcopy(slow).to(memory_format=torch.channels_last)
     sides = [partial(knees, fast, data, batch, precision, device) for batch in (1, 4)]
     plain, *ours = in_turn(args.repeats, partial(knees, slow, data, 1, "fp32", device), *sides)
     for batch, seconds in zip((1, 4), ours, strict=True):
         show(f"MRNet, {precision}, batch {batch}", plain, seconds, "knees/s", len(data))
-
-
-def powers(largest):
-    """10^3, 10^4 ... and the largest."""
-    return [10**power for power in range(3, 9) if 10**power <= largest]
 
 
 def anonymous():
@@ -263,7 +258,7 @@ def anonymous():
 def growth(args, device):
     """Sheets of 10^3 patients and more: read, split, drawn from, scored."""
     rng = np.random.default_rng(0)
-    for n in powers(args.rows):
+    for n in POWERS[: int(np.log10(args.rows)) - 2]:
         sheet = pd.DataFrame((rng.random((n, 8)) < 0.2).astype(int), columns=tables.ODIR_LABELS)
         sheet["ID"] = np.arange(n) + 10_000
         for side in ("left", "right"):
@@ -291,7 +286,7 @@ def watched(batch, device, memory):
 
 def head(args, device):
     """An epoch of a linear head on 10^3 and more kept rows of 2048 features (10^6: 8 GB of disk)."""
-    for n in powers(args.rows):
+    for n in POWERS[: int(np.log10(args.rows)) - 2]:
         net, memory = torch.nn.Linear(2048, 8).to(device), [0.0]
         rules = dict(optimizer=torch.optim.SGD(net.parameters(), lr=0.05), scheduler=None, features=None)
         rules |= dict(criterion=engine.Criterion("multilabel"), scaler=torch.amp.GradScaler(enabled=False))
@@ -306,10 +301,10 @@ def head(args, device):
 
 
 def report(args, device):
-    """The report of 200 copies of a tested run, with other seeds."""
+    """The report of many copies of a tested run, with other seeds."""
     facts = json.loads((args.run / "run.json").read_text())
     with tempfile.TemporaryDirectory() as folder:
-        for number in range(200):
+        for number in range(RUNS):
             copied = Path(folder, "runs", f"odir-{number % 13:02d}-seed{42 + number}")
             shutil.copytree(args.run, copied, ignore=shutil.ignore_patterns("*.pt", ".*"))
             facts["name"], facts["args"]["seed"] = copied.name, 42 + number
@@ -317,7 +312,7 @@ def report(args, device):
         for when in ("first", "again"):
             _, seconds = timed(partial(script, "report.py", cwd=folder))
             size = Path(folder, "runs", "report.html").stat().st_size / 1e6
-            print(f"report of 200 runs, {when}: {seconds:.1f} s, {size:.1f} MB", flush=True)
+            print(f"report of {RUNS} runs, {when}: {seconds:.1f} s, {size:.1f} MB", flush=True)
 
 
 BENCHMARKS = {"extraction": extraction, "run": run, "study": partial(run, experiments=tuple(EPOCHS))}
@@ -327,7 +322,7 @@ BENCHMARKS |= {"growth": growth, "head": head, "report": report}
 
 def main(argv=None):
     args, device = get_args_parser().parse_args(argv), engine.pick_device("auto")
-    if "mrnet" in args.names and not args.mrnet.is_dir():
+    if "mrnet" in (args.names or BENCHMARKS) and not args.mrnet.is_dir():
         script("render_data.py", args.mrnet, "--dataset", "mrnet", "--patients", 16, cwd=".")
     machine = f"{describe_machine(device)}, {preprocess.default_workers()} cores, torch {torch.__version__}"
     print(f"{time.strftime('%Y-%m-%d')}, {machine}: {' '.join(args.names or BENCHMARKS)}", flush=True)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from errors import InputError
+from errors import InputError, reading
 
 
 def digest(*parts):
@@ -37,7 +37,7 @@ def file_stamps(files):
 
 
 def file_names(names):
-    """Names as .png files: without a picture's suffix and what a file name cannot hold; -2 on a second one."""
+    """Names as .png files, without a picture's suffix and what no file name holds; a second one gets -2."""
     taken, files = {}, []
     for name in names:
         stem = re.sub(r"\.(png|jpe?g|tiff?|bmp)$", "", str(name), flags=re.IGNORECASE)
@@ -79,8 +79,9 @@ def remove_leftovers(folder, name="*"):
 def is_whole(path, shape, dtype):
     """Whether `path` is a .npy file of this shape and dtype, as long as it has to be."""
     try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError, SyntaxError):  # missing, cut short, or a damaged header
+        with reading(path, "an array"):
+            array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except InputError:  # missing, cut short, or a damaged header
         return False
     return array.shape == tuple(shape) and array.dtype == dtype
 

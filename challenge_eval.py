@@ -15,7 +15,7 @@ import numpy as np
 from errors import InputError, Parser, guard
 from metrics import challenge_scores, trivial_scores, undefined_scores
 
-LABELS = ["N", "D", "G", "C", "A", "H", "M", "O"]
+LABELS = list("NDGCAHMO")
 NAMES = {"kappa": "Cohen kappa", "f1": "micro F1", "auc": "AUC", "final": "final score"}
 
 
@@ -53,9 +53,8 @@ def read_pair(ground_truth, predictions):
     for here, there, path in ((truth, answer, predictions), (answer, truth, ground_truth)):
         absent = here.index.difference(there.index)
         if len(absent):
-            first = ", ".join(map(str, absent[:5]))
-            lacking = f"{path} lacks {len(absent)} of the {len(here)} IDs of the other file, first {first}"
-            raise InputError(f"{lacking}. Both must hold the same patients")
+            lacking = f"lacks {len(absent)} of the {len(here)} IDs of the other file"
+            raise InputError(f"{path} {lacking}, first {', '.join(map(str, absent[:5]))}. Add these patients")
     return truth.to_numpy(), answer.loc[truth.index].to_numpy()
 
 

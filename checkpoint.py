@@ -56,16 +56,16 @@ def load_last(folder):
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError(f"--resume {folder}: there is no such run folder")
+    last, best = folder / "last.pt", folder / "best.pt"
     try:
-        stamps = file_stamps([folder / "last.pt"]) if (folder / "last.pt").exists() else []
-        return {**load_checkpoint(folder / "last.pt", "last"), "stamps": stamps}
+        stamps = file_stamps([last]) if last.exists() else []
+        return {**load_checkpoint(last, "last"), "stamps": stamps}
     except InputError as error:
         try:
-            epoch = load_checkpoint(folder / "best.pt")["epoch"]
+            epoch = load_checkpoint(best)["epoch"]
         except InputError as other:
             advice = f"delete {folder} and start it again"
             raise InputError(f"{error}. No epoch of this run can be trusted ({other}): {advice}") from error
-        best = folder / "best.pt"
         left = f"The last good epoch is {epoch}, the best so far: {best} holds it for test.py"
         advice = f"This run cannot go on; a new one can start from that epoch with --weights {best}"
         raise InputError(f"{error}. {left}. {advice}") from error
@@ -207,8 +207,7 @@ def run_facts(folder):
 def versions():
     import torchvision
 
-    names = {"torch": torch, "torchvision": torchvision, "numpy": np}
-    found = {name: module.__version__ for name, module in names.items()}
+    found = {module.__name__: module.__version__ for module in (torch, torchvision, np)}
     return {"python": platform.python_version(), **found}
 
 
@@ -221,14 +220,12 @@ def describe_machine(device):
 
 def commit():
     """The commit of the code that runs, with + when files differ from it; "unknown" without git."""
+    command = ["git", "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty=+"]
     here = dict(capture_output=True, text=True, check=True, cwd=Path(__file__).parent)
-    git = functools.partial(subprocess.run, **here)
     try:
-        head = git(["git", "rev-parse", "--short=12", "HEAD"]).stdout.strip()
-        changed = git(["git", "status", "--porcelain", "-uno"]).stdout.strip()
+        return subprocess.run(command, **here).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-    return f"{head}+" if changed else head
 
 
 def command_line(folder):

@@ -13,7 +13,7 @@ import torch
 
 from cache import digest, file_stamps, is_whole, kept_array, replace_file
 from engine import progress
-from errors import InputError, end_with_parent
+from errors import InputError, end_with_parent, reading
 from preprocess import default_workers, load_picture
 
 
@@ -65,13 +65,16 @@ class Pictures:
             self.path.unlink(missing_ok=True)
             kept_array(self.path, self.shape, np.uint8, self.fill)
             facts = self.kept_facts()
-        self.failed, self.repaired, self.contents = facts["failed"], facts["repaired"], facts["contents"]
+        self.failed, self.repaired, self.contents = facts
 
     def kept_facts(self):
-        """What was found when the pictures were decoded; None where that is missing or damaged."""
+        """(failed, repaired, contents) of when they were decoded; None where that is missing or damaged."""
+        path = self.path.with_suffix(".json")
         try:
-            return json.loads(self.path.with_suffix(".json").read_text())
-        except (OSError, ValueError):
+            with reading(path, "facts about pictures"):
+                facts = json.loads(path.read_text())
+                return facts["failed"], facts["repaired"], facts["contents"]
+        except InputError:
             return None
 
     def fill(self, array):

@@ -116,12 +116,15 @@ def share_buffers(*modules):
                 dist.broadcast(buffer, 0)
 
 
+def batchnorms(module):
+    return [layer for layer in module.modules() if isinstance(layer, torch.nn.modules.batchnorm._BatchNorm)]
+
+
 def distribute(module, device):
     """DistributedDataParallel around what trains, where there are several processes."""
     if world() == 1:
         return module
-    layers = [layer for layer in module.modules() if isinstance(layer, torch.nn.modules.batchnorm._BatchNorm)]
-    if device.type == "cuda" and any(layer.training for layer in layers):
+    if device.type == "cuda" and any(layer.training for layer in batchnorms(module)):
         module = torch.nn.SyncBatchNorm.convert_sync_batchnorm(module)
     devices = [device.index] if device.type == "cuda" else None
     return torch.nn.parallel.DistributedDataParallel(module, device_ids=devices)
@@ -131,14 +134,10 @@ def distribute(module, device):
 
 
 def pick_device(name):
-    if name == "auto":
-        for found in ("cuda", "mps"):
-            if getattr(torch, found).is_available():
-                return torch.device(found)
-        return torch.device("cpu")
-    if name != "cpu" and not getattr(torch, name).is_available():
+    there = [kind for kind in ("cuda", "mps") if getattr(torch, kind).is_available()] + ["cpu"]
+    if name not in ("auto", *there):
         raise InputError(f"--device {name}: this machine or this torch ({torch.__version__}) has none")
-    return torch.device(name)
+    return torch.device(there[0] if name == "auto" else name)
 
 
 def pick_precision(name, device, network=""):
@@ -169,21 +168,16 @@ def seed_everything(seed):
 def seed_dropout(seed, epoch, step, device):
     """Seed what dropout draws from. It depends on these and the rank alone, so a resume stores nothing."""
     number = int(np.random.SeedSequence((seed, epoch, step, rank())).generate_state(1, np.uint64)[0] >> 1)
-    if device.type == "cuda":
-        torch.cuda.manual_seed(number)
-    elif device.type == "mps":
-        torch.mps.manual_seed(number)
-    else:
+    if device.type == "cpu":
         torch.default_generator.manual_seed(number)  # torch.manual_seed takes a millisecond a step
+    else:
+        getattr(torch, device.type).manual_seed(number)
 
 
 def progress(iterable, text, **kwargs):
     """tqdm on a terminal or in a notebook, silent in a log file and on other ranks."""
-    silent = None  # tqdm's word for: unless it is a terminal
-    if "ipykernel" in sys.modules:
-        silent = False
-    if rank():
-        silent = True
+    terminal = None if "ipykernel" not in sys.modules else False  # None is tqdm's word for: if it is one
+    silent = True if rank() else terminal
     return tqdm(iterable, text, disable=silent, leave=False, dynamic_ncols=True, **kwargs)
 
 
@@ -275,8 +269,7 @@ class LossWatch:
 class Step(NamedTuple):
     """What a training step leaves for the epoch's own scores, on the device."""
 
-    loss: torch.Tensor  # sum over the rows
-    weight: torch.Tensor  # sum over the rows
+    sums: torch.Tensor  # of the rows' losses and weights, over all ranks
     targets: torch.Tensor
     probs: torch.Tensor
 
@@ -284,10 +277,8 @@ class Step(NamedTuple):
 def train_mode(model, hold_batchnorm):
     """Training mode; with `hold_batchnorm` the BatchNorm statistics stay as they are."""
     model.train()
-    if hold_batchnorm:
-        for module in model.modules():
-            if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
-                module.eval()
+    for layer in batchnorms(model) if hold_batchnorm else ():
+        layer.eval()
 
 
 def train_one_epoch(module, loader, prepare, learner, epoch, precision):
@@ -312,8 +303,7 @@ def train_one_epoch(module, loader, prepare, learner, epoch, precision):
         learner.scaler.step(learner.optimizer)
         learner.scaler.update()
         learner.average()
-        probs = learner.criterion.probs(logits.detach().float())
-        steps.append(Step(losses.detach().sum(), weights.sum(), targets, probs))
+        steps.append(Step(sums, targets, learner.criterion.probs(logits.detach().float())))
         watch.see(sums[0] / sums[1], step)  # the global loss: every rank stops at the same one
     watch.finish()
     return summarise(steps)
@@ -321,11 +311,10 @@ def train_one_epoch(module, loader, prepare, learner, epoch, precision):
 
 def summarise(steps):
     """An epoch's steps over all ranks -> (mean loss, targets, probs)."""
-    loss = sum(torch.stack([step.loss for step in steps]).tolist())
-    weight = sum(torch.stack([step.weight for step in steps]).tolist())
+    losses, weights = zip(*torch.stack([step.sums for step in steps]).tolist(), strict=True)
     targets = torch.cat([step.targets for step in steps]).cpu().numpy()
     probs = torch.cat([step.probs for step in steps]).cpu().numpy()
-    losses, weights, targets, probs = zip(*gather((loss, weight, targets, probs)), strict=True)
+    targets, probs = zip(*gather((targets, probs)), strict=True)
     return sum(losses) / sum(weights), np.concatenate(targets), np.concatenate(probs)
 
 
@@ -347,17 +336,13 @@ def predict(model, loader, prepare, criterion):
     return float(losses[back].mean(dtype=np.float64)), probs[back]
 
 
-def as_it_is(batch):
-    return batch
-
-
 def make_loader(data, batches, workers=0, device=None):
     """A DataLoader over `data` with these batches (samplers.Batches): one indexing call per batch."""
     pin = device is not None and device.type == "cuda" and not data.on_device
     return torch.utils.data.DataLoader(
         data,
         batch_sampler=batches,
-        collate_fn=as_it_is,  # a data set hands out whole batches
+        collate_fn=dict,  # a data set hands out whole batches, which are left as they are
         num_workers=workers,
         pin_memory=pin,  # what lies on a GPU already cannot be pinned
         worker_init_fn=end_with_parent,

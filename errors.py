@@ -7,6 +7,7 @@ import argparse
 import contextlib
 import difflib
 import errno
+import functools
 import multiprocessing
 import os
 import re
@@ -85,9 +86,8 @@ def end_with_parent(*_):
     threading.Thread(target=call_after, args=(parent.join, os._exit, 1), daemon=True).start()
 
 
-def wait_for_parent():
-    """Return once this process has lost its parent (a killed process cannot tell its children)."""
-    parent = os.getppid()
+def wait_for_end(parent):
+    """Return once this process is no child of process `parent` (which cannot say that it was killed)."""
     while os.getppid() == parent:
         time.sleep(0.5)
 
@@ -119,15 +119,14 @@ def guard(main, *args):
             stream.reconfigure(errors="replace")  # a terminal that lacks a character shows a question mark
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, terminate)
-    if "END_WITH_PARENT" in os.environ:  # run_all.sh: its scripts must not outlive it
-        end = (wait_for_parent, os.kill, os.getpid(), signal.SIGTERM)
+    if "END_WITH_PARENT" in os.environ:  # run_all.sh: its scripts must not outlive it, nor theirs them
+        lost = functools.partial(wait_for_end, int(os.environ["END_WITH_PARENT"]))
+        end, os.environ["END_WITH_PARENT"] = (lost, os.kill, os.getpid(), signal.SIGTERM), str(os.getpid())
         threading.Thread(target=call_after, args=end, daemon=True).start()
     try:
         return main(*args) or 0
-    except InputError as error:
-        return fail(2, f"error: {error}")
-    except FloatingPointError as error:
-        return fail(1, f"error: {error}")
+    except (InputError, FloatingPointError) as error:
+        return fail(2 if isinstance(error, InputError) else 1, f"error: {error}")
     except KeyboardInterrupt as error:
         end_workers()
         return fail(143 if isinstance(error, Terminated) else 130, f"interrupted. {how_to_go_on(error)}")

@@ -146,11 +146,7 @@ def build_scheduler(args, optimizer):
         return lr_scheduler.StepLR(optimizer, step_size=epochs, gamma=gamma)
     if args.scheduler == "plateau":
         return lr_scheduler.ReduceLROnPlateau(optimizer, patience=epochs, factor=gamma, threshold=1e-4)
-    return lr_scheduler.LambdaLR(optimizer, constant)  # none; cosine sets the rate itself, every step
-
-
-def constant(_):
-    return 1.0
+    return lr_scheduler.ConstantLR(optimizer, factor=1.0)  # none; cosine sets the rate itself, every step
 
 
 def step_scheduler(args, scheduler, val_loss):
@@ -188,6 +184,7 @@ def build_learner(args, data, precision, device, stored=None):
     if args.bn == "fitted" and data.train.pictures is not None and not stored:
         fit_batchnorm(model, data.train.pictures, args, precision, device)
     frozen = not args.fine_tune and args.bn != "batch"
+    head_alone = frozen and data.train.pictures is not None  # on kept features, in float32
     optimizer = build_optimizer(args, model)
     return Learner(
         model=model,
@@ -196,7 +193,7 @@ def build_learner(args, data, precision, device, stored=None):
         criterion=criterion,
         optimizer=optimizer,
         scheduler=build_scheduler(args, optimizer),
-        scaler=torch.amp.GradScaler(device.type, enabled=precision == "fp16" and args.fine_tune),
+        scaler=torch.amp.GradScaler(device.type, enabled=precision == "fp16" and not head_alone),
         ema=build_ema(args, model.classifier if frozen else model),
         cosine=(args.warmup_epochs, args.epochs) if args.scheduler == "cosine" else None,
         seed=args.seed,

@@ -231,7 +231,7 @@ def without_head(network):
 def build_model(name, num_labels, weights="none", size=224, trunk="resnet50"):
     """The network `name` with `num_labels` outputs, in float32 on the CPU.
 
-    name: one of HEADS (both eyes, on `trunk`), mrnet, alexnet (the retina study's), or one photograph's trunk.
+    name: one of HEADS (both eyes, on `trunk`), mrnet, alexnet (the retina study's), or a single trunk.
     weights: see `load_weights`. size: pixels a side. Raises InputError.
     """
     if name in HEADS:

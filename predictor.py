@@ -112,7 +112,7 @@ class Predictor:
         return part.targets[:, None] == np.arange(len(self.labels))
 
     def map_rows(self, part, row, probs, truth=None):
-        """What figures.heatmaps draws of a row with `truth` (K,): a line for each eye, photograph or plane."""
+        """What figures.heatmaps draws of a row that carries `truth` (K,): a line per eye or plane."""
         lines, known = [], [] if truth is None else [self.names[k] for k in np.flatnonzero(truth)]
         for name, picture, maps in self.explain(part, row):
             line = {"title": f"{part.table['ID'].iloc[row]} {name}".strip(), "picture": picture}
@@ -218,9 +218,10 @@ def decode_sources(sources, how, size, workers):
             reason = reason or system
         else:
             try:
-                image = source if isinstance(source, Image.Image) else Image.fromarray(np.asarray(source))
-                array[place] = prepare(to_rgb(image), how, size)
-            except (TypeError, ValueError) as error:  # no uint8 (H, W, 3), or wholly black
-                reason = f"a picture in memory: {error}"
+                with reading("an array or PIL image in memory", "a picture"):
+                    image = source if isinstance(source, Image.Image) else Image.fromarray(np.asarray(source))
+                    array[place] = prepare(to_rgb(image), how, size)
+            except InputError as error:
+                reason = str(error)
         reasons.append(reason)
     return array, reasons

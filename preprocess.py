@@ -31,10 +31,9 @@ SOS, EOI = b"\xff\xda", b"\xff\xd9"  # JPEG markers: start of a scan, end of the
 
 
 def read_picture(path, side=0):
-    """-> (PIL image in RGB, whether a missing JPEG end marker was supplied).
+    """-> (PIL image in RGB, whether a missing JPEG end marker was supplied). Raises InputError, and OSError.
 
-    With `side` > 0 a JPEG is decoded at the largest reduction that leaves 1.5 x side pixels both ways, as its
-    border is cropped later. Raises InputError for what is wrong with the bytes, and the system's OSError.
+    With `side` > 0 a JPEG is decoded at the largest reduction that leaves 1.5 x side pixels both ways.
     """
     data = Path(path).read_bytes()
     # FF D9 does not occur inside a scan: no end marker after the last scan began means that it is missing.
@@ -208,7 +207,7 @@ def is_finished(job, settings_file):
     except FileNotFoundError:
         return False
     same_time = target.st_mtime_ns // 10**6 == source.st_mtime_ns // 10**6  # not every disk keeps nanoseconds
-    # Every change of a file, be it to an older one, sets its st_ctime to now, and nobody can set that back.
+    # Every change of a file, be it to an older one, sets its st_ctime to now.
     return same_time and target.st_ctime_ns >= max(source.st_ctime_ns, settings.st_mtime_ns)
 
 

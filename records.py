@@ -62,6 +62,12 @@ def is_over(args, state):
     return state["epoch"] >= args.epochs or patience_ended
 
 
+def is_finished(args, stored, folder):
+    """Whether a resume has nothing to do: no epoch, no thresholds, no last files."""
+    written = checkpoint.run_facts(folder).get("status") == "finished"
+    return written and is_over(args, stored) and args.folds == stored["args"]["folds"]
+
+
 def history_row(epoch, lr, train_loss, val_loss, train_scores, val_scores):
     """A row of train_results.xlsx."""
     row = {"epoch": epoch, "lr": lr, "train_loss": train_loss, "val_loss": val_loss}

@@ -2,8 +2,7 @@
 
     python render_data.py data/rendered/odir --dataset odir --patients 120 --size 256
 
-writes the data set's own layout into OUT, and OUT/rendered.json, which marks it as rendered. The same flags
-give the same bytes.
+writes the data set's own layout and the marker rendered.json. The same flags give the same bytes.
 """
 
 import io
@@ -284,10 +283,7 @@ LAYOUTS = dict(odir=odir_layout, aptos=aptos_layout, dr=dr_layout, retina=retina
 
 
 def render(out, dataset, patients=120, size=256, seed=0):
-    """Draw `dataset` into the folder `out`, in one move at the end; False where the same one is there.
-
-    Raises InputError for a folder that holds anything else, and below 8 patients or 64 pixels.
-    """
+    """Draw `dataset` into the folder `out`, in one move at the end; False where the same one is there."""
     out = Path(out).resolve()
     if patients < 8 or size < 64 or seed < 0:
         raise InputError(f"patients {patients}, size {size}, seed {seed}: expected at least 8, 64 and 0.")

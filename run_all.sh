@@ -14,22 +14,22 @@
 # beside measured: runs/results.csv, runs/report.html.
 cd "$(dirname "$0")" || exit 2
 
-prefix="" demo="" control="" seeds=1 chosen=() extra=()
+script=${0##*/} prefix="" demo="" seeds=1 chosen=() extra=() control=()
+die() { echo "run_all.sh: $*" >&2; exit 2; }
 while [ $# -gt 0 ]; do
     case "$1" in
+        -h|--help) sed -n '2,/^cd /{/^cd /d;s/^# \{0,1\}//p;}' "$script"; exit 0 ;;
         --demo) demo=yes prefix+=demo- ;;
-        --control) control=yes ;;
+        --control) control=(--shuffle-labels) ;;
         --seeds) seeds=${2:-none}; shift ;;
-        -h|--help) sed -n '2,/^cd /{/^cd /d;s/^# \{0,1\}//p;}' "$0"; exit 0 ;;
-        [0-9]|[0-9][0-9]) chosen+=("$(printf 'odir-%02d' "$((10#$1))")") ;;
         --*) extra=("$@"); break ;;
+        [0-9]|[0-9][0-9]) chosen+=("$(printf 'odir-%02d' "$((10#$1))")") ;;
         *) chosen+=("$1") ;;
     esac
     shift
 done
-die() { echo "run_all.sh: $*" >&2; exit 2; }
 for name in "${chosen[@]}"; do
-    [[ "$name" != *[!a-z0-9-]* ]] && grep -qE "^run $name(-| )" "$0" || die "unknown experiment '$name': a number 0-17, a study or a run's name"
+    [[ "$name" != *[!a-z0-9-]* ]] && grep -qE "^run $name(-| )" "$script" || die "unknown experiment '$name': a number 0-17, a study or a run's name"
 done
 for flag in "${extra[@]}"; do
     case "$flag" in --runs*|--name*|--resume*|--dataset*) die "$flag is set by each line of this script" ;; esac
@@ -37,21 +37,22 @@ for flag in "${extra[@]}"; do
 done
 [[ "$seeds" =~ ^[1-9][0-9]*$ ]] || die "--seeds $seeds is no number"
 [[ "$seeds" = 1 || " ${extra[*]} " != *" --seed"[\ =]* ]] || die "--seeds and --seed: the same seed twice is no second run"
-[ -z "$control" ] || { prefix="control-$prefix"; extra+=(--shuffle-labels); }
+[ ${#control[@]} -eq 0 ] || prefix="control-$prefix"
 . ./setup.sh
 failed=() absent=() testing="" tested=""
-export END_WITH_PARENT=1 # a script that loses this one ends, and says how to go on
+export END_WITH_PARENT=$$ # a script that loses this one ends, and says how to go on
 trap 'kill $(jobs -p) 2>/dev/null; wait; exit 143' TERM HUP
 trap 'kill $(jobs -p) 2>/dev/null; wait; exit 130' INT
 
 is_chosen() { # is run $1 among the experiments asked for?
-    [ ${#chosen[@]} -eq 0 ] && return 0
-    local name; for name in "${chosen[@]}"; do [[ "$1" == "$name" || "${1%%-*}" == "$name" ]] && return 0; done
-    return 1
+    local name
+    for name in "${chosen[@]}"; do [[ "$1" == "$name" || "${1%%-*}" == "$name" ]] && return 0; done
+    [ ${#chosen[@]} -eq 0 ]
 }
 
-has_data() { # is there something to run study $1 on?
-    [[ -n "$demo" || -d "data/$1" || " ${extra[*]} " == *" --data"* ]]
+is_tested() { # is the test in folder $1 one of its best checkpoint, by content?
+    local digest; digest=$(sed -n 's/^ *"best_digest": \("[0-9a-f]*"\).*/\1/p' "$1/run.json")
+    grep -qsF "\"digest\": ${digest:-none}" "$1/test_scores.json"
 }
 
 demo_flags() { # what makes experiment $1 small; later flags win over the line's own
@@ -70,7 +71,7 @@ demo_flags() { # what makes experiment $1 small; later flags win over the line's
     esac
 }
 
-python_() { # a script that a signal to this one reaches at once
+python_() { # in the background, because bash hears of a signal only while it waits
     "$PYTHON" "$@" & wait $!
 }
 
@@ -79,47 +80,46 @@ finish_test() { # wait for the test under way
     testing=""
 }
 
-run() { # run NAME FLAGS...: train where it is not finished, then test
-    local name=$1 study=${1%%-*}; shift
+run() { # run NAME FLAGS...: train what is not finished, then test it
+    local name=$1 study=${1%%-*} small=() number; shift
     is_chosen "$name" || return 0
-    has_data "$study" || { absent+=("$name"); return 0; }
-    local small=() number
     if [ -n "$demo" ]; then
+        mapfile -t small < <(demo_flags "$name" "$@")
         [ -f "data/demo/$study/rendered.json" ] || python_ render_data.py "data/demo/$study" --dataset "$study" --size 96 \
             --patients "$([ "$study" = mrnet ] && echo 48 || echo 160)" || exit 2
-        mapfile -t small < <(demo_flags "$name" "$@")
+    elif [[ ! -d "data/$study" && " ${extra[*]} " != *" --data"* ]]; then
+        absent+=("data/$study"); return 0
     fi
-    for ((number = 0; number < seeds; number++)); do
-        local full="$prefix$name" seed=()
-        [ "$number" -eq 0 ] || { full+="-seed$((42 + number))"; seed=(--seed $((42 + number))); }
-        local folder="runs/$full" status=0
+    for ((number = 42; number < 42 + seeds; number++)); do
+        local full="$prefix$name" seed=() status=0 part=val
+        [ "$number" -eq 42 ] || { full+="-seed$number"; seed=(--seed "$number"); }
+        local folder="runs/$full"
         if grep -qs '"status": "finished"' "$folder/run.json"; then
-            [ "$folder/test_scores.json" -nt "$folder/best.pt" ] && { echo "== $full: finished before (delete $folder to run it again)"; continue; }
+            is_tested "$folder" && { echo "== $full: finished before (delete $folder to run it again)"; continue; }
             echo "== $full: finished before, tested again"
         elif [ -f "$folder/last.pt" ]; then
             echo "== $full: goes on"
             python_ train.py --resume "$folder" "${extra[@]}" || status=$?
         else
             echo "== $full"
-            rmdir "$folder" 2>/dev/null # only an empty one, of a run that ended before it wrote anything
-            python_ train.py --name "$full" --dataset "$study" "$@" "${small[@]}" "${extra[@]}" "${seed[@]}" || status=$?
+            python_ train.py --name "$full" --dataset "$study" "$@" "${small[@]}" "${control[@]}" "${extra[@]}" "${seed[@]}" || status=$?
         fi
         finish_test
-        if [ "$status" -eq 0 ]; then # the test runs beside the next training
-            local part=val; [ "$study" != aptos ] || part=test # APTOS was published on its test part, the others on validation
-            "$PYTHON" test.py --ckpt "$folder" --split $part > "$folder/test.log" 2>&1 &
-            testing=$! tested=$folder
-        fi
-        case "$status" in 130|143) exit "$status" ;; esac # Ctrl-C: the next call goes on here
-        [ "$status" -eq 0 ] || { failed+=("$full"); echo "== $full: FAILED with status $status" >&2; }
+        case "$status" in
+            0) [ "$study" != aptos ] || part=test # APTOS was published on its test part, the others on validation
+               "$PYTHON" test.py --ckpt "$folder" --split $part > "$folder/test.log" 2>&1 & # beside the next training
+               testing=$! tested=$folder ;;
+            130|143) exit "$status" ;; # Ctrl-C: the next call goes on here
+            *) failed+=("$full"); echo "== $full: FAILED with status $status" >&2 ;;
+        esac
     done
 }
 
-spread() { # label the unlabelled pictures with the model of run $1
+spread() { # label the unlabelled pictures with the model of run $1, for the runs $2 and $3
     is_chosen "$2" || is_chosen "$3" || return 0
-    local folder="runs/$prefix$1"
+    local folder="runs/$prefix$1" status=0
     if [ ! -f "$folder/best.pt" ] || [ "$folder/pseudo_labels.csv" -nt "$folder/best.pt" ]; then return 0; fi
-    local status=0; python_ spread_labels.py --ckpt "$folder" || status=$?
+    python_ spread_labels.py --ckpt "$folder" || status=$?
     case "$status" in 0) ;; 130|143) exit "$status" ;; *) failed+=("spread of $1") ;; esac
 }
 
@@ -174,10 +174,8 @@ run mrnet-meniscus $knee --labels meniscus
 
 finish_test
 if [ ${#absent[@]} -gt 0 ]; then
-    folders=$(for name in "${absent[@]}"; do echo "data/${name%%-*}"; done | sort -u | tr '\n' ' ')
-    echo "${#absent[@]} experiments were not run: there is no ${folders% }. docs/data.md says where each data set comes from;"
-    echo "bash run_all.sh --demo runs everything small on rendered pictures."
+    folders=$(printf '%s\n' "${absent[@]}" | sort -u | paste -sd ' ')
+    echo "${#absent[@]} experiments were not run, as there is no $folders: docs/data.md says where these come from, and bash run_all.sh --demo runs all on rendered stand-ins."
 fi
-mkdir -p runs
-"$PYTHON" report.py || exit 2
+if compgen -G 'runs/*/run.json' > /dev/null; then "$PYTHON" report.py || exit 2; fi
 if [ ${#failed[@]} -gt 0 ]; then echo "FAILED: ${failed[*]}" >&2; exit 1; fi

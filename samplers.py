@@ -1,6 +1,6 @@
 """Which picture comes when: an epoch's order (plain, balanced, weighted), its batches; class weights.
 
-Every order is a pure function of its arguments, so a resumed run draws what an uninterrupted one draws.
+Every order follows from its arguments alone, so a resumed run draws what an uninterrupted one draws.
 """
 
 import numpy as np
@@ -15,20 +15,20 @@ ROUNDS = 256  # drawn at once: their random numbers stay in the cache
 class LabelBalancedSampler(torch.utils.data.Sampler):
     """Draw from the label sampled least so far (ties at random), then any of its rows (with replacement).
 
-    labels: (n, L) of 0/1 or (n,) class numbers; n draws an epoch. A draw raises the count of every label its
-    row carries. A label nobody carries is left out; a row without a label is never drawn.
+    labels: (n, L) of 0/1 or (n,) class numbers; `num_samples` (n) draws an epoch. A draw raises the
+    count of every label its row carries. A label nobody carries is left out; a row without one never drawn.
 
-    All draws at one count are one pass over the labels in random order that skips those already above it: a
-    round, not a search per draw.
+    All draws at one count are one pass over the labels in random order that skips those already above it.
     """
 
-    def __init__(self, labels, seed=0):
+    def __init__(self, labels, seed=0, num_samples=None):
         labels = np.asarray(labels)
         if labels.ndim == 1 and len(labels):
             labels = _classes(labels)[:, None] == np.arange(np.max(labels) + 1)
         if labels.ndim != 2 or not np.any(labels) or not ((labels == 0) | (labels == 1)).all():
             raise InputError(f"labels {labels.shape} must be (n, L) of 0/1 with a 1, or (n,) class numbers")
-        self.seed, self.epoch, self.num_samples = seed, 0, len(labels)
+        self.seed, self.epoch = seed, 0
+        self.num_samples = len(labels) if num_samples is None else num_samples
         labels = np.ascontiguousarray(labels[:, labels.any(axis=0)], dtype=bool)
         columns, self.members = np.nonzero(labels.T)  # the rows of the first label, of the second, ...
         self.sizes = np.bincount(columns)
@@ -73,9 +73,8 @@ class LabelBalancedSampler(torch.utils.data.Sampler):
 class Batches:
     """The batches of an epoch's `order`, for one rank, as lists of (index, repeat).
 
-    `batch` counts rows over all ranks; a rank takes rows rank::world of each, so all together see every row
-    once (a short last batch may leave a rank an empty list). `repeat` is how often the index came before in
-    the whole order: a picture drawn twice in an epoch is augmented in two ways, whatever the rank.
+    A rank takes rows rank::world of each batch of `batch` rows; of a short last one perhaps none. `repeat` is
+    how often the index came before: a picture drawn twice in an epoch is augmented in two ways.
     """
 
     def __init__(self, order, batch, rank=0, world=1):

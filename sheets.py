@@ -1,9 +1,6 @@
 """Sheets, .xlsx or .csv: one way to read them and to check them. Every message names the rows of the sheet.
 
-    sheet = read_sheet("train.csv", dtype={"id_code": str})
-    names = check_names("train.csv", sheet["id_code"], "id_code")
-
-Where a sheet has no header, `first_row` is 1: the number of the first row of data in the file.
+`first_row` is the number of the first row of data in the file: 1 where it has no header.
 """
 
 import re
@@ -52,7 +49,7 @@ def check_columns(path, sheet, columns):
     missing = [column for column in columns if column not in sheet.columns]
     if missing:
         found = ", ".join(map(str, sheet.columns[:20]))
-        raise InputError(f"{path}: column(s) missing: {', '.join(missing)} (found: {found})")
+        raise InputError(f"{path}: column(s) missing: {', '.join(map(str, missing))} (found: {found})")
 
 
 def check_zero_one(path, sheet, labels, first_row=2):

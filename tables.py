@@ -4,7 +4,7 @@
     frame, many = tables.given_rows("odir", ["8_left.jpg", "8_right.jpg"])
 
 A frame has the columns ID, patient, files (a tuple of paths), given_part ("" where the split is ours to make)
-and one 0/1 column per label (multi-label) or `target`, a position in the labels (multi-class).
+and one 0/1 column per label, or `target`, a position in the labels.
 A new data set is a reader like `read_aptos`, and an entry in READERS and in DATASETS.
 """
 
@@ -19,9 +19,8 @@ import pandas as pd
 from errors import InputError
 from sheets import CONTROL, as_integers, check_columns, check_names, check_rows, check_zero_one, read_sheet
 
-ODIR_LABELS = ["N", "D", "G", "C", "A", "H", "M", "O"]
+ODIR_LABELS, GRADES = list("NDGCAHMO"), list("01234")
 ODIR_WORDS = ["normal", "diabetes", "glaucoma", "cataract", "AMD", "hypertension", "myopia", "other"]
-GRADES = ["0", "1", "2", "3", "4"]
 GRADE_WORDS = ["none", "mild", "moderate", "severe", "proliferative"]
 RETINA_LABELS = ["diabetic retinopathy", "glaucoma", "normal"]
 MRNET_LABELS = ["abnormal", "acl", "meniscus"]
@@ -59,14 +58,10 @@ class Table:
 
 
 def read(name, root, labels=None):
-    """Read data set `name` under `root` -> Table, its rows in an order that does not depend on the sheet's.
-
-    Raises InputError for anything that is not as its layout says, with the rows of the sheet it found it in.
-    """
+    """Read data set `name` under `root` -> Table, in an order that does not depend on the sheet's."""
     root, known = Path(root), DATASETS[name]["labels"]
     if not root.is_dir():
-        place = f"--data {root} is no folder, seen from {Path.cwd()}"
-        raise InputError(f"{place}: give the folder that holds the {name} data set (README, Data)")
+        raise InputError(f"--data {root} is no folder: give the one that holds the {name} data set (README)")
     labels = list(labels or known)
     if name not in ("retina", "mrnet") and labels != known:
         raise InputError(f"--labels: {name} always has the labels {' '.join(known)}")
@@ -114,24 +109,20 @@ def in_order(frame):
     """The rows by part, then by ID, in which digits count as numbers: 9_left, 10_left, 10_right."""
     if pd.api.types.is_integer_dtype(frame["ID"]):
         return frame.sort_values("ID", ignore_index=True)
-    digits, ids = re.compile("[0-9]+"), frame["ID"].tolist()
-    padded = [digits.sub(lambda found: found[0].zfill(20), i) for i in ids]
-    parts = frame["given_part"].map({"": 0, "train": 0, "val": 1, "test": 2}).tolist()
-    keys = [f"{part}{key}\0{i}" for part, key, i in zip(parts, padded, ids, strict=True)]
-    return frame.iloc[sorted(range(len(keys)), key=keys.__getitem__)].reset_index(drop=True)
-
-
-def find_files(folder, names):
-    """[(path,)] of `names` in `folder`, whose files may have a picture's suffix that the names lack."""
-    there = sorted(os.listdir(folder)) if folder.is_dir() else []
-    found = {SUFFIX.sub("", file): file for file in there}  # .png before .jpg before .jpeg
-    found.update((file, file) for file in there)
-    return [(f"{folder}{os.sep}{found.get(name, name)}",) for name in names]
+    padded = frame["ID"].str.replace("[0-9]+", lambda digits: digits[0].zfill(20), regex=True)
+    parts = frame["given_part"].map(("", *PARTS).index)
+    return frame.iloc[np.lexsort((frame["ID"], padded, parts))].reset_index(drop=True)
 
 
 def picture_frame(path, names, folder, target, given_part="", first_row=2):
-    """The frame of the photographs that a sheet names; `target`: int64 (n,), positions in the labels."""
-    files = find_files(folder, names)
+    """The frame of the photographs in `folder` that a sheet names, with a picture's suffix or without.
+
+    `target`: int64 (n,), positions in the labels.
+    """
+    there = sorted(os.listdir(folder)) if folder.is_dir() else []
+    found = {SUFFIX.sub("", file): file for file in there}  # .png before .jpg before .jpeg
+    found.update((file, file) for file in there)
+    files = [(f"{folder}{os.sep}{found.get(name, name)}",) for name in names]
     check_rows(path, pd.Series(files).duplicated(), "a picture that a row above has too", first_row, names)
     frame = {"ID": names, "patient": patients_of(names), "files": files, "given_part": given_part}
     return pd.DataFrame({**frame, "target": target})
@@ -150,18 +141,14 @@ def read_odir(root, labels):
     ids = as_integers(path, sheet["ID"], "an ID")
     left = check_names(path, sheet["Left-Fundus"], "Left-Fundus", unique=False).to_numpy()
     right = check_names(path, sheet["Right-Fundus"], "Right-Fundus", unique=False).to_numpy()
-    values = check_zero_one(path, sheet, labels)
     prefix = f"{root / 'images'}{os.sep}"
     files = list(zip(prefix + left, prefix + right, strict=True))
     frame = pd.DataFrame({"ID": ids, "patient": ids, "files": files, "given_part": ""})
-    frame[labels] = values
-    if path.suffix == ".csv":  # the two eyes of a patient repeat the same patient columns
-        rows = pd.Series(np.arange(len(ids)))
-        first = rows.groupby(ids).transform("first").to_numpy()
-        differ = (values != values[first]).any(axis=1) | (left != left[first]) | (right != right[first])
-        check_rows(path, differ, "a patient's eyes with different labels or file names")
-        frame = frame[first == rows]
-    check_rows(path, frame["ID"].duplicated(), "doubled ID")
+    frame[labels] = check_zero_one(path, sheet, labels)
+    folded = frame.duplicated() & (path.suffix == ".csv")  # Kaggle's second eye repeats the patient's columns
+    again = frame["ID"].duplicated() & ~folded
+    check_rows(path, again, "doubled ID, or a patient's eyes with different labels or file names,")
+    frame = frame[~folded]
     empty = int((frame[labels].sum(axis=1) == 0).sum())
     return Table(frame, labels, [f"{empty} patient(s) carry no label at all"] if empty else [])
 
@@ -258,8 +245,8 @@ def read_retina(root, labels):
     frame = picture_frame(path, names, root / "train", values.argmax(axis=1))[chosen]
     if chosen.all():
         return Table(frame, labels)
-    note = f"{(~chosen).sum()} row(s) carry none or several of the chosen labels and are left out"
-    return Table(frame, labels, [note])
+    left_out = f"{(~chosen).sum()} row(s) carry none or several of the chosen labels and are left out"
+    return Table(frame, labels, [left_out])
 
 
 def read_mrnet(root, labels):
@@ -273,8 +260,7 @@ def read_mrnet(root, labels):
         for label in labels:
             path = root / f"{source}-{label}.csv"
             sheet = read_sheet(path, header=None)
-            if sheet.shape[1] != 2:
-                raise InputError(f"{path}: {sheet.shape[1]} columns; expected two (id, label) and no header")
+            check_columns(path, sheet, [0, 1])  # id, label
             exams = as_integers(path, sheet[0], "an exam id (the file has no header)", first_row=1)
             check_rows(path, pd.Series(exams).duplicated(), "doubled exam id", 1, exams)
             columns[label] = pd.Series(check_zero_one(path, sheet, [1], first_row=1)[:, 0], index=exams)
@@ -304,8 +290,7 @@ def unlabelled_pictures(root):
 def add_pseudo_labels(parts, labels, root, path, min_confidence):
     """parts["train"] with the pictures of pseudo_labels.csv (filename, label, confidence) -> (frame, number).
 
-    `parts` {"train", "val", "test"} is all that is labelled. No picture of it may come back, with a suffix or
-    without, nor any other picture of a patient who is in validation or test.
+    No picture of `parts` may come back, nor another one of a patient who is in validation or test.
     """
     sheet = read_sheet(path, dtype={"filename": str, "label": str})
     check_columns(path, sheet, ["filename", "label", "confidence"])
@@ -336,34 +321,30 @@ GIVEN = {
 
 
 def given_rows(name, given):
-    """Paths from a command line -> (frame with ID and files, whether they are many), for `name`'s networks.
-
-    Raises InputError where they are not what GIVEN says. Whether the files can be read is not looked at here.
-    """
+    """Paths from a command line, as GIVEN says -> (frame with ID and files, whether they are many)."""
     wanted = GIVEN.get(name, "single photographs: pictures, a folder of pictures, or a CSV")
     paths, shown = [Path(path) for path in given], " ".join(map(str, given))
     first, several = paths[0], len(paths) > 1
-    exam = name == "mrnet" and not several and (first / "axial.npy").exists()
+    ident = first.stem.removesuffix("_left")
     if not several and first.suffix.lower() in (".csv", ".xlsx"):
         return rows_of_table(name, first), True
-    if not several and first.is_dir() and not exam:
+    if not several and name == "mrnet" and (first / "axial.npy").exists():
+        ident, paths = first.resolve().name, [first / f"{plane}.npy" for plane in PLANES]
+    elif not several and first.is_dir():
         rows = sorted(rows_of_folder(name, first))
         if not rows:
             raise InputError(f"{shown} holds nothing to predict. This network takes {wanted}")
         return pd.DataFrame(rows, columns=["ID", "files"]), True
-    ident = first.resolve().name if exam else first.stem.removesuffix("_left")
-    if exam:
-        paths = [first / f"{plane}.npy" for plane in PLANES]
-    if any(path.is_dir() for path in paths) or len(paths) != {"odir": 2, "mrnet": 3}.get(name, len(paths)):
-        raise InputError(f"{shown}: this network takes {wanted}")
-    if len(set(paths)) < len(paths):
-        raise InputError(f"{shown}: the same one twice; this network takes {wanted}")
+    number = {"odir": 2, "mrnet": 3}.get(name, len(paths))
+    if len(paths) != number or len(set(paths)) != number or any(path.is_dir() for path in paths):
+        raise InputError(f"{shown}: this network takes {wanted}; no file twice")
     if name == "odir" and swapped(paths):
         raise InputError(f"{shown}: by their names a right eye, then a left one. Give LEFT RIGHT")
     if name in GIVEN:
         return pd.DataFrame({"ID": [ident], "files": [tuple(map(str, paths))]}), False
-    names = [path.name for path in paths]
-    ids = names if len(set(names)) == len(names) else list(map(str, paths))
+    ids = [path.name for path in paths]
+    if len(set(ids)) < len(ids):
+        ids = list(map(str, paths))
     return pd.DataFrame({"ID": ids, "files": [(str(path),) for path in paths]}), several
 
 
@@ -380,27 +361,21 @@ def rows_of_folder(name, folder):
     files = [file for file in folder.glob("[!.]*") if file.suffix.lower() in SUFFIXES]
     if name != "odir":
         return [(file.name, (str(file),)) for file in files]
-    eyes, others = {}, 0
-    for file in files:
+    pairs, eyes = {}, [file for file in files if file.stem.lower().endswith(("_left", "_right"))]
+    if len(eyes) < len(files):
+        others = f"{len(files) - len(eyes)} picture(s) in {folder}"
+        print(f"note: {others}, named neither <id>_left nor <id>_right, are ignored")
+    for file in eyes:
         patient, _, side = file.stem.rpartition("_")
-        if side.lower() not in ("left", "right"):
-            others += 1
-        elif eyes.setdefault((patient, side.lower()), file) != file:
-            raise InputError(f"{file} and {eyes[patient, side.lower()].name}: two pictures of one eye")
-    if others:
-        print(f"note: {others} picture(s) in {folder}, named neither <id>_left nor <id>_right, are ignored")
-    rows = []
-    for patient in {patient for patient, _ in eyes}:
-        both = [eyes.get((patient, side), folder / f"{patient}_{side}.*") for side in ("left", "right")]
-        rows.append((patient, tuple(map(str, both))))
-    return rows
+        pair = pairs.setdefault(patient, {side: f"{folder / patient}_{side}.*" for side in ("left", "right")})
+        if not pair[side.lower()].endswith("*"):
+            raise InputError(f"{file} and {pair[side.lower()]}: two pictures of one eye")
+        pair[side.lower()] = str(file)
+    return [(patient, tuple(pair.values())) for patient, pair in pairs.items()]
 
 
 def rows_of_table(name, path):
-    """The rows of a CSV, its paths relative to it or, as in the official layout, to images/ beside it.
-
-    Without a column ID the first path is the ID.
-    """
+    """The rows of a CSV, its paths relative to it or, in the official layout, to images/ beside it."""
     sheet = read_sheet(path, dtype=str)
     wanted = {"odir": ["Left-Fundus", "Right-Fundus"], "mrnet": PLANES}.get(name, ["file"])
     if name == "odir" and "LEFT" in sheet.columns:

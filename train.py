@@ -24,7 +24,6 @@ def main(argv=None):
     import torch
 
     import augment
-    import checkpoint
     import dataset
     import engine
     import learner as learning
@@ -41,7 +40,7 @@ def main(argv=None):
     records.print_data(args, data, device, precision)
     learner = learning.build_learner(args, data, precision, device, stored)
     folder, state, lock = records.open_run(args, stored, data, learner, lock)
-    if stored and records.is_over(args, state) and checkpoint.run_facts(folder).get("status") == "finished":
+    if stored and records.is_finished(args, stored, folder):
         since = f"{state['epoch']} epochs, {state['stale']} of them since the best"
         print(f"{folder} is finished: {since}. To go on, raise --epochs or --patience")
         return 0

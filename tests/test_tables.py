@@ -293,7 +293,7 @@ def test_mrnet(tmp_path):
     "text, words",
     [
         ("id,label\n0000,1\n0001,0\n0002,1\n", ["no header", "row(s) 1"]),
-        ("0000,1,0\n", ["3 columns"]),
+        ("0000\n", ["column(s) missing: 1"]),
         ("0000,1\n0001,2\n0002,1\n", ["other than 0 or 1", "row(s) 2"]),
         ("0000,1\n0000,1\n0002,1\n", ["doubled exam id", "row(s) 2"]),
         ("0000,1\n0001,0\n0003,1\n", ["do not hold the same exams", "[2, 3]"]),
@@ -674,13 +674,6 @@ def test_messages_show_what_they_found(tmp_path):
     refused(lambda: read("odir", write(tmp_path, changed("H", 5, "y" * 999))), f"row(s) 7 ({'y' * 30})")
 
 
-def test_a_workbook_that_unpacks_to_too_much_is_refused(tmp_path, monkeypatch):
-    write(tmp_path, odir_sheet())
-    assert len(read("odir", tmp_path).frame) == 20
-    monkeypatch.setattr(sheets, "MOST_UNPACKED", 1000)
-    refused(lambda: read("odir", tmp_path), "annotations.xlsx unpacks to", "too much", ".csv")
-
-
 def test_suffixes_in_capitals_are_workbooks(tmp_path):
     odir_sheet().to_excel(tmp_path / "a.xlsx", index=False)
     (tmp_path / "a.xlsx").rename(tmp_path / "A.XLSX")
@@ -696,7 +689,7 @@ def test_kaggles_eyes_with_different_file_names(tmp_path):
 
 
 def test_a_long_sheet_is_read_in_the_time_of_a_few_plain_reads(tmp_path):
-    n = 150_000
+    n = 50_000
     sheet = odir_sheet(8).sample(n, replace=True, random_state=0, ignore_index=True)
     sheet["ID"] = np.arange(n)
     sheet["Left-Fundus"] = [f"{i}_left.jpg" for i in range(n)]

@@ -70,7 +70,13 @@ def test_a_lone_checkpoint_gets_a_folder_beside_it(trained, run, tmp_path):
     shutil.copyfile(trained("odir") / "best.pt", tmp_path / "mine.pt")
     before = sorted(trained("odir").rglob("*"))
     assert run("--ckpt", "best.pt") == 0 and run("--ckpt", tmp_path / "mine.pt", "--threshold", 0.3) == 0
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["best.pt", "cache", "mine.pt", "test-best", "test-mine"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == [
+        "best.pt",
+        "cache",
+        "mine.pt",
+        "test-best",
+        "test-mine",
+    ]
     assert (tmp_path / "test-best/test_scores.json").exists()
     assert (tmp_path / "test-mine/test-val-0.3/test_scores.json").exists()
     assert sorted(trained("odir").rglob("*")) == before
@@ -80,7 +86,13 @@ def test_a_hostile_checkpoint_chooses_no_folder(trained, run, tmp_path):
     """Name, runs and cache of a best.pt point elsewhere: nothing is written there."""
     victim = tmp_path / "victim"
     args = checkpoint.load_checkpoint(trained("odir") / "best.pt")["args"]
-    args = {**args, "runs": str(victim), "name": "../victim/x", "cache": str(victim / "cache"), "resume": str(victim)}
+    args = {
+        **args,
+        "runs": str(victim),
+        "name": "../victim/x",
+        "cache": str(victim / "cache"),
+        "resume": str(victim),
+    }
     (tmp_path / "home").mkdir()
     assert run("--ckpt", changed(trained("odir"), tmp_path / "home/best.pt", args=args)) == 0
     assert not victim.exists() and not (trained("odir") / "test_scores.json").exists()
@@ -93,10 +105,24 @@ def test_scores_say_what_they_are_of(trained, run, tmp_path):
     assert run("--ckpt", folder) == 0
     found, saved = scores_of(folder), checkpoint.load_checkpoint(folder / "best.pt")
     info = json.loads((folder / "run.json").read_text())
-    expected = {"digest": checkpoint.state_digest(saved["model"]), "epoch": saved["epoch"], "loss": saved["loss"]}
+    expected = {
+        "digest": checkpoint.state_digest(saved["model"]),
+        "epoch": saved["epoch"],
+        "loss": saved["loss"],
+    }
     assert found["checkpoint"] == expected == {name: info[f"best_{name}"] for name in expected}
-    assert found["data"] == {"root": saved["data"]["root"], "rendered": True, "own": True, "digest": info["data"]["digest"]}
-    assert (found["split"], found["threshold"], found["tta"], found["precision"]) == ("val", 0.5, False, "fp32")
+    assert found["data"] == {
+        "root": saved["data"]["root"],
+        "rendered": True,
+        "own": True,
+        "digest": info["data"]["digest"],
+    }
+    assert (found["split"], found["threshold"], found["tta"], found["precision"]) == (
+        "val",
+        0.5,
+        False,
+        "fp32",
+    )
     assert (found["rows"], found["expected_rows"], found["patients"], found["weights"]) == (8, 8, 8, "none")
     assert found["loss"] == pytest.approx(saved["loss"], abs=1e-6)
     assert list(found["scores"]) == ["per label", "challenge"] and found["thresholds"] is None
@@ -109,7 +135,9 @@ def test_scores_say_what_they_are_of(trained, run, tmp_path):
 
 def test_eyes_of_one_patient_are_counted_and_resampled_together(trained, run, tmp_path, capsys, monkeypatch):
     seen, intervals = [], metrics.bootstrap_intervals
-    monkeypatch.setattr(metrics, "bootstrap_intervals", lambda *a, **k: seen.append(k["patients"]) or intervals(*a, **k))
+    monkeypatch.setattr(
+        metrics, "bootstrap_intervals", lambda *a, **k: seen.append(k["patients"]) or intervals(*a, **k)
+    )
     folder = copied(trained("dr"), tmp_path / "dr")
     assert run("--ckpt", folder) == 0
     found = scores_of(folder)
@@ -120,7 +148,9 @@ def test_eyes_of_one_patient_are_counted_and_resampled_together(trained, run, tm
 
 def test_every_file_is_there_and_marked(trained, run, tmp_path, capsys, monkeypatch):
     marked, mark = [], figures.mark_rendered
-    monkeypatch.setattr(figures, "mark_rendered", lambda figure, *words: marked.append(figure) or mark(figure, *words))
+    monkeypatch.setattr(
+        figures, "mark_rendered", lambda figure, *words: marked.append(figure) or mark(figure, *words)
+    )
     folder = copied(trained("odir"), tmp_path / "run")
     assert run("--ckpt", folder, pictures=True) == 0
     text = capsys.readouterr().out
@@ -147,7 +177,9 @@ def test_a_network_of_rendered_pictures_marks_what_it_says_of_others(trained, re
 
 def test_edited_labels_are_noticed(trained, rendered, run, tmp_path, capsys):
     data = copied(rendered("odir"), tmp_path / "data")
-    ckpt = changed(trained("odir"), tmp_path / "best.pt", data={**facts_of(trained("odir")), "root": str(data)})
+    ckpt = changed(
+        trained("odir"), tmp_path / "best.pt", data={**facts_of(trained("odir")), "root": str(data)}
+    )
     assert run("--ckpt", ckpt) == 0
     sheet = pd.read_excel(data / "annotations.xlsx")
     labels = checkpoint.load_checkpoint(ckpt)["labels"]
@@ -191,7 +223,11 @@ def test_data_folders_get_a_folder_each(trained, rendered, run, tmp_path):
         assert run("--ckpt", folder, "--split", "all", "--data", data) == 0
     assert run("--ckpt", folder, "--split", "all") == 0
     made = sorted(path.name for path in folder.glob("test-*"))
-    assert len(made) == 3 and made[0] == "test-all" and all(name.startswith("test-all-eyes-") for name in made[1:])
+    assert (
+        len(made) == 3
+        and made[0] == "test-all"
+        and all(name.startswith("test-all-eyes-") for name in made[1:])
+    )
     roots = {scores_of(folder / name)["data"]["root"] for name in made}
     assert roots == {facts_of(folder)["root"], str(one), str(two)}
     assert not (folder / "test_scores.json").exists()
@@ -273,7 +309,10 @@ def test_the_shift_keeps_order_and_decisions(limit):
 def test_mirrored_views_and_several_checkpoints_give_means(trained, run, tmp_path, capsys):
     one, labels = copied(trained("odir"), tmp_path / "one"), list("NDGCAHMO")
     state = checkpoint.load_checkpoint(one / "best.pt")
-    model = {name: value * 0.5 if name.startswith("classifier") else value for name, value in state["model"].items()}
+    model = {
+        name: value * 0.5 if name.startswith("classifier") else value
+        for name, value in state["model"].items()
+    }
     (tmp_path / "two").mkdir()
     two = changed(one, tmp_path / "two/best.pt", model=model, thresholds=[0.1] * 8)
     found = {}
@@ -283,14 +322,30 @@ def test_mirrored_views_and_several_checkpoints_give_means(trained, run, tmp_pat
     np.testing.assert_allclose(found["both"], (found["one"] + found["two"]) / 2, atol=1e-6)
     assert np.abs(found["tta"] - found["one"]).max() > 1e-6
     result = scores_of(tmp_path / "both")
-    assert [entry["digest"] for entry in result["networks"]] == [scores_of(tmp_path / name)["checkpoint"]["digest"] for name in ("one", "two")]
-    assert result["thresholds"] is None and result["loss"] is None and scores_of(tmp_path / "tta")["loss"] is None
+    assert [entry["digest"] for entry in result["networks"]] == [
+        scores_of(tmp_path / name)["checkpoint"]["digest"] for name in ("one", "two")
+    ]
+    assert (
+        result["thresholds"] is None
+        and result["loss"] is None
+        and scores_of(tmp_path / "tta")["loss"] is None
+    )
     # Another split: rows of one's validation part were trained on by the other.
-    split = {**state["split"], "val": state["split"]["train"][:8], "train": state["split"]["val"] + state["split"]["train"][8:]}
+    split = {
+        **state["split"],
+        "val": state["split"]["train"][:8],
+        "train": state["split"]["val"] + state["split"]["train"][8:],
+    }
     targets = {**state["targets"], "val": state["targets"]["train"][:8]}
     targets["train"] = np.concatenate([state["targets"]["val"], state["targets"]["train"][8:]])
     import torch
-    other = changed(one, tmp_path / "two/other.pt", split=split, targets={**targets, "train": torch.from_numpy(targets["train"])})
+
+    other = changed(
+        one,
+        tmp_path / "two/other.pt",
+        split=split,
+        targets={**targets, "train": torch.from_numpy(targets["train"])},
+    )
     assert run("--ckpt", one, other) == 2
     assert "another val part" in capsys.readouterr().err
 
@@ -302,7 +357,13 @@ def test_while_best_pt_is_rewritten(trained, run, tmp_path):
     """The scores are of the checkpoint whose digest they name, whichever of the two it was."""
     folder = copied(trained("odir"), tmp_path / "run")
     state = checkpoint.load_checkpoint(folder / "best.pt")
-    other = {**state, "model": {name: value * 0.5 if name.startswith("classifier") else value for name, value in state["model"].items()}}
+    other = {
+        **state,
+        "model": {
+            name: value * 0.5 if name.startswith("classifier") else value
+            for name, value in state["model"].items()
+        },
+    }
     expected = {}
     for version in (state, other):
         path = tmp_path / "alone.pt"
@@ -340,7 +401,18 @@ def test_a_read_only_working_folder(trained, run, tmp_path, monkeypatch):
 
 def test_a_run_of_repeated_views(trained, rendered, train_here, run, tmp_path, capsys):
     """--views: what is tested is the network that was validated."""
-    flags = ["--data", rendered("odir"), "--augment", "pair", "--views", 2, "--epochs", 3, "--cache", tmp_path / "cache"]
+    flags = [
+        "--data",
+        rendered("odir"),
+        "--augment",
+        "pair",
+        "--views",
+        2,
+        "--epochs",
+        3,
+        "--cache",
+        tmp_path / "cache",
+    ]
     folder = train_here(tmp_path, *flags)
     assert run("--ckpt", folder) == 0
     best = checkpoint.load_checkpoint(folder / "best.pt")
@@ -354,7 +426,11 @@ def test_samples_and_maps_show_one_row_of_each_label(trained, run, tmp_path, mon
     seen = {}
     for name in ("samples", "heatmaps"):
         drawn = getattr(figures, name)
-        monkeypatch.setattr(figures, name, lambda rows, *more, name=name, drawn=drawn: seen.update({name: rows}) or drawn(rows, *more))
+        monkeypatch.setattr(
+            figures,
+            name,
+            lambda rows, *more, name=name, drawn=drawn: seen.update({name: rows}) or drawn(rows, *more),
+        )
     folder = copied(trained("retina"), tmp_path / "run")
     assert run("--ckpt", folder, pictures=True) == 0
     probs = pd.read_excel(folder / "probs.xlsx", dtype={"ID": str}).set_index("ID")
@@ -381,7 +457,18 @@ def test_the_report_is_at_the_threshold_of_the_scores(trained, run, tmp_path):
 
 
 def test_one_label_alone(trained, rendered, train_here, run, tmp_path):
-    flags = ["--dataset", "mrnet", "--data", rendered("mrnet"), "--labels", "abnormal", "--size", 72, "--epochs", 1]
+    flags = [
+        "--dataset",
+        "mrnet",
+        "--data",
+        rendered("mrnet"),
+        "--labels",
+        "abnormal",
+        "--size",
+        72,
+        "--epochs",
+        1,
+    ]
     folder = train_here(tmp_path, *flags)
     assert run("--ckpt", folder, pictures=True) == 0
     assert list(scores_of(folder)["scores"]["auc"]) == ["auc_abnormal", "auc"]
@@ -389,8 +476,23 @@ def test_one_label_alone(trained, rendered, train_here, run, tmp_path):
 
 @pytest.mark.skipif(not (REAL / "idrid").is_dir(), reason="REAL_DATA is not set")
 def test_real_photographs(train_here, run, tmp_path):
-    flags = ["--dataset", "aptos", "--data", REAL / "idrid", "--model", "alexnet", "--size", 72, "--epochs", 1]
+    flags = [
+        "--dataset",
+        "aptos",
+        "--data",
+        REAL / "idrid",
+        "--model",
+        "alexnet",
+        "--size",
+        72,
+        "--epochs",
+        1,
+    ]
     folder = train_here(tmp_path, *flags, "--duplicates", "keep")
     assert run("--ckpt", folder, "--split", "test", pictures=True) == 0
     found = scores_of(folder)
-    assert found["rows"] == found["expected_rows"] == 66 and not found["data"]["rendered"] and found["duplicates"] >= 0
+    assert (
+        found["rows"] == found["expected_rows"] == 66
+        and not found["data"]["rendered"]
+        and found["duplicates"] >= 0
+    )

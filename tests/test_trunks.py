@@ -122,7 +122,7 @@ def test_a_family_is_trained_tested_predicted_and_explained(
 ):
     import test as evaluation
 
-    if name == "vit_b_16":  # two of its twelve blocks: the whole one is built, filled and traced below
+    if name == "vit_b_16":  # two of its twelve blocks: the whole one is built and filled below
         blocks = dict(patch_size=16, num_layers=2, num_heads=12, hidden_dim=768, mlp_dim=3072)
         small = functools.partial(torchvision.models.VisionTransformer, image_size=224, **blocks)
         monkeypatch.setattr(torchvision.models, "get_model", lambda _: small())
@@ -353,7 +353,6 @@ LEFT = {  # network -> (BatchNorms, how many are left when it is folded)
     LITE0: (49, 0),
     "alexnet": (5, 5),  # the retina study's: each stands behind the ReLU
     "convnext_tiny": (0, 0),
-    "vit_b_16": (0, 0),
 }
 
 
@@ -376,7 +375,7 @@ def norms(module):
 
 @pytest.mark.parametrize("name", LEFT)
 def test_a_folded_trunk_gives_the_same_features(name):
-    size = {"alexnet": 96, "vit_b_16": 224}.get(name, 64)
+    size = 96 if name == "alexnet" else 64
     trunk, shown = shaken(name, size), pictures(3, size)
     before = {key: value.clone() for key, value in trunk.state_dict().items()}
     fast = FastTrunk(trunk)
