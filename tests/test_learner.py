@@ -256,6 +256,9 @@ def test_each_patients_probability_comes_from_a_head_that_never_saw_the_patient(
     assert before.shape == data.train.targets.shape and 0 < before.min() < before.max() < 1
     np.testing.assert_array_equal(learner.out_of_fold(args, data, own, 2), before)
     data.train.targets[fold == 1] = 1 - data.train.targets[fold == 1]  # of these patients, everything
+    own.criterion = learner.build_criterion(
+        args, data, data.train.targets, "cpu"
+    )  # the run's, as it would be
     after = learner.out_of_fold(args, data, own, 2)
     np.testing.assert_array_equal(after[fold == 1], before[fold == 1])
     assert not (after[fold != 1] == before[fold != 1]).any()

@@ -21,7 +21,6 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SMALL = "--data data/small --size 32 --epochs 2"
 LITE0 = f"python train.py --trunk efficientnet-lite0 {SMALL}"
 IDRID = "python train.py --dataset aptos --data data/idrid --model efficientnet-lite0 --duplicates keep"
-STUDY = "bash run_all.sh {} --data data/small --size 32 --epochs 1 --trunk efficientnet-lite0"
 # A command -> what it is shortened to; None: as it stands. One that is not here fails the test.
 SHORT = {
     # README
@@ -39,7 +38,9 @@ SHORT = {
     "python report.py --compare runs/first runs/second": None,
     "python predict.py --ckpt best.pt LEFT.jpg RIGHT.jpg": None,
     "python predict.py --ckpt best.pt FOLDER --out answers": None,
-    "python heatmap.py --ckpt runs/first --split val --per-label 2": None,
+    "python heatmap.py --ckpt runs/first --split val --per-label 2": (
+        "python heatmap.py --ckpt runs/first --split val --per-label 1"
+    ),
     "python train.py --dataset clinic": "python train.py --dataset clinic --size 32 --epochs 2",
     "python train.py --trunk tiny --weights none": f"python train.py --trunk tiny --weights none {SMALL}",
     "python train.py --trunk mobilenet_v3_small --weights none --fine-tune --lr 0.01": (
@@ -49,12 +50,10 @@ SHORT = {
     "python render_data.py data/rendered/mrnet --dataset mrnet --patients 24 --size 96": (
         "python render_data.py data/rendered/mrnet --dataset mrnet --patients 8 --size 64"
     ),
-    IDRID: f"{IDRID} --size 32 --epochs 1",
     "python preprocess.py data/odir/images data/odir-224 --size 224": (
         "python preprocess.py data/small/images data/small-224 --size 224"
     ),
     "python train.py --resume runs/first --epochs 120": "python train.py --resume runs/first --epochs 3",
-    "python test.py --ckpt runs/first --split all": None,
     "python challenge_eval.py runs/first/ground_truth.xlsx runs/first/submission.csv": None,
     "python report.py": None,
     "tensorboard --logdir runs": "python -m tensorboard.main --version",  # without an end it would serve
@@ -67,9 +66,7 @@ SHORT = {
     "bash run_all.sh --seeds 3 0 1 2 3 4 5 6 7 8 9 11 12 --missing drop --trunk efficientnet-lite0": (
         None  # without a data set it only says so
     ),
-    "bash run_all.sh --control 0 1 2 3 4 5 6 7 8 9 11 12 --missing drop --trunk efficientnet-lite0": (
-        STUDY.format("--control 11")
-    ),
+    "bash run_all.sh --control 0 1 2 3 4 5 6 7 8 9 11 12 --missing drop --trunk efficientnet-lite0": None,
     "bash run_all.sh 13 14 --missing drop --trunk efficientnet-lite0": None,
     f"{IDRID} --name idrid": f"{IDRID} --size 32 --epochs 1 --name idrid",
     "python test.py --ckpt runs/idrid --split test": None,
@@ -230,7 +227,7 @@ def test_every_command_and_block_of_the_pages_runs(checkout):
         run_page(checkout, page)
     made = "best.pt prediction.png answers/predictions.csv test-best/probs.xlsx runs/results.csv"
     made += " runs/report.html runs/compare.html runs/odir-v0-001/run.json runs/demo-odir-03/run.json"
-    made += " runs/idrid/probs.xlsx runs/first/test-all/probs.xlsx runs/control-odir-11/run.json"
+    made += " runs/idrid/probs.xlsx"
     for file in made.split():
         assert (checkout / file).stat().st_size > 0, file
     clinic = next((checkout / "runs").glob("clinic-*/run.json"))
@@ -239,13 +236,13 @@ def test_every_command_and_block_of_the_pages_runs(checkout):
 
 def test_the_python_call_says_what_the_command_line_says_and_explore_runs(checkout):
     assert "predictor.load" in python_blocks(ROOT / "README.md")[0][1]
-    code = "import pandas, predictor\nnet = predictor.load('best.pt')\n"
+    code = "import pandas, predictor\nnet = predictor.load('runs/odir-v0-001')\n"
     code += "sheet = pandas.read_csv('same/predictions.csv')\n"
     code += "found = pandas.DataFrame(net.predict('FOLDER'))\nassert len(found) == 3\n"
     code += "assert abs(found - sheet[net.labels]).max().max() < 1e-6"
     cell_lines = "\n".join(cells("explore.ipynb"))
     assert cell_lines.count('"--epochs", "40"') == 1
-    predict = "predict.py --ckpt best.pt FOLDER --out same".split()
+    predict = "predict.py --ckpt runs/odir-v0-001 FOLDER --out same".split()
     explore = cell_lines.replace('"--epochs", "40"', '"--epochs", "2"')
     run_together(checkout, [("script", predict), ("block", code), ("explore", explore)])
     for name in ("explore-plain", "explore-weighted"):
