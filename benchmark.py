@@ -47,7 +47,8 @@ POWERS, RUNS = (10**3, 10**4, 10**5, 10**6), 200  # of growth and head; of repor
 def get_args_parser():
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("names", nargs="*", choices=BENCHMARKS, metavar="NAME", help=", ".join(BENCHMARKS))
+    names = [*BENCHMARKS, "all"]
+    add("names", nargs="*", choices=names, default="all", metavar="NAME", help=", ".join(names))
     add("--data", type=Path, default=Path("data/odir"), help="eye pairs")
     add("--fullsize", type=Path, default=Path("data/fullsize"), help="photographs as the camera left them")
     add("--mrnet", type=Path, default=Path("data/rendered/mrnet"), help="knees")
@@ -322,11 +323,12 @@ BENCHMARKS |= {"growth": growth, "head": head, "report": report}
 
 def main(argv=None):
     args, device = get_args_parser().parse_args(argv), engine.pick_device("auto")
-    if "mrnet" in (args.names or BENCHMARKS) and not args.mrnet.is_dir():
+    names = BENCHMARKS if "all" in args.names else args.names
+    if "mrnet" in names and not args.mrnet.is_dir():
         script("render_data.py", args.mrnet, "--dataset", "mrnet", "--patients", 16, cwd=".")
     machine = f"{describe_machine(device)}, {preprocess.default_workers()} cores, torch {torch.__version__}"
-    print(f"{time.strftime('%Y-%m-%d')}, {machine}: {' '.join(args.names or BENCHMARKS)}", flush=True)
-    for name in args.names or BENCHMARKS:
+    print(f"{time.strftime('%Y-%m-%d')}, {machine}: {' '.join(names)}", flush=True)
+    for name in names:
         BENCHMARKS[name](args, device)
 
 
