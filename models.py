@@ -263,9 +263,11 @@ def load_weights(model, weights):
     if weights == "none":
         return
     known = {}  # torchvision's weights of this trunk, by name
-    if model.trunk_name not in EFFICIENTNETS:
+    if model.trunk_name in torchvision.models.list_models(module=torchvision.models):
         published = torchvision.models.get_model_weights(model.trunk_name)
         known = {"imagenet": published.DEFAULT} | {one.name: one for one in published}
+    if weights == "imagenet" and not known and model.trunk_name not in EFFICIENTNETS:
+        raise InputError(f"--weights imagenet: {model.trunk_name} has none. Use --weights none or a file")
     if weights == "imagenet" or weights in known:
         load_imagenet(model, known.get(weights), weights)
         return
