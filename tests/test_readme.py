@@ -165,10 +165,11 @@ def add_recipes(folder):
         if not name:
             continue
         text = (folder / name).read_text()
-        place, code = len(text), f"\n\n{code}"
+        place, gap = len(text), "\n\n"
         if function:  # below its docstring
+            gap = ""
             place = re.search(rf'def {function}\(.*?""".*?"""\n', text, re.S).end()
-        (folder / name).write_text(text[:place] + code + text[place:])
+        (folder / name).write_text(text[:place] + gap + code + text[place:])
 
 
 def environment(folder):
