@@ -261,6 +261,8 @@ def read_mrnet(root, labels):
             path = root / f"{source}-{label}.csv"
             sheet = read_sheet(path, header=None)
             check_columns(path, sheet, [0, 1])  # id, label
+            if sheet.shape[1] > 2:
+                raise InputError(f"{path}: {sheet.shape[1]} columns; expected two (id, label) and no header")
             exams = as_integers(path, sheet[0], "an exam id (the file has no header)", first_row=1)
             check_rows(path, pd.Series(exams).duplicated(), "doubled exam id", 1, exams)
             columns[label] = pd.Series(check_zero_one(path, sheet, [1], first_row=1)[:, 0], index=exams)
