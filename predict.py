@@ -42,33 +42,14 @@ def get_args(argv):
     parser = get_args_parser()
     args = parser.parse_args(argv)
     count = 1
-    while count < len(args.ckpt) and is_checkpoint(Path(args.ckpt[count])):
+    for name in args.ckpt[1:]:
+        if not name.endswith(".pt") and not Path(name, "best.pt").exists():
+            break
         count += 1
     args.given, args.ckpt = [*args.ckpt[count:], *args.given], args.ckpt[:count]
     if not args.given:
         parser.error("expected pictures, a folder or a CSV")
-    if not 0 <= args.threshold <= 1:
-        raise InputError(f"--threshold {args.threshold}: expected 0 to 1")
     return args
-
-
-def is_checkpoint(path):
-    return path.suffix == ".pt" or (path / "best.pt").exists()
-
-
-def choose_thresholds(args, net):
-    """One for each label, or None for classes that exclude each other."""
-    if net.task == "multiclass":
-        if args.threshold != 0.5 or args.learned:
-            classes = f"the classes {', '.join(net.labels)} exclude each other, the strongest is predicted"
-            raise InputError(f"--threshold, --learned: {classes}")
-        return None
-    if not args.learned:
-        return [args.threshold] * len(net.labels)
-    if net.thresholds is None:
-        advice = "one network, trained with --folds or --calibration-fraction, has them"
-        raise InputError(f"--learned: there are no learned thresholds; {advice}")
-    return net.thresholds
 
 
 def print_table(names, probs, chosen, thresholds):
@@ -131,7 +112,7 @@ def main(argv=None):
     net = predictor.load(args.ckpt, args.device, args.precision, args.workers)
     if net.rendered:
         print(f"{'!' * 84}\n!! {RENDERED}\n{'!' * 84}", flush=True)
-    thresholds = choose_thresholds(args, net)
+    thresholds = net.limits(args.threshold, args.learned)
     frame, many = tables.given_rows(net.args.dataset, args.given)
     rows, ids = list(frame["files"]), frame["ID"].astype(str).tolist()
 
@@ -140,7 +121,7 @@ def main(argv=None):
     if len(faults) == len(rows):
         shown = "; ".join(list(faults.values())[:5])
         raise InputError(f"none of the {len(rows)} can be read: {shown}" if many else shown)
-    chosen = probs == probs.max(1, keepdims=True) if thresholds is None else probs > thresholds
+    chosen = net.chosen(probs, thresholds)
     name = f"{net.saved['args']['name']} ({net.args.dataset}, {net.args.model}, {net.precision})"
     args.out.mkdir(parents=True, exist_ok=True)
 

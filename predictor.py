@@ -83,6 +83,24 @@ class Predictor:
         """Whether its maps are of a trunk that has learned nothing."""
         return self.args.weights == "none" and not self.args.fine_tune
 
+    def limits(self, threshold=0.5, learned=False):
+        """A threshold for each label; None for classes that exclude each other: the strongest wins."""
+        if not 0 <= threshold <= 1:
+            raise InputError(f"--threshold {threshold}: expected 0 to 1")
+        if self.task == "multiclass" and (learned or threshold != 0.5):
+            classes = f"the classes {', '.join(self.labels)} exclude each other, the strongest is predicted"
+            raise InputError(f"--threshold, --learned: {classes}")
+        if learned and self.thresholds is None:
+            advice = "one network, trained with --folds or --calibration-fraction, has them"
+            raise InputError(f"--learned: there are no learned thresholds; {advice}")
+        if self.task == "multiclass":
+            return None
+        return self.thresholds if learned else [threshold] * len(self.labels)
+
+    def chosen(self, probs, limits):
+        """(n, K) of booleans: what is predicted."""
+        return probs == probs.max(1, keepdims=True) if limits is None else probs > limits
+
     # ---------------------------------------------------------------- rows of a data set
 
     def evaluate(self, part, criterion=None, mirrored=False):

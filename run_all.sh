@@ -55,21 +55,21 @@ is_tested() { # is the test in folder $1 one of its best checkpoint, by content?
     grep -qsF "\"digest\": ${digest:-none}" "$1/test_scores.json"
 }
 
-demo_flags() { # what makes experiment $1 small; later flags win over the line's own
-    local study=${1%%-*}
-    printf '%s\n' --data "data/demo/$study"
-    [[ " $* " == *" --weights runs/"* ]] || printf '%s\n' --weights none # but retina-2 goes on from retina-1
-    case "$study" in
-        odir) printf '%s\n' --size 64 --epochs 6; [[ " $* " == *" --crop "* ]] && printf '%s\n' --crop 56
-              # random weights take smaller steps
-              case "$*" in odir-16*) printf '%s\n' --epochs 3 --lr 0.004 ;; odir-17*) printf '%s\n' --epochs 3 --lr 0.001 ;;
-                  *" --fine-tune"*) printf '%s\n' --epochs 3 --lr 0.002 ;; *" --augment "*) printf '%s\n' --lr 0.005 ;; esac ;;
-        aptos) printf '%s\n' --size 64 --epochs 8 --lr 0.002 --batch 8 --gamma 0.9 ;;
-        dr) printf '%s\n' --size 64 --crop 56 --epochs 10 --freeze-epochs 2 --batch 16 --lr 0.003 ;;
-        retina) printf '%s\n' --size 96 --epochs 6 ;;
-        mrnet) printf '%s\n' --size 96 --epochs 4 --batch 2 --lr 0.0001 ;;
+demo_flags() { # what makes line $1 small; later flags win over its own. Real weights, but for a few ResNets with random ones
+    echo "--data data/demo/${1%%-*}"
+    case "$1" in
+        odir-10)     echo --weights none --size 64 --epochs 8 ;;
+        odir-1[3-7]) echo --trunk efficientnet-lite0 --size 64 --epochs 3 --batch 16 --lr 0.004
+                     [[ "$*" != *" --crop "* ]] || echo --crop 56 ;;
+        odir-*)      echo --trunk efficientnet-lite0 --size 96 --epochs 8 ;;
+        aptos-*)     echo --model efficientnet-lite0 --size 64 --epochs 5 --batch 8 --lr 0.0005 --gamma 0.9 ;;
+        dr-*-scratch) echo --size 64 --crop 56 --epochs 4 --freeze-epochs 0 --batch 8 ;;
+        dr-*)        echo --model efficientnet-lite0 --size 64 --crop 56 --epochs 4 --freeze-epochs 1 --batch 8 --lr 0.003 ;;
+        retina-*)    echo --size 96 --epochs 6 ;;
+        mrnet-*)     echo --weights none --preprocess none --size 64 --epochs 2 --lr 0.0001 ;;
     esac
 }
+declare -A demo_patients=([odir]=160 [aptos]=120 [dr]=80 [retina]=100 [mrnet]=36)
 
 python_() { # in the background, because bash hears of a signal only while it waits
     "$PYTHON" "$@" & wait $!
@@ -84,9 +84,9 @@ run() { # run NAME FLAGS...: train what is not finished, then test it
     local name=$1 study=${1%%-*} small=() number; shift
     is_chosen "$name" || return 0
     if [ -n "$demo" ]; then
-        mapfile -t small < <(demo_flags "$name" "$@")
-        [ -f "data/demo/$study/rendered.json" ] || python_ render_data.py "data/demo/$study" --dataset "$study" --size 96 \
-            --patients "$([ "$study" = mrnet ] && echo 48 || echo 160)" || exit 2
+        read -ra small -d '' < <(demo_flags "$name" "$@")
+        [ -f "data/demo/$study/rendered.json" ] || python_ render_data.py "data/demo/$study" --dataset "$study" \
+            --patients "${demo_patients[$study]}" --size 96 || exit 2
     elif [[ ! -d "data/$study" && " ${extra[*]} " != *" --data"* ]]; then
         absent+=("data/$study"); return 0
     fi

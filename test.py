@@ -43,15 +43,6 @@ def get_args_parser():
     return parser
 
 
-def check_args(args, net):
-    if not 0 <= args.threshold <= 1 or args.resamples < 1:
-        given = f"--threshold {args.threshold} --resamples {args.resamples}"
-        raise InputError(f"{given}: expected 0 to 1, and 1 or more")
-    if net.task == "multiclass" and args.threshold != 0.5:
-        classes = f"the classes {', '.join(net.labels)} exclude each other, the strongest is predicted"
-        raise InputError(f"--threshold {args.threshold}: {classes}")
-
-
 def evaluate(args, net):
     """The rows that are asked for, through each network -> (Part, facts, loss of the first, probs (n, K))."""
     found = []
@@ -211,7 +202,9 @@ def main(argv=None):
     # The networks and their rows
     args = get_args_parser().parse_args(argv)
     net = predictor.load(args.ckpt, args.device, args.precision, args.workers)
-    check_args(args, net)
+    limits = net.limits(args.threshold)
+    if args.resamples < 1:
+        raise InputError(f"--resamples {args.resamples}: expected 1 or more")
     part, facts, loss, probs = evaluate(args, net)
     patients, duplicates = len(set(part.patients())), net.saved["data"]["duplicates"]
     for note in facts["notes"]:
@@ -240,7 +233,7 @@ def main(argv=None):
     if net.thresholds:
         result["thresholds"] = dict(zip(net.labels, net.thresholds, strict=True))
     result |= report_scores(part, probs, net, args)
-    chosen = probs > args.threshold if net.task == "multilabel" else probs == probs.max(1, keepdims=True)
+    chosen = net.chosen(probs, limits)
     text = classification_text(part, chosen, net)
     print(text)
     print_scores(result)

@@ -1,4 +1,4 @@
-"""At least 722 damaged inputs: each ends in InputError (exit status 2) or in a counted repair or documented conversion.
+"""At least 722 damaged inputs: each ends in InputError (exit status 2), or in a repair or conversion.
 
 None may end in another exception, a hang, executed code or a wrong number. What passes must equal the undamaged input;
 only flipped bits of coded picture data that still decode cannot be told by anybody (JPEG, BMP, TIFF have no checksum).

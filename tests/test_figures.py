@@ -5,7 +5,6 @@ import sys
 import warnings
 
 import numpy as np
-import pandas as pd
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
@@ -23,13 +22,6 @@ def answers():
     y_true = rng.integers(0, 2, (60, 4))
     y_true[:, 3] = 0  # one class only
     return y_true, np.clip(0.3 * y_true + 0.7 * rng.random((60, 4)), 0, 1)
-
-
-def history(epochs=5):
-    frame = pd.DataFrame({"epoch": range(epochs), "lr": 0.1})
-    for column in ("train_loss", "val_loss", "train_f1", "val_f1"):
-        frame[column] = np.linspace(1, 0.5, epochs)
-    return frame
 
 
 def drawn(figure):
@@ -199,12 +191,8 @@ def test_prediction_marks_the_answers(threshold, marked):
         [picture] * 2, [[np.eye(4)] * 4] * 2, LABELS, probs, threshold, "No medical device."
     )
     assert [text for text in texts(figure) if "◀" in text] == marked
-    assert [ax.get_title() for ax in figure.axes[:4]] == [
-        "picture",
-        "D  0.70",
-        "a \\$label with one\ndollar  0.60",
-        "<b>  0.50",
-    ]
+    titles = [text.get_text() for text in figure.axes[0].texts]
+    assert titles == 2 * ["picture", "D\n0.70", "a \\$label with one dollar\n0.60", "<b>\n0.50"]
     assert figure.get_supxlabel() == "No medical device."
     assert ("threshold 0.5" in texts(figure)) == (threshold is not None), "the dashed line has no label"
     assert answers_of(figure).get_title("left") == (
@@ -236,7 +224,8 @@ def test_prediction_with_a_threshold_per_label():
     )
     assert [text for text in texts(figure) if "◀" in text] == ["0.10  ◀", "0.50  ◀"]
     assert "each label's threshold" in texts(figure)
-    assert extents(figure.axes[0])[0][2:] == (1, 0.5), "the photograph's own shape"
+    shapes = {round(width / height, 6) for _, _, width, height in extents(figure.axes[0])}
+    assert shapes == {2}, "the photograph's own shape"
 
 
 @pytest.mark.parametrize("of_classes", [False, True])
@@ -260,37 +249,6 @@ def test_grades_come_in_words():
     drawn(figure)
     ticks = [tick.get_text().replace("\n", " ") for tick in figure.axes[0].get_yticklabels()]
     assert ticks == names
-
-
-def test_curves_of_one_epoch_and_of_many_runs():
-    single = figures.curves(history(1))
-    assert [ax.get_title("left") for ax in single.axes] == [
-        "loss (dashed: training)",
-        "f1 (dashed: training)",
-        "lr",
-    ]
-    drawn(single)
-    runs = {f"odir-{k:02}": history(3 + k % 4) for k in range(28)} | {
-        "no-score": history().drop(columns="val_f1")
-    }
-    figure = figures.compare_curves(runs, ["val_loss", "val_f1"])
-    drawn(figure)
-    loss, score = ([text.get_text() for text in ax.get_legend().get_texts()] for ax in figure.axes)
-    assert len(loss) == 29 and len(score) == 28 and "no-score" not in score
-    styles = {
-        (line.get_color(), line.get_linestyle())
-        for line in figure.axes[1].lines
-        if line.get_marker() == "None"
-    }
-    assert len(styles) == 28, "two of the runs look alike"
-
-
-def test_two_runs_are_drawn_large_with_their_training():
-    figure = figures.compare_curves({"a": history(), "b": history(7)}, ["val_loss"])
-    array = drawn(figure)
-    lines = [line for line in figure.axes[0].lines if line.get_marker() == "None"]
-    assert [len(line.get_xdata()) for line in lines] == [5, 5, 7, 7] and array.shape[0] >= 240
-    assert "dashed: training" in figure.axes[0].get_title("left")
 
 
 def test_rendered_pictures_say_so():

@@ -1,4 +1,4 @@
-"""heatmap.py: which files it writes for which rows, and that its maps are of the network that gave the number."""
+"""heatmap.py: which files it writes for which rows; its maps are of the network that gave the number."""
 
 import os
 import shutil

@@ -1,4 +1,4 @@
-"""predict.py: the probabilities of test.py, whatever the pictures come as; what cannot be read is named, not guessed."""
+"""predict.py: the probabilities of test.py, whatever the pictures come as; what is unreadable is named."""
 
 import os
 import shutil
@@ -285,7 +285,7 @@ def test_several_networks_give_their_mean(trained, rendered, tmp_path, capsys):
 
 
 def test_mirrored_pictures(trained, rendered, tmp_path):
-    """--tta is the mean with the mirrored pair, whose eyes change sides: a mirrored patient gets the same answer."""
+    """--tta is the mean with the mirrored pair, whose eyes change sides."""
     images = rendered("odir") / "images"
     name = sorted(images.glob("*_left.jpg"))[0].name
     pair = [np.asarray(Image.open(images / name.replace("left", side))) for side in ("left", "right")]

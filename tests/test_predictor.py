@@ -1,4 +1,4 @@
-"""predictor.load: one documented way to a network's answers; whatever the pictures come as, the number of test.py."""
+"""predictor.load: one way to a network's answers; whatever the pictures come as, the number of test.py."""
 
 import os
 import shutil
@@ -96,7 +96,7 @@ def test_paths_arrays_pictures_lists_and_folders(trained, rendered, tmp_path):
 
 
 def test_a_large_jpeg_opened_by_pillow_is_read_like_its_file(trained, tmp_path):
-    """A JPEG far above the network's size is decoded at a reduced size: so is a picture that nobody has decoded."""
+    """A JPEG far above the network's size is decoded at a reduced size: so is one that Pillow has opened."""
     rng = np.random.default_rng(0)
     Image.fromarray(rng.integers(30, 255, (900, 900, 3), np.uint8)).save(tmp_path / "large.jpg")
     net = net_of(trained("retina"))

@@ -120,6 +120,19 @@ def test_the_demo_goes_on_from_its_own_first_retina_run(run_all):
     assert args["demo-retina-3"].pseudo_labels == "runs/demo-retina-1/pseudo_labels.csv"
 
 
+def test_the_demo_learns_from_real_weights(run_all):
+    """But for a few ResNets, and for the networks whose weights nobody publishes."""
+    args = parsed(run_all("--demo")[0])
+    random = sorted(name.removeprefix("demo-") for name, found in args.items() if found.weights == "none")
+    expected = [f"retina-{n}" for n in (1, 3, 4, 5)] + [
+        f"mrnet-{n}" for n in (1, "abnormal", "acl", "meniscus")
+    ]
+    assert random == sorted([*expected, "dr-resnet18-scratch", "dr-resnet50-scratch", "odir-10"])
+    for name, found in args.items():
+        network = found.trunk if name.startswith("demo-odir") else found.model
+        assert found.weights != "imagenet" or network == "efficientnet-lite0", name
+
+
 def test_the_lines_are_read_as_bash_reads_them(run_all):
     """arguments.experiments, which the report compares with, gives what train.py gets here."""
     args, lines = parsed(run_all()[0]), arguments.experiments()

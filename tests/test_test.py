@@ -1,4 +1,4 @@
-"""test.py: what it writes where, about which checkpoint, rows and data; learned thresholds; means of networks."""
+"""test.py: what it writes where, about which checkpoint, rows and data; thresholds; means of networks."""
 
 import json
 import os
