@@ -1,12 +1,18 @@
 """What a run leaves in its folder: checkpoints, results, TensorBoard, run.json; and what it prints."""
 
+import datetime
 import functools
+import platform
+import shlex
 import shutil
+import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import torch
+import torchvision
 
 import checkpoint
 import engine
@@ -21,14 +27,15 @@ NEW_STATE = {"epoch": 0, "history": [], "best": None, "stale": 0, "seconds": 0.0
 
 
 def print_data(args, data, device, precision):
-    for note in data.facts["notes"]:
+    facts = data.facts
+    for note in facts["notes"]:
         print(f"note: {note}")
-    if data.facts["duplicates"]:
-        print(f"note: {data.facts['duplicates']} validation row(s) are trained on too (--duplicates keep)")
-    rendered = " (RENDERED)" if data.facts["rendered"] else ""
-    found = f"{data.facts['unreadable']} unreadable left out, {len(data.facts['repaired'])} repaired"
-    rows = f"{len(data.train)} training and {len(data.val)} validation rows, {found}"
-    print(f"{args.dataset}{rendered}: {rows}; {args.model} on {device} in {precision}", flush=True)
+    if facts["duplicates"]:
+        print(f"note: {facts['duplicates']} validation row(s) are trained on too (--duplicates keep)")
+    rendered = " (RENDERED)" if facts["rendered"] else ""
+    rows = f"{len(data.train)} training and {len(data.val)} validation rows"
+    found = f"{facts['unreadable']} unreadable left out, {len(facts['repaired'])} repaired"
+    print(f"{args.dataset}{rendered}: {rows}, {found}; {args.model} on {device} in {precision}", flush=True)
 
 
 def claim_run(args, stored):
@@ -51,8 +58,8 @@ def open_run(args, stored, data, learner, lock):
     folder = Path(args.resume)
     with engine.together():
         if stored["digest"] != data.facts["digest"]:
-            problem = f"the data in {data.facts['root']} are not those of {folder}"
-            raise InputError(f"{problem}: a resumed run needs the same rows and labels")
+            root = data.facts["root"]
+            raise InputError(f"the data in {root} are not those of {folder}: give the same rows and labels")
         learning.restore(args, stored, learner, folder)
     return folder, {name: stored[name] for name in (*NEW_STATE, "digest")}, lock
 
@@ -82,6 +89,7 @@ class RunRecords:
 
     def __init__(self, folder, args, data, learner, state):
         self.folder, self.args, self.data, self.learner, self.state = folder, args, data, learner, state
+        self.task = {name: getattr(data, name) for name in ("labels", "task", "family", "ordered")}
         self.written = {}  # name -> (when it was written, how long that took)
         self.best_digest = None  # of state["best"], once best.pt holds it
         self.about = self.describe()
@@ -99,18 +107,19 @@ class RunRecords:
     def describe(self):
         """What run.json says of how the run was made."""
         args, data, learner = self.args, self.data, self.learner
+        began = str(checkpoint.run_facts(self.folder).get("command", "")).split(" ; ")[0]
+        commands = [began, shlex.join(["python", *sys.argv])]  # that began it, and that went on with it last
+        versions = {module.__name__: module.__version__ for module in (torch, torchvision, np)}
+        versions["python"] = platform.python_version()
         about = {"name": self.folder.name, "dataset": args.dataset, "model": args.model, "args": vars(args)}
-        about |= {"command": checkpoint.command_line(self.folder), "commit": checkpoint.commit()}
-        about |= {"versions": checkpoint.versions(), "device": checkpoint.describe_machine(learner.device)}
-        about |= {"precision": learner.precision, "processes": engine.world(), "labels": data.labels}
-        about |= {"task": data.task, "family": data.family, "ordered": data.ordered}
+        about |= {"command": " ; ".join(filter(None, commands)), "commit": checkpoint.commit()}
+        about |= {"versions": versions, "device": checkpoint.describe_machine(learner.device)}
+        about |= {"precision": learner.precision, "processes": engine.world(), **self.task}
         about["weights"] = {"given": args.weights, "trunk": learner.features.digest}
         about["trunk_name"] = learner.model.trunk_name
         about["data"] = {**data.facts, "repaired": len(data.facts["repaired"])}
-        about |= {"shuffled_labels": args.shuffle_labels, "started": checkpoint.now()}
-        return about
-
-    # ---------------------------------------------------------------- checkpoints
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        return {**about, "shuffled_labels": args.shuffle_labels, "started": now}
 
     def is_due(self, name):
         at, cost = self.written.get(name, (-float("inf"), 0.0))
@@ -135,13 +144,10 @@ class RunRecords:
         origin = {name: facts[name] for name in ("rendered", "digest", "parts", "patients", "duplicates")}
         origin["root"] = str(Path(facts["root"]).resolve())
         found = {name: best[name] for name in ("epoch", "loss", "scores", "thresholds")}
-        about = {"labels": data.labels, "task": data.task, "family": data.family, "ordered": data.ordered}
+        about = {"args": vars(self.args), "digest": checkpoint.state_digest(weights), **found, **self.task}
         about |= {"prior": data.prior(), "split": self.split, "targets": targets, "data": origin}
-        digest = checkpoint.state_digest(weights)
-        self.save("best", model=weights, args=vars(self.args), digest=digest, **found, **about)
-        self.best_digest = digest
-
-    # ---------------------------------------------------------------- TensorBoard
+        self.save("best", model=weights, **about)
+        self.best_digest = about["digest"]
 
     def open_tensorboard(self):
         """A fresh event file that begins with all epochs so far: after a resume no epoch is there twice."""
@@ -174,8 +180,6 @@ class RunRecords:
         self.tensorboard.add_hparams(flags, scores, run_name=".")
         self.tensorboard.close()
 
-    # ---------------------------------------------------------------- after every epoch, and at the end
-
     def epoch(self, kept, silent):
         """Write what an epoch leaves; returns its line, and prints it unless a progress bar shows it."""
         row = self.state["history"][-1]
@@ -198,17 +202,18 @@ class RunRecords:
         """Bring best.pt and run.json up to date: last.pt holds the last whole epoch that was written."""
         if self.state["best"] and not self.best_digest:
             self.save_best()
-        facts = {**self.about, **self.summary(), "status": "interrupted"}
-        checkpoint.save_json(self.folder / "run.json", facts)
+        self.save_facts(status="interrupted")
         whole = self.state["epoch"]
         print(f"\nstopped after {whole} whole epoch(s); a resume repeats the one under way", flush=True)
 
-    def summary(self):
+    def save_facts(self, **more):
+        """run.json"""
         state, best = self.state, self.state["best"] or {}
         told = {"seconds": round(state["seconds"], 1), "epochs_run": state["epoch"]}
         told |= {"best_epoch": best.get("epoch"), "best_loss": best.get("loss"), "scores": best.get("scores")}
         told |= {"best_digest": self.best_digest, "thresholds": best.get("thresholds")}
-        return told | {"last_epoch": (state["history"] or [None])[-1]}
+        told["last_epoch"] = state["history"][-1] if state["history"] else None
+        checkpoint.save_json(self.folder / "run.json", {**self.about, **told, **more})
 
     def end(self, seconds):
         """The last files, the last line, and the copy of best.pt in the working directory."""
@@ -217,8 +222,7 @@ class RunRecords:
         self.save_last()
         checkpoint.write_sheet(self.folder / "train_results.xlsx", pd.DataFrame(state["history"]))
         self.finish_tensorboard()
-        facts = {**self.about, **self.summary(), "status": "finished", "seconds_in_all": round(seconds, 1)}
-        checkpoint.save_json(self.folder / "run.json", facts)
+        self.save_facts(status="finished", seconds_in_all=round(seconds, 1))
         family, probs = self.data.family, best["probs"].numpy()
         for sentence in metrics.undefined_scores(self.data.val.targets, probs, self.data.labels, family):
             print(f"undefined: {sentence}")

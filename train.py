@@ -33,7 +33,7 @@ def main(argv=None):
 
     # Device, data, network, run folder
     device = engine.start_processes(engine.pick_device(args.device), args.deterministic)
-    precision = engine.pick_precision(args.precision, device, args.model)
+    precision = engine.pick_precision(args.precision, device)
     with engine.together():
         lock = records.claim_run(args, stored)
     data = dataset.load(args)
@@ -102,8 +102,9 @@ def main(argv=None):
 
         # Thresholds, learned on the training patients alone; the last files
         if args.folds:
-            epochs_kept = state["best"]["epoch"] + 1
-            state["best"]["thresholds"] = learning.learn_thresholds(args, data, learner, epochs_kept)
+            probs = learning.out_of_fold(args, data, learner, state["best"]["epoch"] + 1)
+            thresholds = metrics.learned_thresholds(data.train.targets, probs)
+            state["best"]["thresholds"] = thresholds.tolist()
         epochs.close()
         if writer:
             writer.end(time.perf_counter() - started)
