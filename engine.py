@@ -33,8 +33,7 @@ def world():
 
 
 def local_rank():
-    """This process's place on its own machine."""
-    return int(os.environ.get("LOCAL_RANK", 0))
+    return int(os.environ.get("LOCAL_RANK", 0))  # on its own machine
 
 
 def local_world():
@@ -42,10 +41,7 @@ def local_world():
 
 
 def start_processes(device, deterministic=False):
-    """The device of this process; under torchrun also its place among the others.
-
-    nccl adds up gradients on GPUs; gloo on the CPU carries messages, so that they never wait for a GPU.
-    """
+    """The device of this process; under torchrun also its place among the others."""
     global _patient_group
     if device.type == "cuda" and "LOCAL_RANK" in os.environ:
         device = torch.device("cuda", local_rank())
@@ -56,6 +52,7 @@ def start_processes(device, deterministic=False):
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     if "LOCAL_RANK" in os.environ and not dist.is_initialized():
+        # nccl adds up gradients; gloo carries messages on the CPU, so that they never wait for a GPU.
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=SHORT)
         _patient_group = dist.new_group(backend="gloo", timeout=PATIENT)
         if rank():  # rank 0 speaks for all
@@ -98,9 +95,8 @@ def from_rank0(function, *args):
 
 
 def all_sum(tensor):
-    """Sum a tensor over the ranks, in place."""
     if world() > 1:
-        dist.all_reduce(tensor)
+        dist.all_reduce(tensor)  # in place
     return tensor
 
 
@@ -164,9 +160,8 @@ def seed_dropout(seed, epoch, step, device):
 
 def progress(iterable, text, **kwargs):
     """tqdm on a terminal or in a notebook, silent in a log file and on other ranks."""
-    terminal = None if "ipykernel" not in sys.modules else False  # None is tqdm's word for: if it is one
-    silent = True if rank() else terminal
-    return tqdm(iterable, text, disable=silent, leave=False, dynamic_ncols=True, **kwargs)
+    shown = "ipykernel" in sys.modules or sys.stderr.isatty()
+    return tqdm(iterable, text, disable=rank() > 0 or not shown, leave=False, dynamic_ncols=True, **kwargs)
 
 
 class Criterion:
@@ -209,15 +204,12 @@ class Outputs(Criterion):
 
 def check_finite(loss, epoch, step=" (validation)"):
     if not math.isfinite(loss):
-        advice = "lower --lr, or look at the data"
-        raise FloatingPointError(f"the loss is {float(loss)} in epoch {epoch}{step}: {advice}")
+        where = f"in epoch {epoch}{step}"
+        raise FloatingPointError(f"the loss is {float(loss)} {where}: lower --lr, or look at the data")
 
 
 class LossWatch:
-    """Raises FloatingPointError at a loss that is not finite, on every rank at the same step.
-
-    A GPU's loss is copied beside the computation and looked at LAG steps later, so nothing waits for it.
-    """
+    """Raises FloatingPointError at a loss that is not finite, on every rank at the same step."""
 
     def __init__(self, epoch):
         self.epoch, self.waiting = epoch, collections.deque()
@@ -225,6 +217,7 @@ class LossWatch:
     def see(self, loss, step):
         if not loss.is_cuda:
             return check_finite(loss, self.epoch, f", step {step}")
+        # Copied beside the computation and looked at some steps later, so that nothing waits for it.
         host = torch.empty((), pin_memory=True).copy_(loss, non_blocking=True)
         arrived = torch.cuda.Event()
         arrived.record()
@@ -247,10 +240,7 @@ def train_mode(model, hold_batchnorm):
 
 
 def train_one_epoch(module, loader, prepare, learner, epoch, precision):
-    """Train `module` on the batches of `loader` -> (mean loss, targets, probs) of the epoch, over all ranks.
-
-    Raises FloatingPointError with epoch and step when a loss is not finite.
-    """
+    """Train `module` on a `loader` -> (mean loss, targets, probs) of the epoch, over all ranks."""
     steps, watch = [], LossWatch(epoch)
     for step, batch in enumerate(progress(loader, f"epoch {epoch}")):
         inputs, targets = prepare(batch)
@@ -300,14 +290,9 @@ def predict(model, loader, prepare, criterion):
 
 def make_loader(data, batches, workers=0, device=None):
     """A DataLoader over `data` with these batches (samplers.Batches): one indexing call per batch."""
-    return torch.utils.data.DataLoader(
-        data,
-        batch_sampler=batches,
-        collate_fn=dict,  # a data set hands out whole batches, which are left as they are
-        num_workers=workers,
-        # What lies on a GPU already cannot be pinned.
-        pin_memory=device is not None and device.type == "cuda" and not data.on_device,
-        worker_init_fn=end_with_parent,
-        prefetch_factor=4 if workers else None,
-        generator=torch.Generator(),
-    )
+    # What lies on a GPU already cannot be pinned.
+    pin = device is not None and device.type == "cuda" and not data.on_device
+    own = dict(num_workers=workers, worker_init_fn=end_with_parent, prefetch_factor=4 if workers else None)
+    # `dict` leaves the whole batches that a data set hands out as they are.
+    rules = dict(batch_sampler=batches, collate_fn=dict, pin_memory=pin, generator=torch.Generator())
+    return torch.utils.data.DataLoader(data, **rules, **own)

@@ -20,7 +20,7 @@ from dataset import FeatureSet, eval_size
 from errors import InputError
 from features import TrunkFeatures, compiled, fit_batchnorm, training_data
 
-# Where one of these is another after a resume, the schedule is made anew.
+# Where one of these is another after a resume, the schedule is as if it had been so from the start.
 SCHEDULE_FLAGS = ("lr", "momentum", "weight_decay", "schedule_epochs", "gamma", "max_lr")
 OPTIMIZERS = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 
@@ -85,16 +85,13 @@ class Learner:
 
     def state(self):
         """What last.pt holds: a frozen trunk is named by its digest, everything else is stored."""
-        return {
-            "model": checkpoint.cpu_state(self.trained()),
-            "trunk": self.trunk,
-            "ema": None if self.ema is None else checkpoint.cpu_state(self.ema),
-            # BatchNorm as it was fitted: another precision or torch version would fit it a little otherwise.
-            "buffers": {name: buffer.cpu() for name, buffer in self.model.backbone.named_buffers()},
-            "optimizer": self.optimizer.state_dict(),
-            "scheduler": self.scheduler.state_dict(),
-            "scaler": self.scaler.state_dict(),
-        }
+        state = {"model": checkpoint.cpu_state(self.trained()), "trunk": self.trunk, "ema": None}
+        if self.ema is not None:
+            state["ema"] = checkpoint.cpu_state(self.ema)
+        # BatchNorm as it was fitted: another precision or torch version would fit it a little otherwise.
+        state["buffers"] = {name: buffer.cpu() for name, buffer in self.model.backbone.named_buffers()}
+        own = ("optimizer", "scheduler", "scaler")
+        return state | {name: getattr(self, name).state_dict() for name in own}
 
 
 def with_classifier(model, classifier):
@@ -177,28 +174,19 @@ def build_learner(args, data, precision, device, stored=None):
         fit_batchnorm(model, data.train.pictures, args, precision, device)
     frozen = not args.fine_tune and args.bn != "batch"
     head_alone = frozen and data.train.pictures is not None  # on kept features, in float32
+    trunk = checkpoint.state_digest(model.normalise, model.backbone) if frozen else None
+    features = TrunkFeatures(model, args, precision, device)
     optimizer = build_optimizer(args, model)
-    return Learner(
-        model=model,
-        trunk=checkpoint.state_digest(model.normalise, model.backbone) if frozen else None,
-        features=TrunkFeatures(model, args, precision, device),
-        criterion=criterion,
-        optimizer=optimizer,
-        scheduler=build_scheduler(args, optimizer),
-        scaler=torch.amp.GradScaler(device.type, enabled=precision == "fp16" and not head_alone),
-        ema=build_ema(args, model.classifier if frozen else model),
-        cosine=(args.warmup_epochs, args.epochs) if args.scheduler == "cosine" else None,
-        seed=args.seed,
-        precision=precision,
-        device=device,
-    )
+    scheduler = build_scheduler(args, optimizer)
+    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16" and not head_alone)
+    ema = build_ema(args, model.classifier if frozen else model)
+    cosine = (args.warmup_epochs, args.epochs) if args.scheduler == "cosine" else None
+    rules = (criterion, optimizer, scheduler, scaler, ema, cosine)
+    return Learner(model, trunk, features, *rules, args.seed, precision, device)
 
 
 def restore(args, stored, learner, folder):
-    """Weights, optimiser and schedule as last.pt holds them.
-
-    Where --lr (...) is another now, the schedule is as if it had been so from the start.
-    """
+    """Weights, optimiser and schedule as last.pt holds them."""
     if stored["trunk"] != learner.trunk:
         raise InputError(f"the frozen trunk is not the one of {folder} (other weights or another seed)")
     path = folder / "last.pt"
@@ -221,11 +209,11 @@ def restore(args, stored, learner, folder):
 
 def epoch_batches(args, targets, epoch, rows=None):
     """This rank's batches of an epoch over all rows, or over these alone."""
-    targets = targets if rows is None else targets[rows]
-    order = samplers.epoch_order(args.sampler, targets, args.seed, epoch)
+    rows = np.arange(len(targets)) if rows is None else rows
+    order = rows[samplers.epoch_order(args.sampler, targets[rows], args.seed, epoch)]
     if args.drop_last and len(order) >= args.batch:
         order = order[: len(order) // args.batch * args.batch]
-    return samplers.Batches(order if rows is None else rows[order], args.batch, engine.rank(), engine.world())
+    return samplers.Batches(order, args.batch, engine.rank(), engine.world())
 
 
 def folds_of(args, patients):

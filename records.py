@@ -13,9 +13,11 @@ import numpy as np
 import pandas as pd
 import torch
 import torchvision
+from torch.utils.tensorboard import SummaryWriter
 
 import checkpoint
 import engine
+import figures
 import learner as learning
 import metrics
 import tables
@@ -102,7 +104,14 @@ class RunRecords:
             (folder / "repaired.txt").write_text("\n".join(data.facts["repaired"]) + "\n")
         checkpoint.save_json(folder / "run.json", {**self.about, "status": "running"})
         self.save_last()
-        self.tensorboard = self.open_tensorboard()
+        for old in folder.glob("events.out.tfevents.*"):
+            old.unlink()
+        # A fresh event file that begins with all epochs so far: after a resume no epoch is there twice.
+        self.tensorboard = SummaryWriter(folder)
+        flags = "\n".join(f"    --{name} {value}" for name, value in sorted(vars(args).items()))
+        self.tensorboard.add_text("arguments", flags)
+        for row in state["history"]:
+            self.log(row)
 
     def describe(self):
         """What run.json says of how the run was made."""
@@ -115,11 +124,10 @@ class RunRecords:
         about |= {"command": " ; ".join(filter(None, commands)), "commit": checkpoint.commit()}
         about |= {"versions": versions, "device": checkpoint.describe_machine(learner.device)}
         about |= {"precision": learner.precision, "processes": engine.world(), **self.task}
-        about["weights"] = {"given": args.weights, "trunk": learner.features.digest}
-        about["trunk_name"] = learner.model.trunk_name
-        about["data"] = {**data.facts, "repaired": len(data.facts["repaired"])}
-        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        return {**about, "shuffled_labels": args.shuffle_labels, "started": now}
+        about |= {"weights": {"given": args.weights, "trunk": learner.features.digest}}
+        about |= {"trunk_name": learner.model.trunk_name, "shuffled_labels": args.shuffle_labels}
+        about |= {"data": {**data.facts, "repaired": len(data.facts["repaired"])}}
+        return about | {"started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")}
 
     def is_due(self, name):
         at, cost = self.written.get(name, (-float("inf"), 0.0))
@@ -138,9 +146,8 @@ class RunRecords:
         """best.pt: the network as it was in the kept epoch, and all else that test.py needs."""
         best, data, facts = self.state["best"], self.data, self.data.facts
         weights = {**checkpoint.cpu_state(self.learner.model), **best["weights"]}
-        targets = {}
-        for part, frame in data.frames.items():
-            targets[part] = torch.from_numpy(tables.targets_of(frame, data.labels))
+        targets = {part: tables.targets_of(frame, data.labels) for part, frame in data.frames.items()}
+        targets = {part: torch.from_numpy(array) for part, array in targets.items()}
         origin = {name: facts[name] for name in ("rendered", "digest", "parts", "patients", "duplicates")}
         origin["root"] = str(Path(facts["root"]).resolve())
         found = {name: best[name] for name in ("epoch", "loss", "scores", "thresholds")}
@@ -149,23 +156,15 @@ class RunRecords:
         self.save("best", model=weights, **about)
         self.best_digest = about["digest"]
 
-    def open_tensorboard(self):
-        """A fresh event file that begins with all epochs so far: after a resume no epoch is there twice."""
-        from torch.utils.tensorboard import SummaryWriter
-
-        for old in self.folder.glob("events.out.tfevents.*"):
-            old.unlink()
-        writer = SummaryWriter(self.folder)
-        flags = sorted(vars(self.args).items())
-        writer.add_text("arguments", "\n".join(f"    --{name} {value}" for name, value in flags))
-        for row in self.state["history"]:
-            log_scalars(writer, row)
-        return writer
+    def log(self, row):
+        for name, value in row.items():
+            if name != "epoch":
+                part, _, score = name.partition("_")
+                self.tensorboard.add_scalar(f"{score}/{part}" if score else name, value, row["epoch"])
+        self.tensorboard.flush()
 
     def finish_tensorboard(self):
         """Confusion matrices of the best epoch, and the arguments beside the final scores."""
-        import figures
-
         data, best = self.data, self.state["best"]
         names = tables.full_names(self.args.dataset, data.labels)
         figure = figures.confusion(data.val.targets, best["probs"].numpy(), names, data.task)
@@ -184,11 +183,11 @@ class RunRecords:
         """Write what an epoch leaves; returns its line, and prints it unless a progress bar shows it."""
         row = self.state["history"][-1]
         main = next(name for name in ("val_accuracy", "val_final_score", "val_auc") if name in row)
-        losses = f"loss {row['train_loss']:.4f} / {row['val_loss']:.4f}"
-        line = f"{losses}  {main.removeprefix('val_')} {row[main]:.4f}"
+        line = f"loss {row['train_loss']:.4f} / {row['val_loss']:.4f}"
+        line += f"  {main.removeprefix('val_')} {row[main]:.4f}"
         if not silent:
             print(f"epoch {row['epoch']}  lr {row['lr']:.3g}  {line}{'  *' if kept else ''}", flush=True)
-        log_scalars(self.tensorboard, row)
+        self.log(row)
         # The best network is in last.pt too, so either file may be some epochs late.
         if kept:
             self.best_digest = None
@@ -233,13 +232,5 @@ class RunRecords:
             with open(self.folder / "best.pt", "rb") as source:
                 replace_file("best.pt", functools.partial(shutil.copyfileobj, source))
         except OSError as error:
-            place = f"best.pt could not be copied into {Path.cwd()} ({error.strerror})"
-            print(f"note: {place}; it is {self.folder / 'best.pt'}")
-
-
-def log_scalars(writer, row):
-    for name, value in row.items():
-        if name != "epoch":
-            part, _, score = name.partition("_")
-            writer.add_scalar(f"{score}/{part}" if score else name, value, row["epoch"])
-    writer.flush()
+            place = f"{Path.cwd()} ({error.strerror})"
+            print(f"note: best.pt could not be copied into {place}; it is {self.folder / 'best.pt'}")
