@@ -227,10 +227,8 @@ def check_network(args):
         raise InputError(f"--model {model} does not take {name}; expected {takes}")
     if args.trunk != "resnet50" and model not in EYE_MODELS:
         raise InputError(f"--trunk belongs to --model v0, v1, v2: give --model {args.trunk}")
-    if args.freeze_epochs and not args.fine_tune:
-        raise InputError("--freeze-epochs needs --fine-tune: without it the trunk is frozen all along")
-    if args.trunk_lr != 1 and not args.fine_tune:
-        raise InputError("--trunk-lr needs --fine-tune: without it the trunk does not learn")
+    if not args.fine_tune and (args.freeze_epochs or args.trunk_lr != 1):
+        raise InputError("--freeze-epochs, --trunk-lr: without --fine-tune the trunk does not learn")
     if args.folds and (args.fine_tune or args.bn == "batch" or not args.feature_cache or name != "odir"):
         raise InputError("--folds needs kept features of eye pairs; else use --calibration-fraction")
     if args.calibration_fraction and args.folds:

@@ -19,8 +19,6 @@ import time
 # What the system says of a place that cannot be written.
 DISK_ERRORS = {errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT}
 DISK_ERRORS |= {errno.EFBIG, errno.EEXIST, errno.ENOTDIR}
-DISK_ADVICE = "What was there before is whole. Free some space or choose another folder, then give the same "
-DISK_ADVICE += "command again (a training that had begun: --resume)."
 # How gloo and nccl say that a process they share a run with is no longer there.
 LOST = ("closed by peer", "reset by peer", "Broken pipe", "Timed out waiting", "remote process exited")
 
@@ -127,19 +125,22 @@ def guard(main, *args):
     except OSError as error:
         if error.errno not in DISK_ERRORS:
             raise
-        place = error.filename or "the output"
-        status, message = 2, f"error: cannot write {place}: {error.strerror}. {DISK_ADVICE}"
+        status, place = 2, error.filename or "the output"
+        message = f"error: cannot write {place}: {error.strerror}. What was there before is whole. Free some "
+        message += (
+            "space or choose another folder, then give the same command again (a begun training: --resume)."
+        )
     except (MemoryError, RuntimeError) as error:
-        # torch's own types are RuntimeErrors, and torch is not imported here just to name them.
-        status, text, kind = 1, str(error).partition("\n")[0] or "host memory", type(error).__name__
-        memory = isinstance(error, MemoryError) or "can't allocate memory" in text
+        # By name: torch, whose own types are RuntimeErrors, is not imported here just for them.
+        status, kinds = 1, {kind.__name__ for kind in type(error).__mro__}
+        text = str(error).partition("\n")[0] or "host memory"
         if any(words in text for words in LOST):
             message = (
                 f"error: another process of this run has ended, see there ({text}). {how_to_go_on(error)}"
             )
-        elif kind == "BrokenProcessPool" or "DataLoader worker" in text:
+        elif "BrokenProcessPool" in kinds or "DataLoader worker" in text:
             message = f"error: a worker process was killed ({text}). Try fewer --workers."
-        elif memory or kind == "OutOfMemoryError":
+        elif kinds & {"MemoryError", "OutOfMemoryError"} or "can't allocate memory" in text:
             message = f"error: out of memory ({text}). Try a smaller --batch or --size."
         else:
             raise

@@ -41,7 +41,7 @@ def print_data(args, data, device, precision):
 
 
 def claim_run(args, stored):
-    """At the start: refuse a name that is taken, lock a run that goes on -> its lock, else None."""
+    """Refuse a name that is taken, lock a run that goes on -> its lock, else None."""
     checkpoint.check_name(args)
     if not args.resume or engine.rank():
         return None
@@ -60,8 +60,9 @@ def open_run(args, stored, data, learner, lock):
     folder = Path(args.resume)
     with engine.together():
         if stored["digest"] != data.facts["digest"]:
-            root = data.facts["root"]
-            raise InputError(f"the data in {root} are not those of {folder}: give the same rows and labels")
+            raise InputError(
+                f"the data in {data.facts['root']} are not those of {folder}: give the same ones"
+            )
         learning.restore(args, stored, learner, folder)
     return folder, {name: stored[name] for name in (*NEW_STATE, "digest")}, lock
 
@@ -94,7 +95,6 @@ class RunRecords:
         self.task = {name: getattr(data, name) for name in ("labels", "task", "family", "ordered")}
         self.written = {}  # name -> (when it was written, how long that took)
         self.best_digest = None  # of state["best"], once best.pt holds it
-        self.about = self.describe()
         remove_leftovers(folder)
         self.split = {part: [str(i) for i in frame["ID"]] for part, frame in data.frames.items()}
         rows = [(i, part) for part, ids in self.split.items() for i in ids]
@@ -102,32 +102,29 @@ class RunRecords:
         replace_file(folder / "split.csv", functools.partial(table.to_csv, index=False), "w")
         if data.facts["repaired"]:
             (folder / "repaired.txt").write_text("\n".join(data.facts["repaired"]) + "\n")
-        checkpoint.save_json(folder / "run.json", {**self.about, "status": "running"})
-        self.save_last()
-        for old in folder.glob("events.out.tfevents.*"):
-            old.unlink()
-        # A fresh event file that begins with all epochs so far: after a resume no epoch is there twice.
-        self.tensorboard = SummaryWriter(folder)
-        flags = "\n".join(f"    --{name} {value}" for name, value in sorted(vars(args).items()))
-        self.tensorboard.add_text("arguments", flags)
-        for row in state["history"]:
-            self.log(row)
-
-    def describe(self):
-        """What run.json says of how the run was made."""
-        args, data, learner = self.args, self.data, self.learner
-        began = str(checkpoint.run_facts(self.folder).get("command", "")).split(" ; ")[0]
+        began = str(checkpoint.run_facts(folder).get("command", "")).split(" ; ")[0]
         commands = [began, shlex.join(["python", *sys.argv])]  # that began it, and that went on with it last
         versions = {module.__name__: module.__version__ for module in (torch, torchvision, np)}
         versions["python"] = platform.python_version()
-        about = {"name": self.folder.name, "dataset": args.dataset, "model": args.model, "args": vars(args)}
+        about = {"name": folder.name, "dataset": args.dataset, "model": args.model, "args": vars(args)}
         about |= {"command": " ; ".join(filter(None, commands)), "commit": checkpoint.commit()}
         about |= {"versions": versions, "device": checkpoint.describe_machine(learner.device)}
         about |= {"precision": learner.precision, "processes": engine.world(), **self.task}
         about |= {"weights": {"given": args.weights, "trunk": learner.features.digest}}
         about |= {"trunk_name": learner.model.trunk_name, "shuffled_labels": args.shuffle_labels}
         about |= {"data": {**data.facts, "repaired": len(data.facts["repaired"])}}
-        return about | {"started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")}
+        about |= {"started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")}
+        self.about = about  # what run.json says of how the run was made
+        checkpoint.save_json(folder / "run.json", {**about, "status": "running"})
+        self.save_last()
+        # A fresh event file that begins with all epochs so far: after a resume no epoch is there twice.
+        for old in folder.glob("events.out.tfevents.*"):
+            old.unlink()
+        self.tensorboard = SummaryWriter(folder)
+        flags = "\n".join(f"    --{name} {value}" for name, value in sorted(vars(args).items()))
+        self.tensorboard.add_text("arguments", flags)
+        for row in state["history"]:
+            self.log(row)
 
     def is_due(self, name):
         at, cost = self.written.get(name, (-float("inf"), 0.0))
