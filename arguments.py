@@ -7,6 +7,8 @@ import argparse
 import math
 import re
 import shlex
+import string
+import sys
 from pathlib import Path
 
 from errors import InputError, Parser
@@ -25,15 +27,16 @@ PUBLISHED = {
     "mrnet": dict(model="mrnet", optimizer="adam", lr=1e-5, weight_decay=0.01, scheduler="plateau", batch=1)
     | dict(epochs=50, patience=50, fine_tune=True, augment="knee", weighted_loss=True, preprocess="crop"),
 }
-# schedule -> (--schedule-epochs, --gamma) where they are not given; None: the schedule has no such number
+# schedule or optimiser -> its own flags and what they are where they are not given
 SCHEDULES = {
-    "none": (None, None),
-    "linear": (50, 0.1),
-    "cyclic": (10, None),
-    "step": (1, 0.7),
-    "plateau": (3, 0.3),
-    "cosine": (None, None),
+    "none": {},
+    "linear": dict(schedule_epochs=50, gamma=0.1),
+    "cyclic": dict(schedule_epochs=10, max_lr=0.1),
+    "step": dict(schedule_epochs=1, gamma=0.7),
+    "plateau": dict(schedule_epochs=3, gamma=0.3),
+    "cosine": dict(warmup_epochs=1.0),
 }
+OPTIMIZERS = {"sgd": dict(momentum=0.9), "adam": {}, "adamw": {}}
 RECIPES = {"odir": ("eyes", "pair"), "mrnet": ("knee",)}  # random views; the others take eyes and lab
 EYE_MODELS = ("v0", "v1", "v2", "v3")
 # A resumed run keeps these: they decide shapes, the rows, or what the optimiser and the schedule hold.
@@ -43,22 +46,20 @@ FIXED += "pseudo_labels min_confidence shuffle_labels name runs".split()
 LEAST = dict(size=16, batch=1, epochs=1, patience=1, freeze_epochs=0, views=0, seed=0, split_seed=0, lr=1e-12)
 LEAST |= dict(max_lr=1e-12, weight_decay=0, momentum=0, min_confidence=0, schedule_epochs=1, workers=0)
 LEAST |= dict(warmup_epochs=0, trunk_lr=0, ema=0, folds=0, weight_power=0, calibration_fraction=0)
-MOST = dict(momentum=1, min_confidence=1, ema=0.99999, calibration_fraction=0.5)
-LARGEST_SIZE = 4096  # pixels: larger than any fundus camera's picture
+# 4,096 pixels a side are more than any fundus camera's; one such picture takes 50 MB, in training 0.2 GB.
+MOST = dict(momentum=1, min_confidence=1, ema=0.99999, calibration_fraction=0.5, size=4096)
 # Two runs that differ in these alone are one experiment.
-WHERE = (
-    "seed name resume runs cache workers device precision compile deterministic data feature_cache".split()
-)
+WHERE = "seed name resume runs cache workers device precision compile deterministic data".split()
+WHERE += ["feature_cache"]
 
 
 def add_machine_flags(parser, precision="auto"):
     """Flags that every script with a network has; `precision` is its default."""
-    devices = ["auto", "cpu", "cuda", "mps"]
-    parser.add_argument("--device", choices=devices, default="auto", help="where it runs")
+    add = parser.add_argument
+    add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="where it runs")
     text = "auto: the fastest native one" if precision else "default: as the run was asked to"
-    choices = ["auto", "fp32", "bf16", "fp16"]
-    parser.add_argument("--precision", choices=choices, default=precision, help=text)
-    parser.add_argument("--workers", type=int, help="processes that read pictures (default: all cores)")
+    add("--precision", choices=["auto", "fp32", "bf16", "fp16"], default=precision, help=text)
+    add("--workers", type=int, help="processes that read pictures (default: all cores)")
 
 
 def get_args_parser(dataset="odir", description=None):
@@ -68,10 +69,8 @@ def get_args_parser(dataset="odir", description=None):
     add = parser.add_argument_group("data").add_argument
     add("--dataset", choices=PUBLISHED, default="odir", help="data set; sets the published defaults below")
     add("--data", help="its folder (default: data/<dataset>, else rendered stand-ins)")
-    text = "missing pictures: stop, or drop their rows"
-    add("--missing", choices=["stop", "drop"], default="stop", help=text)
-    text = "validation pictures that are trained on"
-    add("--duplicates", choices=["stop", "keep"], default="stop", help=text)
+    add("--missing", choices=["stop", "drop"], default="stop", help="missing pictures: stop, or drop the row")
+    add("--duplicates", choices=["stop", "keep"], default="stop", help="validation pictures trained on too")
     add("--labels", nargs="+", help="retina, mrnet: which labels (default: the study's)")
     add("--val-fraction", type=float, help="validation patients (published: 0.2; aptos 733/3662)")
     add("--test-fraction", type=float, help="patients kept away (published: 0; aptos 583/3662)")
@@ -87,66 +86,54 @@ def get_args_parser(dataset="odir", description=None):
     add("--crop", type=int, help="pixels a side of a random crop in training; evaluation resizes to it")
     text = "eyes: experiments 8, 9; pair: 14-17; lab: dr; knee: mrnet"
     add("--augment", choices=["none", "eyes", "pair", "lab", "knee"], default="none", help=text)
-    text = "cycle through N random views; 0: a fresh one per epoch (write-up)"
-    add("--views", type=int, default=0, help=text)
+    add("--views", type=int, default=0, help="cycle through N random views; 0: fresh ones (write-up)")
 
     add = parser.add_argument_group("network").add_argument
     text = "v0 to v3: both eyes; mrnet; alexnet, efficientnet-b1, efficientnet-lite0 or torchvision's name"
     add("--model", default="v0", help=text)
-    text = "of v0 to v3: resnet50 (write-up), efficientnet-lite0, or torchvision's name"
-    add("--trunk", default="resnet50", help=text)
+    add("--trunk", default="resnet50", help="of v0 to v3 (write-up: resnet50), named as --model's networks")
     text = "imagenet (write-up), none, one of torchvision's names (IMAGENET1K_V1), a best.pt or a state_dict"
     add("--weights", default="imagenet", help=text)
     add("--fine-tune", action=yes_no, default=False, help="train the trunk too (13-17, the other studies)")
     add("--freeze-epochs", type=int, default=0, help="of --fine-tune: the head alone first (dr lab: 5)")
-    text = (
-        "BatchNorm: fitted once (resnet50), the weights' own (other trunks), or of each batch (--fine-tune)"
-    )
+    text = "BatchNorm: fitted once (resnet50), the weights' own (other trunks), each batch's (--fine-tune)"
     add("--bn", choices=["fitted", "pretrained", "batch"], help=text)
 
     add = parser.add_argument_group("optimisation").add_argument
-    add("--optimizer", choices=["sgd", "adam", "adamw"], default="sgd", help="(write-up)")
+    add("--optimizer", choices=OPTIMIZERS, default="sgd", help="(write-up)")
     add("--lr", type=float, default=0.05, help="learning rate (experiment 3); cyclic: lower end")
     add("--trunk-lr", type=float, default=1.0, help="of --fine-tune: the trunk's share of --lr")
     add("--momentum", type=float, help="of sgd (write-up: 0.9)")
     add("--weight-decay", type=float, default=0.0, help="(write-up: none)")
     text = "stepped once an epoch (experiment 3); cosine: every step, to zero at --epochs"
     add("--scheduler", choices=SCHEDULES, default="linear", help=text)
-    text = "linear: length (50); cyclic: rise (10); step: period (1); plateau: wait (3)"
-    add("--schedule-epochs", type=int, help=text)
+    add("--schedule-epochs", type=int, help="linear: over 50; cyclic: up in 10; step: 1; plateau: wait 3")
     add("--gamma", type=float, help="factor: linear (0.1), step (0.7), plateau (0.3)")
     add("--max-lr", type=float, help="cyclic: upper end (experiment 4: 0.1)")
     add("--warmup-epochs", type=float, help="cosine: the rate rises this long (default: 1)")
     add("--batch", type=int, default=32, help="rows of one step, all processes (write-up)")
     add("--epochs", type=int, default=100, help="at most (write-up)")
     add("--patience", type=int, default=20, help="epochs without a lower validation loss (write-up)")
-    text = "best.pt: the epoch of the lowest validation loss (write-up), or the last one"
-    add("--keep", choices=["best", "last"], default="best", help=text)
-    text = "decay of averaged weights, which are validated and kept; 0: none"
-    add("--ema", type=float, default=0.0, help=text)
-    losses = ["bce", "focal", "asymmetric"]
-    add("--loss", choices=losses, default="bce", help="of several labels (write-up: bce)")
-    text = "pos_weight or class weights of the training part (experiment 11)"
-    add("--weighted-loss", action=yes_no, default=False, help=text)
+    add("--keep", choices=["best", "last"], default="best", help="best: lowest validation loss (write-up)")
+    add("--ema", type=float, default=0.0, help="decay of averaged weights, validated and kept; 0: none")
+    add("--loss", choices=["bce", "asymmetric"], default="bce", help="of several labels (write-up: bce)")
+    add("--weighted-loss", action=yes_no, default=False, help="pos_weight or class weights (experiment 11)")
     add("--weight-power", type=float, default=1.0, help="exponent of these weights; below 1: softer")
-    text = "balanced: experiment 12; weighted: aptos"
-    add("--sampler", choices=["shuffle", "balanced", "weighted"], default="shuffle", help=text)
+    samplers = ["shuffle", "balanced", "weighted"]
+    add("--sampler", choices=samplers, default="shuffle", help="balanced: experiment 12; weighted: aptos")
     add("--drop-last", action=yes_no, default=False, help="leave out a short last batch (dr lab)")
 
     add = parser.add_argument_group("thresholds, learned on training patients").add_argument
-    text = "of a frozen trunk: parts of the training part, one left out at a time"
-    add("--folds", type=int, default=0, help=text)
-    text = "of --fine-tune: share of the training patients that no gradient sees"
-    add("--calibration-fraction", type=float, default=0.0, help=text)
+    add("--folds", type=int, default=0, help="of a frozen trunk: this many parts, each left out once")
+    add("--calibration-fraction", type=float, default=0.0, help="of --fine-tune: patients no gradient sees")
 
     group = parser.add_argument_group("machine")
     add_machine_flags(group)
-    group.add_argument("--compile", action=yes_no, default=False, help="torch.compile; pays off in long runs")
-    text = "same seed, same bits on a GPU too; slower there"
-    group.add_argument("--deterministic", action=yes_no, default=False, help=text)
-    text = "keep a frozen trunk's features on disk"
-    group.add_argument("--feature-cache", action=yes_no, default=True, help=text)
-    group.add_argument("--cache", default="cache", help="folder of kept pictures and features")
+    add = group.add_argument
+    add("--compile", action=yes_no, default=False, help="torch.compile; pays off in long runs")
+    add("--deterministic", action=yes_no, default=False, help="the same bits on a GPU too; slower there")
+    add("--feature-cache", action=yes_no, default=True, help="keep a frozen trunk's features on disk")
+    add("--cache", default="cache", help="folder of kept pictures and features")
 
     add = parser.add_argument_group("run").add_argument
     add("--runs", default="runs", help="folder of the run folders")
@@ -169,9 +156,7 @@ def read_flags(argv, stored=None, description=None):
 
 def parse(argv):
     """The arguments of a new run, complete and checked."""
-    args = read_flags(argv)
-    check_args(args)
-    return resolve(args)
+    return get_args(argv)[0]
 
 
 def get_args(argv=None, description=None):
@@ -188,40 +173,27 @@ def get_args(argv=None, description=None):
             kept = ", ".join(f"--{name.replace('_', '-')} {stored[name]}" for name in refused)
             raise InputError(f"a resumed run keeps its {kept}: start a new run to change it")
     check_args(args)
-    return resolve(args), state
-
-
-def resolve(args):
-    """Give a value to every default that depends on another flag, so that run.json says what was used."""
-    if args.bn is None:
+    # What depends on other flags gets its value here, so that run.json says what was used.
+    for name, value in (SCHEDULES[args.scheduler] | OPTIMIZERS[args.optimizer]).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    if args.bn is None and args.fine_tune:
+        args.bn = "batch"
+    elif args.bn is None:
         # The original's statistics drifted towards the fundus pictures. Of another trunk than the published
         # one the weights' own are better (docs/results.md).
         published = args.trunk == "resnet50" and args.model != "efficientnet-lite0"
         args.bn = "fitted" if published else "pretrained"
-        if args.fine_tune:
-            args.bn = "batch"
-    epochs, gamma = SCHEDULES[args.scheduler]
-    usual = {"schedule_epochs": epochs, "gamma": gamma}
-    if args.scheduler == "cyclic":
-        usual["max_lr"] = 0.1
-    if args.scheduler == "cosine":
-        usual["warmup_epochs"] = 1.0
-    if args.optimizer == "sgd":
-        usual["momentum"] = 0.9
-    for name, value in usual.items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    return args
+    return args, state
 
 
 def check_args(args):
     """Flags that do not go together are refused, not ignored."""
     for name, least in LEAST.items():
-        value, flag = getattr(args, name), f"--{name.replace('_', '-')}"
-        if value is not None and not least <= value < math.inf:
-            raise InputError(f"{flag} {value}: expected {least:g} or more")
-        if value is not None and value > MOST.get(name, math.inf):
-            raise InputError(f"{flag} {value}: expected {MOST[name]} or less")
+        value, most = getattr(args, name), MOST.get(name, sys.float_info.max)
+        if value is not None and not least <= value <= most:
+            asked = f"{least:g} to {most:g}" if name in MOST else f"{least:g} or more"
+            raise InputError(f"--{name.replace('_', '-')} {value}: expected {asked}")
     check_pictures(args)
     check_network(args)
     check_optimisation(args)
@@ -229,9 +201,6 @@ def check_args(args):
 
 def check_pictures(args):
     name, knees = args.dataset, args.dataset == "mrnet"
-    if args.size > LARGEST_SIZE:
-        memory = f"one picture takes {3 * args.size**2 / 1e9:.3g} GB at this size"
-        raise InputError(f"--size {args.size}: {memory}; expected {LARGEST_SIZE} or less")
     if args.labels and len(set(args.labels)) < len(args.labels):
         raise InputError(f"--labels {' '.join(args.labels)}: a label is named twice")
     if args.pseudo_labels and name != "retina":
@@ -239,72 +208,58 @@ def check_pictures(args):
     if args.min_confidence and not args.pseudo_labels:
         raise InputError("--min-confidence needs --pseudo-labels")
     if args.crop and (args.augment == "none" or knees or not 16 <= args.crop <= args.size):
-        needs = f"needs --augment and a --size (here {args.size}) that it fits into"
-        raise InputError(f"--crop {args.crop} {needs}")
+        raise InputError(f"--crop {args.crop} needs --augment and a --size ({args.size}) that it fits into")
     recipes = RECIPES.get(name, ("eyes", "lab"))
     if args.augment not in ("none", *recipes):
         raise InputError(f"--augment {args.augment}: {name} takes {' or '.join(recipes)}")
     if args.views and args.augment == "none":
         raise InputError("--views needs --augment: without it every epoch sees the same pictures")
-    if knees and args.preprocess not in ("crop", "none") or not knees and args.preprocess == "crop":
+    if args.preprocess not in (("crop", "none") if knees else ("fov", "none", "centre")):
         raise InputError(f"--preprocess {args.preprocess}: mrnet takes crop or none, photographs the others")
-    if knees and args.preprocess == "crop" and args.size > 256:
-        raise InputError(f"--size {args.size}: MRNet's slices are 256 x 256")
-    if knees and args.size < 64:
-        raise InputError(f"--size {args.size} is too small for MRNet's AlexNet trunks: 64 or more")
+    if knees and not 64 <= args.size <= (256 if args.preprocess == "crop" else math.inf):
+        raise InputError(f"--size {args.size}: expected 64 (for AlexNet) to 256 (MRNet's slices)")
 
 
 def check_network(args):
     name, model = args.dataset, args.model
-    if (name == "odir") != (model in EYE_MODELS):
-        takes = "v0, v1, v2 or v3" if name == "odir" else "a network for one photograph, such as resnet18"
+    if (name == "odir") != (model in EYE_MODELS) or (name == "mrnet") != (model == "mrnet"):
+        takes = {"odir": "v0, v1, v2 or v3", "mrnet": "mrnet"}.get(name, "a network for one photograph")
         raise InputError(f"--model {model} does not take {name}; expected {takes}")
-    if (name == "mrnet") != (model == "mrnet"):
-        raise InputError(f"--model {model} does not take {name}")
     if args.trunk != "resnet50" and model not in EYE_MODELS:
         raise InputError(f"--trunk belongs to --model v0, v1, v2: give --model {args.trunk}")
-    if args.freeze_epochs and not args.fine_tune:
-        raise InputError("--freeze-epochs needs --fine-tune: without it the trunk is frozen all along")
-    if args.trunk_lr != 1 and not args.fine_tune:
-        raise InputError("--trunk-lr needs --fine-tune: without it the trunk does not learn")
+    if not args.fine_tune and (args.freeze_epochs or args.trunk_lr != 1):
+        raise InputError("--freeze-epochs, --trunk-lr: without --fine-tune the trunk does not learn")
     if args.folds and (args.fine_tune or args.bn == "batch" or not args.feature_cache or name != "odir"):
-        advice = "odir, without --fine-tune and --no-feature-cache; else use --calibration-fraction"
-        raise InputError(f"--folds needs kept features of eye pairs: {advice}")
+        raise InputError("--folds needs kept features of eye pairs; else use --calibration-fraction")
     if args.calibration_fraction and args.folds:
         raise InputError("--calibration-fraction and --folds are two ways to learn thresholds: choose one")
     if args.folds == 1:
         raise InputError("--folds 1: expected 2 or more, or 0 for none")
-    if (args.folds or args.calibration_fraction) and name not in ("odir", "mrnet"):
-        raise InputError(f"{name} has one class a picture, the strongest: there are no thresholds to learn")
 
 
 def check_optimisation(args):
-    epochs, gamma = SCHEDULES[args.scheduler]
-    if args.schedule_epochs is not None and epochs is None:
-        raise InputError(f"--schedule-epochs: --scheduler {args.scheduler} has none")
-    if args.gamma is not None and gamma is None:
-        raise InputError(f"--gamma: --scheduler {args.scheduler} has none")
+    theirs = SCHEDULES[args.scheduler] | OPTIMIZERS[args.optimizer]
+    for name in ("schedule_epochs", "gamma", "max_lr", "warmup_epochs", "momentum"):
+        if getattr(args, name) is not None and name not in theirs:
+            chosen = f"--scheduler {args.scheduler} with --optimizer {args.optimizer}"
+            raise InputError(f"--{name.replace('_', '-')}: {chosen} has none")
     if args.gamma is not None and not 0 < args.gamma < 1:
         raise InputError(f"--gamma {args.gamma}: expected a factor between 0 and 1")
-    if args.max_lr is not None and args.scheduler != "cyclic":
-        raise InputError("--max-lr belongs to --scheduler cyclic")
-    high = args.max_lr or 0.1
-    if args.scheduler == "cyclic" and args.lr >= high:
-        raise InputError(f"--lr {args.lr} is cyclic's lower end: expected less than --max-lr {high}")
-    if args.scheduler == "cyclic" and args.trunk_lr != 1:
-        raise InputError("--trunk-lr: --scheduler cyclic sets one rate for the whole network")
-    if args.scheduler == "cyclic" and args.optimizer != "sgd":
-        raise InputError("--scheduler cyclic cycles sgd's momentum too: give --optimizer sgd")
+    if args.scheduler == "cyclic":
+        high = args.max_lr or SCHEDULES["cyclic"]["max_lr"]
+        if args.lr >= high:
+            raise InputError(f"--lr {args.lr} is cyclic's lower end: expected less than --max-lr {high}")
+        if args.trunk_lr != 1:
+            raise InputError("--trunk-lr: --scheduler cyclic sets one rate for the whole network")
+        if args.optimizer != "sgd":
+            raise InputError("--scheduler cyclic cycles sgd's momentum too: give --optimizer sgd")
     if args.warmup_epochs is not None and args.warmup_epochs > args.epochs:
         raise InputError(f"--warmup-epochs {args.warmup_epochs:g}: expected --epochs {args.epochs} or less")
-    if args.warmup_epochs is not None and args.scheduler != "cosine":
-        raise InputError("--warmup-epochs belongs to --scheduler cosine")
-    if args.momentum is not None and args.optimizer != "sgd":
-        raise InputError("--momentum belongs to --optimizer sgd")
     one_class = args.dataset not in ("odir", "mrnet")
+    if (args.folds or args.calibration_fraction) and one_class:
+        raise InputError(f"{args.dataset} has one class a picture: there are no thresholds to learn")
     if args.sampler == "weighted" and not one_class:
-        problem = f"--sampler weighted needs one class a picture; {args.dataset} has labels"
-        raise InputError(f"{problem}: use balanced")
+        raise InputError(f"--sampler weighted needs one class a picture; for {args.dataset} use balanced")
     if args.loss != "bce" and one_class:
         raise InputError(f"--loss {args.loss} is for several labels a row; {args.dataset} has one class")
     if args.loss == "asymmetric" and args.weighted_loss:
@@ -313,15 +268,12 @@ def check_optimisation(args):
         raise InputError("--weight-power needs --weighted-loss")
 
 
-# ---------------------------------------------------------------- the experiments
-
-
 def experiments(script=None):
     """{name: its flags as parsed} of every line `run NAME FLAGS` of run_all.sh."""
     script = Path(script or Path(__file__).with_name("run_all.sh"))
     values, found = {"prefix": ""}, {}
     for line in script.read_text().splitlines():
-        line = re.sub(r"\$\{?(\w+)\}?", lambda match: values.get(match[1], match[0]), line)
+        line = string.Template(line).safe_substitute(values)
         setting = re.fullmatch(r'(\w+)="([^"]*)"', line)
         if setting:
             values[setting[1]] = setting[2]
@@ -336,12 +288,8 @@ def differences(args, line):
     told = []
     for name, asked in vars(line).items():
         used = args.get(name, asked)
-        if name in WHERE or comparable(used) == comparable(asked):
-            continue
-        told.append(f"{name.replace('_', ' ')} {used} not {asked}")
+        # A path counts by its last part: the folder of runs may be another.
+        same = used == asked or Path(str(used)).name == Path(str(asked)).name
+        if not same and name not in WHERE:
+            told.append(f"{name.replace('_', ' ')} {used} not {asked}")
     return told
-
-
-def comparable(value):
-    """A path by its last part: the folder of runs may be another."""
-    return Path(value).name if isinstance(value, str) else value

@@ -152,7 +152,7 @@ def plain_draws(labels, draws):
 
 def extraction(args, device):
     """Features of pictures in memory: folded, in the fast precision, compiled; against a matrix product."""
-    precision = engine.pick_precision("auto", device, args.trunk)
+    precision = engine.pick_precision("auto", device)
     net = models.build_trunk(args.trunk, args.size, True)[0].eval().to(device)
     images = torch.randn(args.pictures, 3, args.size, args.size, device=device)
     n, batch = MATRIX.get(device.type, 4096), EXTRACT_BATCH.get(device.type, 16)

@@ -6,13 +6,11 @@ run.json  how the run was made and what came out of it
 """
 
 import contextlib
-import datetime
 import functools
 import io
 import itertools
 import json
 import platform
-import shlex
 import subprocess
 import sys
 import zipfile
@@ -63,23 +61,17 @@ def load_last(folder):
     except InputError as error:
         try:
             epoch = load_checkpoint(best)["epoch"]
+            left = f"The last good epoch is {epoch}, the best so far: test.py takes {best}"
+            left += f", and a new run can start from it with --weights {best}"
         except InputError as other:
-            advice = f"delete {folder} and start it again"
-            raise InputError(f"{error}. No epoch of this run can be trusted ({other}): {advice}") from error
-        left = f"The last good epoch is {epoch}, the best so far: {best} holds it for test.py"
-        advice = f"This run cannot go on; a new one can start from that epoch with --weights {best}"
-        raise InputError(f"{error}. {left}. {advice}") from error
+            left = f"No epoch of this run can be trusted ({other}): delete {folder} and start it again"
+        raise InputError(f"{error}. {left}") from error
 
 
 def save_checkpoint(path, kind, **state):
-    replace_file(path, functools.partial(save_to, {"kind": kind, "format": FORMAT, **state}))
-
-
-def save_to(state, stream):
-    """torch.save, whose own error would hide the OSError of a full disk."""
     try:
-        torch.save(state, stream)
-    except RuntimeError as error:
+        replace_file(path, functools.partial(torch.save, {"kind": kind, "format": FORMAT, **state}))
+    except RuntimeError as error:  # of torch.save, which hides the OSError of a full disk
         if isinstance(error.__context__, OSError):
             raise error.__context__ from None
         raise
@@ -87,19 +79,13 @@ def save_to(state, stream):
 
 def state_digest(*modules):
     """Digest of all parameters and buffers of modules, or of the values of a state_dict."""
-    values = []
-    for module in modules:
-        state = module if isinstance(module, dict) else module.state_dict()
-        values += [value.detach().cpu().numpy() for value in state.values()]
-    return digest(*values)
+    states = [module if isinstance(module, dict) else module.state_dict() for module in modules]
+    return digest(*[value.detach().cpu().numpy() for state in states for value in state.values()])
 
 
 def cpu_state(module, copy=False):
     """A module's state_dict on the CPU; `copy` where it must stay as it is while training goes on."""
     return {key: value.detach().to("cpu", copy=copy) for key, value in module.state_dict().items()}
-
-
-# ---------------------------------------------------------------- the run folder
 
 
 def find_checkpoint(path):
@@ -109,20 +95,9 @@ def find_checkpoint(path):
 
 
 def home_of(path):
-    """Where files about a checkpoint go: the folder it lies in where that is a run's, else one beside it.
-
-    No path that is stored in a checkpoint is ever written to.
-    """
-    path = Path(path)
+    """Where files about a checkpoint go: its folder where that is a run's, else one beside it."""
+    path = Path(path)  # no path that is stored in a checkpoint is ever written to
     return path.parent if (path.parent / "run.json").exists() else path.with_name(f"test-{path.stem}")
-
-
-def is_taken(folder):
-    """Whether a folder holds more than a run leaves that was stopped before its first checkpoint."""
-    if not folder.is_dir():
-        return folder.exists()
-    begun = {"run.json", "split.csv", "repaired.txt"}
-    return any(file.name not in begun and not file.name.startswith(".") for file in folder.iterdir())
 
 
 def check_name(args):
@@ -132,7 +107,9 @@ def check_name(args):
     if Path(args.name).name != args.name:
         raise InputError(f"--name {args.name}: expected a plain name, without folders")
     folder = Path(args.runs) / args.name
-    if is_taken(folder):
+    found = {file.name for file in folder.glob("[!.]*")}
+    # A run that was stopped before its first checkpoint leaves no more than these.
+    if folder.is_file() or found - {"run.json", "split.csv", "repaired.txt"}:
         advice = f"choose another --name, or go on with --resume {folder}"
         raise InputError(f"{folder} exists and is never overwritten: {advice}")
 
@@ -143,8 +120,7 @@ def new_run_folder(args):
     try:
         runs.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        advice = "name a folder that can be written"
-        raise InputError(f"--runs {runs} cannot be made ({error.strerror}): {advice}") from error
+        raise InputError(f"--runs {runs} cannot be made ({error.strerror}): name another folder") from error
     check_name(args)
     if args.name:
         (runs / args.name).mkdir(exist_ok=True)
@@ -157,10 +133,7 @@ def new_run_folder(args):
 
 
 def lock_run(folder):
-    """Hold a run's folder for this process -> the open file. The system lets go when the process ends.
-
-    Raises InputError where another process trains in this folder.
-    """
+    """Hold a run's folder until this process ends -> the open file. InputError: another one trains there."""
     stream = open(Path(folder) / ".lock", "w")
     try:
         if sys.platform == "win32":
@@ -173,8 +146,9 @@ def lock_run(folder):
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError) as error:
         stream.close()
-        problem = f"{folder} is being trained by another process"
-        raise InputError(f"{problem}: wait for its end, or stop it") from error
+        raise InputError(
+            f"{folder} is being trained by another process: wait for its end, or stop it"
+        ) from error
     return stream
 
 
@@ -204,13 +178,6 @@ def run_facts(folder):
     return facts if isinstance(facts, dict) else {}
 
 
-def versions():
-    import torchvision
-
-    found = {module.__name__: module.__version__ for module in (torch, torchvision, np)}
-    return {"python": platform.python_version(), **found}
-
-
 def describe_machine(device):
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
@@ -221,22 +188,11 @@ def describe_machine(device):
 def commit():
     """The commit of the code that runs, with + when files differ from it; "unknown" without git."""
     command = ["git", "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty=+"]
-    here = dict(capture_output=True, text=True, check=True, cwd=Path(__file__).parent)
+    folder = Path(__file__).parent
     try:
-        return subprocess.run(command, **here).stdout.strip()
+        return subprocess.check_output(command, cwd=folder, stderr=subprocess.DEVNULL, text=True).strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-
-
-def command_line(folder):
-    """The command that began the run in `folder`, and, where it goes on, the one that did that last."""
-    began = str(run_facts(folder).get("command", "")).split(" ; ")[0]
-    now = shlex.join(["python", *sys.argv])
-    return f"{began} ; {now}" if began else now
-
-
-def now():
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
 def write_sheet(path, frame):
@@ -246,7 +202,7 @@ def write_sheet(path, frame):
     buffer = io.BytesIO()  # a zip archive on a full disk complains twice
     with pd.ExcelWriter(buffer, engine="openpyxl") as writer:
         frame.to_excel(writer, index=False, freeze_panes=(1, 0))
-        sheet = next(iter(writer.sheets.values()))
+        sheet = writer.book.active
         for column in sheet.columns:
             width = max(9, len(str(column[0].value)) + 3)
             sheet.column_dimensions[column[0].column_letter].width = width

@@ -7,13 +7,11 @@ import os
 import random
 import sys
 from datetime import timedelta
-from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torchvision.ops import sigmoid_focal_loss
 from tqdm.auto import tqdm
 
 from errors import InputError, end_with_parent
@@ -22,10 +20,8 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float
 PATIENT = timedelta(hours=12)  # the other processes wait this long while one decodes pictures
 SHORT = timedelta(minutes=10)  # and this long for a step
 LAG = 8  # steps of a GPU between a loss and the look at it, the same on every rank
+ASYMMETRY = 2  # gamma of the asymmetric loss's negatives, by cross-validation on training patients
 _patient_group = None
-
-
-# ---------------------------------------------------------------- processes (one unless started by torchrun)
 
 
 def rank():
@@ -37,8 +33,7 @@ def world():
 
 
 def local_rank():
-    """This process's place on its own machine."""
-    return int(os.environ.get("LOCAL_RANK", 0))
+    return int(os.environ.get("LOCAL_RANK", 0))  # on its own machine
 
 
 def local_world():
@@ -46,10 +41,7 @@ def local_world():
 
 
 def start_processes(device, deterministic=False):
-    """The device of this process; under torchrun also its place among the others.
-
-    nccl adds up gradients on GPUs; gloo on the CPU carries messages, so that they never wait for a GPU.
-    """
+    """The device of this process; under torchrun also its place among the others."""
     global _patient_group
     if device.type == "cuda" and "LOCAL_RANK" in os.environ:
         device = torch.device("cuda", local_rank())
@@ -60,6 +52,7 @@ def start_processes(device, deterministic=False):
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     if "LOCAL_RANK" in os.environ and not dist.is_initialized():
+        # nccl adds up gradients; gloo carries messages on the CPU, so that they never wait for a GPU.
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=SHORT)
         _patient_group = dist.new_group(backend="gloo", timeout=PATIENT)
         if rank():  # rank 0 speaks for all
@@ -102,9 +95,8 @@ def from_rank0(function, *args):
 
 
 def all_sum(tensor):
-    """A tensor summed over the ranks."""
     if world() > 1:
-        dist.all_reduce(tensor)
+        dist.all_reduce(tensor)  # in place
     return tensor
 
 
@@ -130,29 +122,21 @@ def distribute(module, device):
     return torch.nn.parallel.DistributedDataParallel(module, device_ids=devices)
 
 
-# ---------------------------------------------------------------- device, precision, seeds
-
-
 def pick_device(name):
-    there = [kind for kind in ("cuda", "mps") if getattr(torch, kind).is_available()] + ["cpu"]
+    there = [kind for kind in ("cuda", "mps", "cpu") if getattr(torch, kind).is_available()]
     if name not in ("auto", *there):
         raise InputError(f"--device {name}: this machine or this torch ({torch.__version__}) has none")
     return torch.device(there[0] if name == "auto" else name)
 
 
-def pick_precision(name, device, network=""):
-    """`auto`: bf16 where the hardware computes it natively, fp16 with loss scaling on older GPUs, else fp32.
-
-    EfficientNet-B1 stays in fp32 on a CPU: it is slower there in bf16 (BENCHMARKS.md).
-    """
+def pick_precision(name, device):
+    """`auto`: bf16 where the hardware has it, fp16 with loss scaling on older GPUs, else fp32."""
     if name != "auto":
         return name
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    if device.type == "cpu" and native and network != "efficientnet-b1":
-        return "bf16"
-    return "fp32"
+    return "bf16" if device.type == "cpu" and native else "fp32"
 
 
 def autocast(device, precision, enabled=True):
@@ -176,19 +160,15 @@ def seed_dropout(seed, epoch, step, device):
 
 def progress(iterable, text, **kwargs):
     """tqdm on a terminal or in a notebook, silent in a log file and on other ranks."""
-    terminal = None if "ipykernel" not in sys.modules else False  # None is tqdm's word for: if it is one
-    silent = True if rank() else terminal
-    return tqdm(iterable, text, disable=silent, leave=False, dynamic_ncols=True, **kwargs)
-
-
-# ---------------------------------------------------------------- loss
+    shown = "ipykernel" in sys.modules or sys.stderr.isatty()
+    return tqdm(iterable, text, disable=rank() > 0 or not shown, leave=False, dynamic_ncols=True, **kwargs)
 
 
 class Criterion:
     """Losses of a batch: (logits, targets) -> (loss of each row, its weight in the mean), both (B,).
 
-    Several labels: the mean over labels of binary cross-entropy, focal loss (Lin et al. 2017, gamma 2) or
-    asymmetric loss (Ridnik et al. 2021: gamma 4 for negatives, shifted by 0.05); `weight` = pos_weight (L,).
+    Several labels: the mean over labels of binary cross-entropy (`weight`: pos_weight (L,)) or of the
+    asymmetric loss (Ridnik et al. 2021: gamma 4 for negatives, here ASYMMETRY; shifted by 0.05).
     One class: cross-entropy, `weight` = class weights (K,); the mean divides by the weights, as torch's does.
     """
 
@@ -198,22 +178,18 @@ class Criterion:
             self.weight = torch.as_tensor(weight, dtype=torch.float32, device=device)
 
     def __call__(self, logits, targets):
-        if self.task == "multilabel":
-            losses = self.label_losses(logits, targets).mean(1)
-            return losses, torch.ones_like(losses)
-        losses = F.cross_entropy(logits, targets, weight=self.weight, reduction="none")
-        return losses, torch.ones_like(losses) if self.weight is None else self.weight[targets]
-
-    def label_losses(self, logits, targets):
-        """(B, L)"""
+        if self.task == "multiclass":
+            losses = F.cross_entropy(logits, targets, weight=self.weight, reduction="none")
+            return losses, torch.ones_like(losses) if self.weight is None else self.weight[targets]
         if self.loss == "bce":
-            weight = self.weight
-            return F.binary_cross_entropy_with_logits(logits, targets, pos_weight=weight, reduction="none")
-        if self.loss == "focal":
-            losses = sigmoid_focal_loss(logits, targets, alpha=-1, gamma=2)
-            return losses if self.weight is None else losses * torch.where(targets == 1, self.weight, 1.0)
-        shifted = (logits.sigmoid() - 0.05).clamp(min=0)
-        return -targets * F.logsigmoid(logits) - (1 - targets) * torch.log(1 - shifted) * shifted**4
+            rules = dict(pos_weight=self.weight, reduction="none")
+            each = F.binary_cross_entropy_with_logits(logits, targets, **rules)
+        else:
+            shifted = (logits.sigmoid() - 0.05).clamp(min=0)
+            negative = (1 - targets) * torch.log(1 - shifted) * shifted**ASYMMETRY
+            each = -targets * F.logsigmoid(logits) - negative
+        losses = each.mean(1)  # (B, L) -> (B,)
+        return losses, torch.ones_like(losses)
 
     def probs(self, logits):
         return logits.sigmoid() if self.task == "multilabel" else logits.softmax(1)
@@ -228,50 +204,32 @@ class Outputs(Criterion):
 
 def check_finite(loss, epoch, step=" (validation)"):
     if not math.isfinite(loss):
-        advice = "lower --lr, or look at the data"
-        raise FloatingPointError(f"the loss is {float(loss)} in epoch {epoch}{step}: {advice}")
+        where = f"in epoch {epoch}{step}"
+        raise FloatingPointError(f"the loss is {float(loss)} {where}: lower --lr, or look at the data")
 
 
 class LossWatch:
-    """Raises FloatingPointError at a loss that is not finite, on every rank at the same step.
-
-    A GPU's loss is copied beside the computation and looked at LAG steps later, so nothing waits for it.
-    """
+    """Raises FloatingPointError at a loss that is not finite, on every rank at the same step."""
 
     def __init__(self, epoch):
         self.epoch, self.waiting = epoch, collections.deque()
 
     def see(self, loss, step):
-        arrived = None
-        if loss.is_cuda:
-            host = torch.empty((), pin_memory=True).copy_(loss, non_blocking=True)
-            arrived = torch.cuda.Event()
-            arrived.record()
-            loss = host
-        self.waiting.append((step, loss, arrived))
-        if arrived is None or len(self.waiting) > LAG:
-            self.check()
+        if not loss.is_cuda:
+            return check_finite(loss, self.epoch, f", step {step}")
+        # Copied beside the computation and looked at some steps later, so that nothing waits for it.
+        host = torch.empty((), pin_memory=True).copy_(loss, non_blocking=True)
+        arrived = torch.cuda.Event()
+        arrived.record()
+        self.waiting.append((step, host, arrived))
+        self.finish(LAG)
 
-    def check(self):
-        step, loss, arrived = self.waiting.popleft()
-        if arrived is not None:
+    def finish(self, left=0):
+        """Look at all losses but the last `left`."""
+        while len(self.waiting) > left:
+            step, loss, arrived = self.waiting.popleft()
             arrived.synchronize()
-        check_finite(loss, self.epoch, f", step {step}")
-
-    def finish(self):
-        while self.waiting:
-            self.check()
-
-
-# ---------------------------------------------------------------- the two passes
-
-
-class Step(NamedTuple):
-    """What a training step leaves for the epoch's own scores, on the device."""
-
-    sums: torch.Tensor  # of the rows' losses and weights, over all ranks
-    targets: torch.Tensor
-    probs: torch.Tensor
+            check_finite(loss, self.epoch, f", step {step}")
 
 
 def train_mode(model, hold_batchnorm):
@@ -282,10 +240,7 @@ def train_mode(model, hold_batchnorm):
 
 
 def train_one_epoch(module, loader, prepare, learner, epoch, precision):
-    """Train `module` on the batches of `loader` -> (mean loss, targets, probs) of the epoch, over all ranks.
-
-    Raises FloatingPointError with epoch and step when a loss is not finite.
-    """
+    """Train `module` on a `loader` -> (mean loss, targets, probs) of the epoch, over all ranks."""
     steps, watch = [], LossWatch(epoch)
     for step, batch in enumerate(progress(loader, f"epoch {epoch}")):
         inputs, targets = prepare(batch)
@@ -303,49 +258,41 @@ def train_one_epoch(module, loader, prepare, learner, epoch, precision):
         learner.scaler.step(learner.optimizer)
         learner.scaler.update()
         learner.average()
-        steps.append(Step(sums, targets, learner.criterion.probs(logits.detach().float())))
+        steps.append((sums, targets, learner.criterion.probs(logits.detach().float())))
         watch.see(sums[0] / sums[1], step)  # the global loss: every rank stops at the same one
     watch.finish()
     return summarise(steps)
 
 
 def summarise(steps):
-    """An epoch's steps over all ranks -> (mean loss, targets, probs)."""
-    losses, weights = zip(*torch.stack([step.sums for step in steps]).tolist(), strict=True)
-    targets = torch.cat([step.targets for step in steps]).cpu().numpy()
-    probs = torch.cat([step.probs for step in steps]).cpu().numpy()
-    targets, probs = zip(*gather((targets, probs)), strict=True)
-    return sum(losses) / sum(weights), np.concatenate(targets), np.concatenate(probs)
+    """(sums of losses and weights over all ranks, targets, probs) of each step -> what the epoch returns."""
+    sums, *outputs = zip(*steps, strict=True)
+    losses, weights = zip(*torch.stack(sums).tolist(), strict=True)
+    shares = gather([torch.cat(output).cpu().numpy() for output in outputs])
+    targets, probs = map(np.concatenate, zip(*shares, strict=True))
+    return sum(losses) / sum(weights), targets, probs
 
 
 @torch.inference_mode()
 def predict(model, loader, prepare, criterion):
     """A whole part in the order of its rows -> (mean loss, probs (n, K) float32), on every rank."""
     model.eval()
-    order = [index for batch in loader.batch_sampler for index, _ in batch]
-    logits, targets = [], []
-    for batch in progress(loader, "predicting"):
-        inputs, target = prepare(batch)
-        logits.append(model(*inputs).float())
-        targets.append(target)
-    logits, targets = torch.cat(logits), torch.cat(targets)
+    order = np.array([index for batch in loader.batch_sampler for index, _ in batch], dtype=np.int64)
+    batches = map(prepare, progress(loader, "predicting"))
+    seen = [(model(*inputs).float(), targets) for inputs, targets in batches]
+    logits, targets = map(torch.cat, zip(*seen, strict=True))
     losses, probs = criterion(logits, targets)[0], criterion.probs(logits)
-    pieces = gather((np.asarray(order, dtype=np.int64), losses.cpu().numpy(), probs.cpu().numpy()))
-    order, losses, probs = (np.concatenate(piece) for piece in zip(*pieces, strict=True))
+    pieces = gather((order, losses.cpu().numpy(), probs.cpu().numpy()))
+    order, losses, probs = map(np.concatenate, zip(*pieces, strict=True))
     back = np.argsort(order)
     return float(losses[back].mean(dtype=np.float64)), probs[back]
 
 
 def make_loader(data, batches, workers=0, device=None):
     """A DataLoader over `data` with these batches (samplers.Batches): one indexing call per batch."""
+    # What lies on a GPU already cannot be pinned.
     pin = device is not None and device.type == "cuda" and not data.on_device
-    return torch.utils.data.DataLoader(
-        data,
-        batch_sampler=batches,
-        collate_fn=dict,  # a data set hands out whole batches, which are left as they are
-        num_workers=workers,
-        pin_memory=pin,  # what lies on a GPU already cannot be pinned
-        worker_init_fn=end_with_parent,
-        prefetch_factor=4 if workers else None,
-        generator=torch.Generator(),
-    )
+    own = dict(num_workers=workers, worker_init_fn=end_with_parent, prefetch_factor=4 if workers else None)
+    # `dict` leaves the whole batches that a data set hands out as they are.
+    rules = dict(batch_sampler=batches, collate_fn=dict, pin_memory=pin, generator=torch.Generator())
+    return torch.utils.data.DataLoader(data, **rules, **own)

@@ -7,7 +7,6 @@ import argparse
 import contextlib
 import difflib
 import errno
-import functools
 import multiprocessing
 import os
 import re
@@ -20,10 +19,6 @@ import time
 # What the system says of a place that cannot be written.
 DISK_ERRORS = {errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT}
 DISK_ERRORS |= {errno.EFBIG, errno.EEXIST, errno.ENOTDIR}
-DISK_ADVICE = (
-    "What was there before is whole. Free some space or choose another folder, then give the same command "
-    "again (a training that had begun: --resume)."
-)
 # How gloo and nccl say that a process they share a run with is no longer there.
 LOST = ("closed by peer", "reset by peer", "Broken pipe", "Timed out waiting", "remote process exited")
 
@@ -81,30 +76,23 @@ def end_with_parent(*_):
     # Ctrl-C reaches every process of a terminal. What happens then is the parent's decision.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    # Not os.getppid(): where workers come from a fork server, that is the server.
-    parent = multiprocessing.parent_process()
-    threading.Thread(target=call_after, args=(parent.join, os._exit, 1), daemon=True).start()
+    threading.Thread(target=exit_after_parent, daemon=True).start()
 
 
-def wait_for_end(parent):
-    """Return once this process is no child of process `parent` (which cannot say that it was killed)."""
+def exit_after_parent():
+    multiprocessing.parent_process().join()  # of workers from a fork server os.getppid() is that server
+    os._exit(1)
+
+
+def terminate_without(parent):
+    """SIGTERM to this process once it is no child of process `parent` (which cannot say it was killed)."""
     while os.getppid() == parent:
         time.sleep(0.5)
-
-
-def call_after(wait, function, *args):
-    wait()
-    function(*args)
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def terminate(number, _):
     raise Terminated(number)
-
-
-def end_workers():
-    """Kill the worker processes: at its exit Python would wait for the pictures that they decode."""
-    for worker in multiprocessing.active_children():
-        worker.kill()
 
 
 def guard(main, *args):
@@ -120,42 +108,45 @@ def guard(main, *args):
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, terminate)
     if "END_WITH_PARENT" in os.environ:  # run_all.sh: its scripts must not outlive it, nor theirs them
-        lost = functools.partial(wait_for_end, int(os.environ["END_WITH_PARENT"]))
-        end, os.environ["END_WITH_PARENT"] = (lost, os.kill, os.getpid(), signal.SIGTERM), str(os.getpid())
-        threading.Thread(target=call_after, args=end, daemon=True).start()
+        parent, os.environ["END_WITH_PARENT"] = int(os.environ["END_WITH_PARENT"]), str(os.getpid())
+        threading.Thread(target=terminate_without, args=[parent], daemon=True).start()
     try:
         return main(*args) or 0
     except (InputError, FloatingPointError) as error:
-        return fail(2 if isinstance(error, InputError) else 1, f"error: {error}")
+        status, message = 2 if isinstance(error, InputError) else 1, f"error: {error}"
     except KeyboardInterrupt as error:
-        end_workers()
-        return fail(143 if isinstance(error, Terminated) else 130, f"interrupted. {how_to_go_on(error)}")
+        for worker in multiprocessing.active_children():
+            worker.kill()  # at its exit Python would wait for the pictures that they decode
+        status = 143 if isinstance(error, Terminated) else 130
+        message = f"interrupted. {how_to_go_on(error)}"
     except BrokenPipeError:  # the reader of our output, `| head` say, has gone
         sys.stdout = None
         return 141
     except OSError as error:
         if error.errno not in DISK_ERRORS:
             raise
-        place = error.filename or "the output"
-        return fail(2, f"error: cannot write {place}: {error.strerror}. {DISK_ADVICE}")
+        status, place = 2, error.filename or "the output"
+        message = f"error: cannot write {place}: {error.strerror}. What was there before is whole. Free some "
+        message += (
+            "space or choose another folder, then give the same command again (a begun training: --resume)."
+        )
     except (MemoryError, RuntimeError) as error:
-        # torch's own types are RuntimeErrors, and torch is not imported here just to name them.
+        # By name: torch, whose own types are RuntimeErrors, is not imported here just for them.
+        status, kinds = 1, {kind.__name__ for kind in type(error).__mro__}
         text = str(error).partition("\n")[0] or "host memory"
         if any(words in text for words in LOST):
-            said = "error: another process of this run has ended, which says why"
-            return fail(1, f"{said} ({text}). {how_to_go_on(error)}")
-        if type(error).__name__ == "BrokenProcessPool" or "DataLoader worker" in text:
-            return fail(1, f"error: a worker process was killed ({text}). Try fewer --workers.")
-        memory = isinstance(error, MemoryError) or "can't allocate memory" in text
-        if not memory and type(error).__name__ != "OutOfMemoryError":
+            message = (
+                f"error: another process of this run has ended, see there ({text}). {how_to_go_on(error)}"
+            )
+        elif "BrokenProcessPool" in kinds or "DataLoader worker" in text:
+            message = f"error: a worker process was killed ({text}). Try fewer --workers."
+        elif kinds & {"MemoryError", "OutOfMemoryError"} or "can't allocate memory" in text:
+            message = f"error: out of memory ({text}). Try a smaller --batch or --size."
+        else:
             raise
-        return fail(1, f"error: out of memory ({text}). Try a smaller --batch or --size.")
+    print(message, file=sys.stderr, flush=True)
+    return status
 
 
 def how_to_go_on(error):
     return f"Go on with:\n    {getattr(error, 'go_on', None) or shlex.join(['python', *sys.argv])}"
-
-
-def fail(status, message):
-    print(message, file=sys.stderr, flush=True)
-    return status

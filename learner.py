@@ -13,16 +13,16 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import checkpoint
 import engine
-import metrics
 import models
 import samplers
 from augment import prepare_batch
-from dataset import FeatureSet
+from dataset import FeatureSet, eval_size
 from errors import InputError
 from features import TrunkFeatures, compiled, fit_batchnorm, training_data
 
-# Where one of these is another after a resume, the schedule is made anew.
+# Where one of these is another after a resume, the schedule is as if it had been so from the start.
 SCHEDULE_FLAGS = ("lr", "momentum", "weight_decay", "schedule_epochs", "gamma", "max_lr")
+OPTIMIZERS = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 
 
 @dataclass
@@ -49,24 +49,22 @@ class Learner:
 
     def evaluated(self):
         """The network that is validated and kept: the averaged one, where there is one."""
-        if self.ema is None or not self.trunk:
-            return self.model if self.ema is None else self.ema.module
-        return with_classifier(self.model, self.ema.module)
+        if self.ema is None:
+            return self.model
+        return with_classifier(self.model, self.ema.module) if self.trunk else self.ema.module
 
     def kept_weights(self):
         """A copy of that network as it stands, without a frozen trunk: {name: tensor} on the CPU."""
         network = self.evaluated()
-        if not self.trunk:
-            return checkpoint.cpu_state(network, copy=True)
-        state = checkpoint.cpu_state(network.classifier, copy=True)
-        return {f"classifier.{name}": value for name, value in state.items()}
+        if self.trunk:
+            network = torch.nn.ModuleDict({"classifier": network.classifier})
+        return checkpoint.cpu_state(network, copy=True)
 
     def set_rate(self, epoch, step, steps):
         """The cosine schedule sets the rate of every step; the others have stepped after the last epoch."""
         if self.cosine is None:
             return
-        warmup, epochs = self.cosine
-        now = epoch + (step + 1) / steps
+        (warmup, epochs), now = self.cosine, epoch + (step + 1) / steps
         if now <= warmup:
             factor = now / warmup
         else:
@@ -92,9 +90,8 @@ class Learner:
             state["ema"] = checkpoint.cpu_state(self.ema)
         # BatchNorm as it was fitted: another precision or torch version would fit it a little otherwise.
         state["buffers"] = {name: buffer.cpu() for name, buffer in self.model.backbone.named_buffers()}
-        for name in ("optimizer", "scheduler", "scaler"):
-            state[name] = getattr(self, name).state_dict()
-        return state
+        own = ("optimizer", "scheduler", "scaler")
+        return state | {name: getattr(self, name).state_dict() for name in own}
 
 
 def with_classifier(model, classifier):
@@ -103,22 +100,17 @@ def with_classifier(model, classifier):
     return copy.deepcopy(model, shared | {id(model.classifier): classifier})
 
 
-# ---------------------------------------------------------------- how it is built
-
-
 def build_model(args, labels, rendered):
     """The network with its weights; on rendered data random ones, loudly, where ImageNet's cannot be had."""
     engine.seed_everything(args.seed)
-    size = args.crop or args.size
     try:
-        return models.build_model(args.model, len(labels), args.weights, size, args.trunk)
+        return models.build_model(args.model, len(labels), args.weights, eval_size(args), args.trunk)
     except InputError as error:
         if not (rendered and args.weights == "imagenet"):
             raise
         print(f"!! RANDOM WEIGHTS: {error}.\n!! On rendered data the run goes on; its scores mean nothing.")
-        args.weights = "none"
-    engine.seed_everything(args.seed)
-    return models.build_model(args.model, len(labels), "none", size, args.trunk)
+    args.weights = "none"
+    return build_model(args, labels, rendered)
 
 
 def build_optimizer(args, model):
@@ -128,10 +120,8 @@ def build_optimizer(args, model):
         groups = [{"params": list(model.backbone.parameters()), "lr": args.lr * args.trunk_lr}, head]
     rules = {"lr": args.lr, "weight_decay": args.weight_decay}
     if args.optimizer == "sgd":
-        return torch.optim.SGD(groups, momentum=args.momentum, **rules)
-    if args.optimizer == "adam":
-        return torch.optim.Adam(groups, **rules)
-    return torch.optim.AdamW(groups, **rules)
+        rules["momentum"] = args.momentum
+    return OPTIMIZERS[args.optimizer](groups, **rules)
 
 
 def build_scheduler(args, optimizer):
@@ -164,14 +154,13 @@ def build_ema(args, part):
 
 def build_criterion(args, data, targets, device):
     """The training loss, weighted (--weighted-loss) by pos_weight or class weights of these targets."""
-    weight = None
-    if args.weighted_loss and data.task == "multilabel":
+    if not args.weighted_loss:
+        return engine.Criterion(data.task, None, device, args.loss)
+    if data.task == "multilabel":
         weight = samplers.pos_weight(targets, data.labels)
-    elif args.weighted_loss:
+    else:
         weight = samplers.class_weights(targets, len(data.labels))
-    if weight is not None and args.weight_power != 1:
-        weight = weight**args.weight_power
-    return engine.Criterion(data.task, weight, device, args.loss)
+    return engine.Criterion(data.task, weight**args.weight_power, device, args.loss)
 
 
 def build_learner(args, data, precision, device, stored=None):
@@ -185,32 +174,21 @@ def build_learner(args, data, precision, device, stored=None):
         fit_batchnorm(model, data.train.pictures, args, precision, device)
     frozen = not args.fine_tune and args.bn != "batch"
     head_alone = frozen and data.train.pictures is not None  # on kept features, in float32
+    trunk = checkpoint.state_digest(model.normalise, model.backbone) if frozen else None
+    features = TrunkFeatures(model, args, precision, device)
     optimizer = build_optimizer(args, model)
-    return Learner(
-        model=model,
-        trunk=checkpoint.state_digest(model.normalise, model.backbone) if frozen else None,
-        features=TrunkFeatures(model, args, precision, device),
-        criterion=criterion,
-        optimizer=optimizer,
-        scheduler=build_scheduler(args, optimizer),
-        scaler=torch.amp.GradScaler(device.type, enabled=precision == "fp16" and not head_alone),
-        ema=build_ema(args, model.classifier if frozen else model),
-        cosine=(args.warmup_epochs, args.epochs) if args.scheduler == "cosine" else None,
-        seed=args.seed,
-        precision=precision,
-        device=device,
-    )
+    scheduler = build_scheduler(args, optimizer)
+    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16" and not head_alone)
+    ema = build_ema(args, model.classifier if frozen else model)
+    cosine = (args.warmup_epochs, args.epochs) if args.scheduler == "cosine" else None
+    rules = (criterion, optimizer, scheduler, scaler, ema, cosine)
+    return Learner(model, trunk, features, *rules, args.seed, precision, device)
 
 
 def restore(args, stored, learner, folder):
-    """Weights, optimiser and schedule as last.pt holds them.
-
-    Where --lr (...) is another now, the schedule is as if it had been so from the start.
-    """
+    """Weights, optimiser and schedule as last.pt holds them."""
     if stored["trunk"] != learner.trunk:
-        raise InputError(
-            f"the frozen trunk is not the one that {folder} was trained on (other weights or seed)"
-        )
+        raise InputError(f"the frozen trunk is not the one of {folder} (other weights or another seed)")
     path = folder / "last.pt"
     models.load_strict(learner.trained(), stored["model"], path)
     if learner.ema is not None:
@@ -231,14 +209,11 @@ def restore(args, stored, learner, folder):
 
 def epoch_batches(args, targets, epoch, rows=None):
     """This rank's batches of an epoch over all rows, or over these alone."""
-    targets = targets if rows is None else targets[rows]
-    order = samplers.epoch_order(args.sampler, targets, args.seed, epoch)
+    rows = np.arange(len(targets)) if rows is None else rows
+    order = rows[samplers.epoch_order(args.sampler, targets[rows], args.seed, epoch)]
     if args.drop_last and len(order) >= args.batch:
         order = order[: len(order) // args.batch * args.batch]
-    return samplers.Batches(order if rows is None else rows[order], args.batch, engine.rank(), engine.world())
-
-
-# ---------------------------------------------------------------- thresholds, learned on training patients
+    return samplers.Batches(order, args.batch, engine.rank(), engine.world())
 
 
 def folds_of(args, patients):
@@ -255,11 +230,9 @@ def out_of_fold(args, data, learner, epochs):
     The folds' heads start and learn as the run's own does, for as many epochs as it was kept after; a
     plateau schedule looks at their training loss.
     """
-    part, device = data.train, learner.device
+    part, device, plain = data.train, learner.device, engine.Criterion(data.task)
     fold, found = folds_of(args, part.patients()), np.zeros(part.targets.shape, np.float32)
-    prepare = functools.partial(
-        prepare_batch, device=device, recipe=args.augment, size=args.crop or args.size
-    )
+    prepare = functools.partial(prepare_batch, device=device, recipe=args.augment, size=eval_size(args))
     seen = FeatureSet(learner.features(part.pictures), part.targets)
     for number in engine.progress(range(args.folds), "folds"):
         rest, left = np.flatnonzero(fold != number), np.flatnonzero(fold == number)
@@ -273,7 +246,6 @@ def out_of_fold(args, data, learner, epochs):
             step_scheduler(args, own.scheduler, loss)
         batches = samplers.Batches(left, 4096, engine.rank(), engine.world())
         loader = engine.make_loader(seen, batches, device=device)
-        plain = engine.Criterion(data.task)
         found[left] = engine.predict(own.evaluated().classifier, loader, prepare, plain)[1]
     return found
 
@@ -292,8 +264,3 @@ def new_head(args, data, learner, rows):
     own.optimizer = build_optimizer(args, own.model)
     own.scheduler, own.ema = build_scheduler(args, own.optimizer), build_ema(args, head)
     return own
-
-
-def learn_thresholds(args, data, learner, epochs):
-    """A threshold per label (L,) from out-of-fold probabilities of the training patients."""
-    return metrics.learned_thresholds(data.train.targets, out_of_fold(args, data, learner, epochs)).tolist()

@@ -64,7 +64,7 @@ class Predictor:
         self.digest = checkpoint.state_digest(self.saved["model"])
         # A checkpoint names no folder that is written, and no way of computing that gives other numbers.
         self.args.workers, self.args.cache, self.args.compile = workers, "cache", False
-        self.precision = engine.pick_precision(precision or self.args.precision, self.device, self.args.model)
+        self.precision = engine.pick_precision(precision or self.args.precision, self.device)
         self.fast = features.with_fast_trunk(self.model, self.precision)
 
     def build(self):

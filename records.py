@@ -1,15 +1,23 @@
 """What a run leaves in its folder: checkpoints, results, TensorBoard, run.json; and what it prints."""
 
+import datetime
 import functools
+import platform
+import shlex
 import shutil
+import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import torch
+import torchvision
+from torch.utils.tensorboard import SummaryWriter
 
 import checkpoint
 import engine
+import figures
 import learner as learning
 import metrics
 import tables
@@ -21,18 +29,19 @@ NEW_STATE = {"epoch": 0, "history": [], "best": None, "stale": 0, "seconds": 0.0
 
 
 def print_data(args, data, device, precision):
-    for note in data.facts["notes"]:
+    facts = data.facts
+    for note in facts["notes"]:
         print(f"note: {note}")
-    if data.facts["duplicates"]:
-        print(f"note: {data.facts['duplicates']} validation row(s) are trained on too (--duplicates keep)")
-    rendered = " (RENDERED)" if data.facts["rendered"] else ""
-    found = f"{data.facts['unreadable']} unreadable left out, {len(data.facts['repaired'])} repaired"
-    rows = f"{len(data.train)} training and {len(data.val)} validation rows, {found}"
-    print(f"{args.dataset}{rendered}: {rows}; {args.model} on {device} in {precision}", flush=True)
+    if facts["duplicates"]:
+        print(f"note: {facts['duplicates']} validation row(s) are trained on too (--duplicates keep)")
+    rendered = " (RENDERED)" if facts["rendered"] else ""
+    rows = f"{len(data.train)} training and {len(data.val)} validation rows"
+    found = f"{facts['unreadable']} unreadable left out, {len(facts['repaired'])} repaired"
+    print(f"{args.dataset}{rendered}: {rows}, {found}; {args.model} on {device} in {precision}", flush=True)
 
 
 def claim_run(args, stored):
-    """At the start: refuse a name that is taken, lock a run that goes on -> its lock, else None."""
+    """Refuse a name that is taken, lock a run that goes on -> its lock, else None."""
     checkpoint.check_name(args)
     if not args.resume or engine.rank():
         return None
@@ -51,8 +60,9 @@ def open_run(args, stored, data, learner, lock):
     folder = Path(args.resume)
     with engine.together():
         if stored["digest"] != data.facts["digest"]:
-            problem = f"the data in {data.facts['root']} are not those of {folder}"
-            raise InputError(f"{problem}: a resumed run needs the same rows and labels")
+            raise InputError(
+                f"the data in {data.facts['root']} are not those of {folder}: give the same ones"
+            )
         learning.restore(args, stored, learner, folder)
     return folder, {name: stored[name] for name in (*NEW_STATE, "digest")}, lock
 
@@ -82,9 +92,9 @@ class RunRecords:
 
     def __init__(self, folder, args, data, learner, state):
         self.folder, self.args, self.data, self.learner, self.state = folder, args, data, learner, state
+        self.task = {name: getattr(data, name) for name in ("labels", "task", "family", "ordered")}
         self.written = {}  # name -> (when it was written, how long that took)
         self.best_digest = None  # of state["best"], once best.pt holds it
-        self.about = self.describe()
         remove_leftovers(folder)
         self.split = {part: [str(i) for i in frame["ID"]] for part, frame in data.frames.items()}
         rows = [(i, part) for part, ids in self.split.items() for i in ids]
@@ -92,25 +102,29 @@ class RunRecords:
         replace_file(folder / "split.csv", functools.partial(table.to_csv, index=False), "w")
         if data.facts["repaired"]:
             (folder / "repaired.txt").write_text("\n".join(data.facts["repaired"]) + "\n")
-        checkpoint.save_json(folder / "run.json", {**self.about, "status": "running"})
+        began = str(checkpoint.run_facts(folder).get("command", "")).split(" ; ")[0]
+        commands = [began, shlex.join(["python", *sys.argv])]  # that began it, and that went on with it last
+        versions = {module.__name__: module.__version__ for module in (torch, torchvision, np)}
+        versions["python"] = platform.python_version()
+        about = {"name": folder.name, "dataset": args.dataset, "model": args.model, "args": vars(args)}
+        about |= {"command": " ; ".join(filter(None, commands)), "commit": checkpoint.commit()}
+        about |= {"versions": versions, "device": checkpoint.describe_machine(learner.device)}
+        about |= {"precision": learner.precision, "processes": engine.world(), **self.task}
+        about |= {"weights": {"given": args.weights, "trunk": learner.features.digest}}
+        about |= {"trunk_name": learner.model.trunk_name, "shuffled_labels": args.shuffle_labels}
+        about |= {"data": {**data.facts, "repaired": len(data.facts["repaired"])}}
+        about |= {"started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")}
+        self.about = about  # what run.json says of how the run was made
+        checkpoint.save_json(folder / "run.json", {**about, "status": "running"})
         self.save_last()
-        self.tensorboard = self.open_tensorboard()
-
-    def describe(self):
-        """What run.json says of how the run was made."""
-        args, data, learner = self.args, self.data, self.learner
-        about = {"name": self.folder.name, "dataset": args.dataset, "model": args.model, "args": vars(args)}
-        about |= {"command": checkpoint.command_line(self.folder), "commit": checkpoint.commit()}
-        about |= {"versions": checkpoint.versions(), "device": checkpoint.describe_machine(learner.device)}
-        about |= {"precision": learner.precision, "processes": engine.world(), "labels": data.labels}
-        about |= {"task": data.task, "family": data.family, "ordered": data.ordered}
-        about["weights"] = {"given": args.weights, "trunk": learner.features.digest}
-        about["trunk_name"] = learner.model.trunk_name
-        about["data"] = {**data.facts, "repaired": len(data.facts["repaired"])}
-        about |= {"shuffled_labels": args.shuffle_labels, "started": checkpoint.now()}
-        return about
-
-    # ---------------------------------------------------------------- checkpoints
+        # A fresh event file that begins with all epochs so far: after a resume no epoch is there twice.
+        for old in folder.glob("events.out.tfevents.*"):
+            old.unlink()
+        self.tensorboard = SummaryWriter(folder)
+        flags = "\n".join(f"    --{name} {value}" for name, value in sorted(vars(args).items()))
+        self.tensorboard.add_text("arguments", flags)
+        for row in state["history"]:
+            self.log(row)
 
     def is_due(self, name):
         at, cost = self.written.get(name, (-float("inf"), 0.0))
@@ -129,37 +143,25 @@ class RunRecords:
         """best.pt: the network as it was in the kept epoch, and all else that test.py needs."""
         best, data, facts = self.state["best"], self.data, self.data.facts
         weights = {**checkpoint.cpu_state(self.learner.model), **best["weights"]}
-        targets = {}
-        for part, frame in data.frames.items():
-            targets[part] = torch.from_numpy(tables.targets_of(frame, data.labels))
+        targets = {part: tables.targets_of(frame, data.labels) for part, frame in data.frames.items()}
+        targets = {part: torch.from_numpy(array) for part, array in targets.items()}
         origin = {name: facts[name] for name in ("rendered", "digest", "parts", "patients", "duplicates")}
         origin["root"] = str(Path(facts["root"]).resolve())
         found = {name: best[name] for name in ("epoch", "loss", "scores", "thresholds")}
-        about = {"labels": data.labels, "task": data.task, "family": data.family, "ordered": data.ordered}
+        about = {"args": vars(self.args), "digest": checkpoint.state_digest(weights), **found, **self.task}
         about |= {"prior": data.prior(), "split": self.split, "targets": targets, "data": origin}
-        digest = checkpoint.state_digest(weights)
-        self.save("best", model=weights, args=vars(self.args), digest=digest, **found, **about)
-        self.best_digest = digest
+        self.save("best", model=weights, **about)
+        self.best_digest = about["digest"]
 
-    # ---------------------------------------------------------------- TensorBoard
-
-    def open_tensorboard(self):
-        """A fresh event file that begins with all epochs so far: after a resume no epoch is there twice."""
-        from torch.utils.tensorboard import SummaryWriter
-
-        for old in self.folder.glob("events.out.tfevents.*"):
-            old.unlink()
-        writer = SummaryWriter(self.folder)
-        flags = sorted(vars(self.args).items())
-        writer.add_text("arguments", "\n".join(f"    --{name} {value}" for name, value in flags))
-        for row in self.state["history"]:
-            log_scalars(writer, row)
-        return writer
+    def log(self, row):
+        for name, value in row.items():
+            if name != "epoch":
+                part, _, score = name.partition("_")
+                self.tensorboard.add_scalar(f"{score}/{part}" if score else name, value, row["epoch"])
+        self.tensorboard.flush()
 
     def finish_tensorboard(self):
         """Confusion matrices of the best epoch, and the arguments beside the final scores."""
-        import figures
-
         data, best = self.data, self.state["best"]
         names = tables.full_names(self.args.dataset, data.labels)
         figure = figures.confusion(data.val.targets, best["probs"].numpy(), names, data.task)
@@ -174,17 +176,15 @@ class RunRecords:
         self.tensorboard.add_hparams(flags, scores, run_name=".")
         self.tensorboard.close()
 
-    # ---------------------------------------------------------------- after every epoch, and at the end
-
     def epoch(self, kept, silent):
         """Write what an epoch leaves; returns its line, and prints it unless a progress bar shows it."""
         row = self.state["history"][-1]
         main = next(name for name in ("val_accuracy", "val_final_score", "val_auc") if name in row)
-        losses = f"loss {row['train_loss']:.4f} / {row['val_loss']:.4f}"
-        line = f"{losses}  {main.removeprefix('val_')} {row[main]:.4f}"
+        line = f"loss {row['train_loss']:.4f} / {row['val_loss']:.4f}"
+        line += f"  {main.removeprefix('val_')} {row[main]:.4f}"
         if not silent:
             print(f"epoch {row['epoch']}  lr {row['lr']:.3g}  {line}{'  *' if kept else ''}", flush=True)
-        log_scalars(self.tensorboard, row)
+        self.log(row)
         # The best network is in last.pt too, so either file may be some epochs late.
         if kept:
             self.best_digest = None
@@ -198,17 +198,18 @@ class RunRecords:
         """Bring best.pt and run.json up to date: last.pt holds the last whole epoch that was written."""
         if self.state["best"] and not self.best_digest:
             self.save_best()
-        facts = {**self.about, **self.summary(), "status": "interrupted"}
-        checkpoint.save_json(self.folder / "run.json", facts)
+        self.save_facts(status="interrupted")
         whole = self.state["epoch"]
         print(f"\nstopped after {whole} whole epoch(s); a resume repeats the one under way", flush=True)
 
-    def summary(self):
+    def save_facts(self, **more):
+        """run.json"""
         state, best = self.state, self.state["best"] or {}
         told = {"seconds": round(state["seconds"], 1), "epochs_run": state["epoch"]}
         told |= {"best_epoch": best.get("epoch"), "best_loss": best.get("loss"), "scores": best.get("scores")}
         told |= {"best_digest": self.best_digest, "thresholds": best.get("thresholds")}
-        return told | {"last_epoch": (state["history"] or [None])[-1]}
+        told["last_epoch"] = state["history"][-1] if state["history"] else None
+        checkpoint.save_json(self.folder / "run.json", {**self.about, **told, **more})
 
     def end(self, seconds):
         """The last files, the last line, and the copy of best.pt in the working directory."""
@@ -217,8 +218,7 @@ class RunRecords:
         self.save_last()
         checkpoint.write_sheet(self.folder / "train_results.xlsx", pd.DataFrame(state["history"]))
         self.finish_tensorboard()
-        facts = {**self.about, **self.summary(), "status": "finished", "seconds_in_all": round(seconds, 1)}
-        checkpoint.save_json(self.folder / "run.json", facts)
+        self.save_facts(status="finished", seconds_in_all=round(seconds, 1))
         family, probs = self.data.family, best["probs"].numpy()
         for sentence in metrics.undefined_scores(self.data.val.targets, probs, self.data.labels, family):
             print(f"undefined: {sentence}")
@@ -229,13 +229,5 @@ class RunRecords:
             with open(self.folder / "best.pt", "rb") as source:
                 replace_file("best.pt", functools.partial(shutil.copyfileobj, source))
         except OSError as error:
-            place = f"best.pt could not be copied into {Path.cwd()} ({error.strerror})"
-            print(f"note: {place}; it is {self.folder / 'best.pt'}")
-
-
-def log_scalars(writer, row):
-    for name, value in row.items():
-        if name != "epoch":
-            part, _, score = name.partition("_")
-            writer.add_scalar(f"{score}/{part}" if score else name, value, row["epoch"])
-    writer.flush()
+            place = f"{Path.cwd()} ({error.strerror})"
+            print(f"note: best.pt could not be copied into {place}; it is {self.folder / 'best.pt'}")

@@ -33,7 +33,7 @@ def main(argv=None):
 
     # Device, data, network, run folder
     device = engine.start_processes(engine.pick_device(args.device), args.deterministic)
-    precision = engine.pick_precision(args.precision, device, args.model)
+    precision = engine.pick_precision(args.precision, device)
     with engine.together():
         lock = records.claim_run(args, stored)
     data = dataset.load(args)
@@ -43,11 +43,11 @@ def main(argv=None):
     if stored and records.is_finished(args, stored, folder):
         since = f"{state['epoch']} epochs, {state['stale']} of them since the best"
         print(f"{folder} is finished: {since}. To go on, raise --epochs or --patience")
-        return 0
+        return
     args.name, writer = folder.name, None
     val_criterion = engine.Criterion(data.task)  # validation loss stays unweighted
-    size = dataset.eval_size(args)
-    prepare = functools.partial(augment.prepare_batch, device=device, recipe=args.augment, size=size)
+    shown = dict(device=device, recipe=args.augment, size=dataset.eval_size(args))
+    prepare = functools.partial(augment.prepare_batch, **shown)
     if args.bn == "batch" and engine.world() > 1 and device.type != "cuda":
         print("note: a CPU has no synchronised BatchNorm: each process normalises by its own share")
 
@@ -102,8 +102,8 @@ def main(argv=None):
 
         # Thresholds, learned on the training patients alone; the last files
         if args.folds:
-            epochs_kept = state["best"]["epoch"] + 1
-            state["best"]["thresholds"] = learning.learn_thresholds(args, data, learner, epochs_kept)
+            probs = learning.out_of_fold(args, data, learner, state["best"]["epoch"] + 1)
+            state["best"]["thresholds"] = metrics.learned_thresholds(data.train.targets, probs).tolist()
         epochs.close()
         if writer:
             writer.end(time.perf_counter() - started)
@@ -117,7 +117,6 @@ def main(argv=None):
     finally:
         if lock:
             lock.close()
-    return 0
 
 
 if __name__ == "__main__":

@@ -307,7 +307,7 @@ class Head:
         pass
 
 
-LOSSES = [("multilabel", "bce"), ("multilabel", "focal"), ("multilabel", "asymmetric"), ("multiclass", "bce")]
+LOSSES = [("multilabel", "bce"), ("multilabel", "asymmetric"), ("multiclass", "bce")]
 
 
 @pytest.mark.parametrize("task, loss", LOSSES)
@@ -325,9 +325,9 @@ def test_a_training_step_reads_nothing_and_makes_nothing_on_the_cpu(monkeypatch,
     with Watch() as watch:
         steps = engine.train_one_epoch(model, loader, prepare, learner, 0, "fp32")
     assert len(steps) == 2 and not watch.read and not watch.made and not watch.copied
-    for step in steps:
-        assert {value.device.type for value in step} == {"meta"}
-        assert step.targets.shape[0] == 4 and step.probs.shape == (4, 3)
+    for sums, targets, probs in steps:
+        assert {value.device.type for value in (sums, targets, probs)} == {"meta"}
+        assert targets.shape[0] == 4 and probs.shape == (4, 3)
 
 
 def test_fine_tuning_a_whole_network_reads_nothing_either(monkeypatch):

@@ -45,7 +45,7 @@ CASES = {
     "head first": [*ONE, "--epochs", "2", "--fine-tune", "--freeze-epochs", "1", "--bn", "fitted"],
     "moving statistics": [*FROZEN, "--epochs", "2", "--bn", "batch"],
     "eyes, calibration": [*EYES, "--epochs", "2", "--sampler", "balanced", "--weighted-loss"]
-    + ["--weight-power", "0.5", "--loss", "focal", "--calibration-fraction", "0.25"],
+    + ["--weight-power", "0.5", "--drop-last", "--calibration-fraction", "0.25"],
     "eyes, folds": [*EYES, "--epochs", "2", "--model", "v2", *AVERAGED, "--folds", "2"],
 }
 
