@@ -47,7 +47,7 @@ LEAST = dict(size=16, batch=1, epochs=1, patience=1, freeze_epochs=0, views=0, s
 LEAST |= dict(max_lr=1e-12, weight_decay=0, momentum=0, min_confidence=0, schedule_epochs=1, workers=0)
 LEAST |= dict(warmup_epochs=0, trunk_lr=0, ema=0, folds=0, weight_power=0, calibration_fraction=0)
 # 4,096 pixels a side are more than any fundus camera's; one such picture takes 50 MB, in training 0.2 GB.
-MOST = dict(momentum=1, min_confidence=1, ema=0.99999, calibration_fraction=0.5, size=4096)
+MOST = dict(momentum=1, min_confidence=1, ema=0.99999, calibration_fraction=0.5)
 # Two runs that differ in these alone are one experiment.
 WHERE = "seed name resume runs cache workers device precision compile deterministic data".split()
 WHERE += ["feature_cache"]
@@ -201,6 +201,9 @@ def check_args(args):
 
 def check_pictures(args):
     name, knees = args.dataset, args.dataset == "mrnet"
+    if args.size > 4096:  # pixels: larger than any fundus camera's picture
+        memory = f"one picture takes {3 * args.size**2 / 1e9:.3g} GB"
+        raise InputError(f"--size {args.size}: {memory}; expected 4096 or less")
     if args.labels and len(set(args.labels)) < len(args.labels):
         raise InputError(f"--labels {' '.join(args.labels)}: a label is named twice")
     if args.pseudo_labels and name != "retina":

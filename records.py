@@ -13,11 +13,9 @@ import numpy as np
 import pandas as pd
 import torch
 import torchvision
-from torch.utils.tensorboard import SummaryWriter
 
 import checkpoint
 import engine
-import figures
 import learner as learning
 import metrics
 import tables
@@ -117,6 +115,8 @@ class RunRecords:
         self.about = about  # what run.json says of how the run was made
         checkpoint.save_json(folder / "run.json", {**about, "status": "running"})
         self.save_last()
+        from torch.utils.tensorboard import SummaryWriter  # late, as figures below: rank 0 alone draws
+
         # A fresh event file that begins with all epochs so far: after a resume no epoch is there twice.
         for old in folder.glob("events.out.tfevents.*"):
             old.unlink()
@@ -162,6 +162,8 @@ class RunRecords:
 
     def finish_tensorboard(self):
         """Confusion matrices of the best epoch, and the arguments beside the final scores."""
+        import figures
+
         data, best = self.data, self.state["best"]
         names = tables.full_names(self.args.dataset, data.labels)
         figure = figures.confusion(data.val.targets, best["probs"].numpy(), names, data.task)

@@ -101,7 +101,7 @@ RULES = {
     "--momentum 5": "--momentum 5.0: expected 0 to 1",
     "--ema 1": "--ema 1.0: expected 0 to 0.99999",
     "--calibration-fraction 0.6": "--calibration-fraction 0.6: expected 0 to 0.5",
-    "--size 1000000": "--size 1000000: expected 16 to 4096",
+    "--size 1000000": "--size 1000000: one picture takes 3e+03 GB; expected 4096 or less",
     "--labels N N": "a label is named twice",
     "--pseudo-labels x.csv": "--pseudo-labels belongs to --dataset retina",
     "--min-confidence 0.5": "--min-confidence needs --pseudo-labels",
