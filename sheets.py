@@ -1,4 +1,4 @@
-"""Sheets, .xlsx or .csv: one way to read and check them. A sheet's index holds the row numbers of its file."""
+"""Sheets, .xlsx or .csv: how they are read and checked. A sheet's index holds the row numbers of its file."""
 
 import re
 from pathlib import Path
@@ -24,7 +24,8 @@ def read_sheet(path, columns=(), header=0, dtype=None):
     if not len(filled):
         raise InputError(f"{path} holds no row")
     check_columns(path, sheet, columns)
-    sheet.index = np.arange(len(sheet)) + (1 if header is None else 2)
+    first = 1 if header is None else 2
+    sheet.index = range(first, first + len(sheet))
     return sheet.iloc[: filled[-1] + 1]
 
 
@@ -41,11 +42,10 @@ def check_columns(path, sheet, columns):
 
 def check_rows(path, bad, what, values=None):
     """InputError naming the sheet rows where the boolean series `bad` is true, with their `values`."""
-    if bad.any():
-        shown = [str(row) for row in bad.index[bad][:5]]
-        if values is not None:
-            shown = [f"{row} ({str(value)[:30]})" for row, value in values[bad].iloc[:5].items()]
-        raise InputError(f"{path}: {what} in {bad.sum()} row(s), first in sheet row(s) {', '.join(shown)}")
+    rows = bad.index[bad]
+    if len(rows):
+        shown = [str(row) if values is None else f"{row} ({str(values[row])[:30]})" for row in rows[:5]]
+        raise InputError(f"{path}: {what} in {len(rows)} row(s), first in sheet row(s) {', '.join(shown)}")
 
 
 def check_zero_one(path, sheet, labels):
@@ -60,9 +60,10 @@ def check_names(path, names, what, unique=True, inside=True):
     """A column of names as stripped strings. InputError: empty, control characters, out of the data folder
     (where `inside`) or doubled (where `unique`)."""
     empty = names.isna()
-    names = pd.Series([str(name).strip() for name in names], names.index, dtype=object)
+    names = pd.Series([str(name).strip() for name in names.tolist()], names.index, dtype=object)
     check_rows(path, empty | (names == ""), f"empty {what}")
-    check_rows(path, names.str.contains(CONTROL), f"control characters in {what}", names.map(ascii))
+    control = names.str.contains(CONTROL)
+    check_rows(path, control, f"control characters in {what}", names[control].map(ascii))
     if inside:
         check_rows(path, names.str.contains(OUTSIDE), f"{what} that leaves the data folder", names)
     if unique:
