@@ -1,9 +1,9 @@
 """Files written whole or not at all, and arrays that are costly to make and therefore kept on disk.
 
-Kept arrays are .npy files named by a digest of everything they depend on: decoded pictures, a frozen trunk's
-features. The folder can be deleted at any time.
+Kept arrays are .npy files named by a digest of all that they depend on; their folder can be deleted.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -22,11 +22,10 @@ def digest(*parts):
     for part in parts:
         if isinstance(part, np.ndarray):
             sha.update(f"{part.dtype}{part.shape}".encode())
-            part = np.ascontiguousarray(part).view(np.uint8).data if part.size else b""
+            part = part.tobytes()
         elif not isinstance(part, bytes):
             part = json.dumps(part, sort_keys=True, default=str).encode()
-        sha.update(part)
-        sha.update(b"\0")
+        sha.update(part + b"\0")
     return sha.hexdigest()
 
 
@@ -47,22 +46,24 @@ def file_names(names):
     return files
 
 
-def temporary_name(path):
-    """A hidden name beside `path` that tells which process of which machine writes it."""
-    return path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}.tmp")
-
-
-def replace_file(path, write, mode="wb"):
-    """`write(stream)` into a temporary file beside `path`, then rename it: `path` is whole or untouched."""
-    path = Path(path)
+@contextlib.contextmanager
+def replacing(path):
+    """A hidden file to write beside `path`, then renamed: `path` is whole or untouched."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = temporary_name(path)
+    # Its name tells which process of which machine writes it.
+    temporary = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}.tmp")
     try:
-        with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as stream:
-            write(stream)
+        yield temporary
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)  # after an error or Ctrl-C; after the rename it is gone already
+
+
+def replace_file(path, write, mode="wb"):
+    """`write(stream)` a file that appears as a whole or not at all."""
+    encoding = None if "b" in mode else "utf-8"
+    with replacing(Path(path)) as temporary, open(temporary, mode, encoding=encoding) as stream:
+        write(stream)
 
 
 def remove_leftovers(folder, name="*"):
@@ -72,8 +73,8 @@ def remove_leftovers(folder, name="*"):
             os.kill(int(file.name.split(".")[-2]), 0)  # signal 0 only asks whether the process is there
         except ProcessLookupError:
             file.unlink(missing_ok=True)
-        except PermissionError:  # it is there, and another user's
-            continue
+        except PermissionError:
+            continue  # it is there, and another user's
 
 
 def is_whole(path, shape, dtype):
@@ -93,23 +94,17 @@ def kept_array(path, shape, dtype, fill):
     """
     path, shape, dtype = Path(path), tuple(int(n) for n in shape), np.dtype(dtype)
     if not is_whole(path, shape, dtype):
-        temporary = temporary_name(path)
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            remove_leftovers(path.parent, path.name)
-            reserve(temporary, int(np.prod(shape)) * dtype.itemsize)
-            array = np.lib.format.open_memmap(temporary, "w+", dtype, shape)
-            fill(array)
-            array.flush()
-            del array  # Windows renames no mapped file
-            os.replace(temporary, path)
+            with replacing(path) as temporary:
+                remove_leftovers(path.parent, path.name)
+                reserve(temporary, int(np.prod(shape)) * dtype.itemsize)
+                array = np.lib.format.open_memmap(temporary, "w+", dtype, shape)
+                fill(array)
+                array.flush()
+                del array  # Windows renames no mapped file
         except OSError as error:
-            advice = "free some space or name another folder with --cache"
-            raise InputError(
-                f"the cache {path.parent} cannot be written ({error.strerror}): {advice}"
-            ) from error
-        finally:
-            temporary.unlink(missing_ok=True)
+            problem = f"the cache {path.parent} cannot be written ({error.strerror})"
+            raise InputError(f"{problem}: free some space or name another folder with --cache") from error
     # "c" (copy on write) because torch warns of arrays that it could not write to. The file is never changed.
     return np.load(path, mmap_mode="c", allow_pickle=False)
 

@@ -30,21 +30,18 @@ def read_labels(path, binary):
     """The columns N to O of a sheet as float64, indexed by ID: 0/1 if `binary`, otherwise within 0 to 1."""
     import pandas as pd  # here, so that --help answers at once
 
-    from sheets import check_columns, check_rows, read_sheet
+    from sheets import as_integers, check_rows, read_sheet
 
-    sheet = read_sheet(path, dtype=object)
-    check_columns(path, sheet, ["ID", *LABELS])
-    sheet = sheet[["ID", *LABELS]]
-    filled = sheet.notna().any(axis=1)  # blank rows are nothing, but they count as rows
-    numbers = sheet.apply(pd.to_numeric, errors="coerce").astype(np.float64)
-    broken = numbers["ID"] % 1 != 0  # so of NaN and of what is infinite
-    check_rows(path, filled & broken, "ID that is no whole number", values=sheet["ID"])
-    check_rows(path, filled & numbers["ID"].duplicated(keep=False), "repeated ID", values=sheet["ID"])
+    columns = ["ID", *LABELS]
+    sheet = read_sheet(path, columns, dtype=object)[columns].dropna(how="all")  # blank rows are nothing
+    ids = as_integers(path, sheet["ID"], "ID")
+    check_rows(path, ids.duplicated(keep=False), "repeated ID", ids)
+    numbers = sheet[LABELS].apply(pd.to_numeric, errors="coerce").astype(np.float64)
+    expected = "0 or 1" if binary else "a number from 0 to 1"
     for label in LABELS:
         good = numbers[label].isin([0, 1]) if binary else numbers[label].between(0, 1)
-        what = f"column {label} that is not {'0 or 1' if binary else 'a number from 0 to 1'}"
-        check_rows(path, filled & ~good, what, values=sheet[label])
-    return numbers[filled].astype({"ID": np.int64}).set_index("ID")
+        check_rows(path, ~good, f"column {label} that is not {expected}", sheet[label])
+    return numbers.set_index(ids)
 
 
 def read_pair(ground_truth, predictions):
@@ -68,8 +65,8 @@ def main(argv=None):
     for name, found in answers.items():
         cells = ["undefined" if np.isnan(found[key]) else f"{found[key]:.4f}" for key in NAMES]
         print(f"{name:20}" + "".join(f"{cell:>14}" for cell in cells))
-    print("\nclass priors: every patient gets the labels' frequencies in this ground truth.", end=" ")
-    print("Micro F1 is cell accuracy.")
+    priors = "class priors: every patient gets the labels' frequencies in this ground truth"
+    print(f"\n{priors}. Micro F1 is cell accuracy.")
     for sentence in undefined_scores(y_true, y_prob, LABELS, "challenge"):
         print(f"undefined: {sentence}")
 

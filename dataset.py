@@ -1,15 +1,13 @@
 """Eye pairs, photographs and knees as torch data sets; the patient split; one `load` for every script.
 
-    data = dataset.load(args)                 # args as train.py has them
-    images, target = data.train.dataset()[0]  # eye pairs: (2, 3, S, S) in 0..1, and 0/1 per label
-
-Pictures are decoded once, in parallel, and kept on disk as uint8.
+data = dataset.load(args)                 # args as train.py has them
+images, target = data.train.dataset()[0]  # eye pairs: (2, 3, S, S) in 0..1, and 0/1 per label
 """
 
 import json
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -27,22 +25,16 @@ from errors import InputError, reading
 from split import drop_missing, set_aside, split, split_patients  # noqa: F401 - dataset.split_patients is SPEC's name
 from tables import DATASETS, PLANES, targets_of
 
-# ---------------------------------------------------------------- the data sets
-
-
-def as_keys(indices):
-    """Row numbers, or (row number, how often it came before in this epoch) -> the latter."""
-    return [index if isinstance(index, tuple) else (int(index), 0) for index in indices]
-
 
 class RowSet(torch.utils.data.Dataset):
     """A data set whose `__getitems__([(index, repeat), ...])` gives a whole batch as a dict of tensors.
 
     `repeat` counts how often the row came before in the epoch: each time it gets another random view.
-    `view`: number of the random views, None for none.
+    `view`: number of the random views, None for none. A subclass gives `inputs(keys)`.
     """
 
     on_device = False  # whether batches come from a GPU's memory
+    per_row = 0  # pictures of a row that get random views of their own
 
     def __init__(self, targets, seed=0, view=None):
         self.targets, self.seed, self.view = torch.as_tensor(targets), seed, view
@@ -50,11 +42,11 @@ class RowSet(torch.utils.data.Dataset):
     def __len__(self):
         return len(self.targets)
 
-    def add_targets(self, batch, keys, pictures):
-        """Targets, and what draws the random views, to a batch of these keys."""
-        batch["targets"] = self.targets[[row for row, _ in keys]]
+    def __getitems__(self, indices):
+        keys = [index if isinstance(index, tuple) else (int(index), 0) for index in indices]
+        batch = {**self.inputs(keys), "targets": self.targets[[row for row, _ in keys]]}
         if self.view is not None and keys:
-            batch["uniforms"] = draw(self.seed, self.view, keys, pictures)
+            batch["uniforms"] = draw(self.seed, self.view, keys, self.per_row)
         return batch
 
 
@@ -66,19 +58,16 @@ class PictureSet(RowSet):
 
     def __init__(self, pictures, targets, seed=0, view=None, device=None):
         super().__init__(targets, seed, view)
-        self.pictures = pictures
+        self.pictures, self.per_row = pictures, pictures.rows.shape[1]
         self.on_device = device is not None and pictures.on(device) is not None
         if self.on_device:
             self.targets = self.targets.to(device)
 
-    def __getitems__(self, keys):
-        keys = as_keys(keys)
+    def inputs(self, keys):
         places = self.pictures.rows[[row for row, _ in keys]]
         if self.on_device:
-            images = self.pictures.resident[torch.from_numpy(places).to(self.targets.device)]
-        else:
-            images = torch.from_numpy(self.pictures.array()[places])
-        return self.add_targets({"images": images}, keys, places.shape[1])
+            return {"images": self.pictures.resident[torch.from_numpy(places).to(self.targets.device)]}
+        return {"images": torch.from_numpy(self.pictures.array()[places])}
 
     def __getitem__(self, index):
         batch = self.__getitems__([index])
@@ -86,25 +75,20 @@ class PictureSet(RowSet):
 
 
 class FeatureSet(RowSet):
-    """Kept features (n, D): batches {"features": (B, D), "targets"}. An integer index gives one of each.
+    """Kept features (n, D): batches {"features": (B, D), "targets"}.
 
     `place`: {(row, repeat): number of its features}, for augmented views; else row i has features i.
     """
 
     def __init__(self, features, targets, place=None):
-        super().__init__(targets)
+        super().__init__(torch.as_tensor(targets).to(features.device))
         self.features, self.place = features, place
-        self.targets = self.targets.to(features.device)
         self.on_device = features.device.type != "cpu"
 
-    def __getitems__(self, keys):
-        keys = as_keys(keys)
+    def inputs(self, keys):
         numbers = [self.place[key] for key in keys] if self.place else [row for row, _ in keys]
         index = torch.tensor(numbers, dtype=torch.long, device=self.features.device)
-        return self.add_targets({"features": self.features[index]}, keys, 0)
-
-    def __getitem__(self, index):
-        return self.features[index], self.targets[index]
+        return {"features": self.features[index]}
 
 
 class VolumeSet(RowSet):
@@ -126,15 +110,14 @@ class VolumeSet(RowSet):
         scaled = F.interpolate(volume[None].float(), (self.size, self.size), mode="bilinear", antialias=True)
         return scaled[0].round().clamp(0, 255).to(torch.uint8)
 
-    def __getitems__(self, keys):
-        keys = as_keys(keys)
+    def inputs(self, keys):
         empty = torch.zeros((0, self.size, self.size), dtype=torch.uint8)  # a rank may have no exam
         batch = {"volumes": [], "lengths": []}
         for plane in range(len(PLANES)):
             exams = [self.read(self.files[row][plane]) for row, _ in keys]
             batch["volumes"].append(torch.cat([empty, *exams]))
             batch["lengths"].append([len(exam) for exam in exams])
-        return self.add_targets(batch, keys, 0)
+        return batch
 
     def __getitem__(self, index):
         batch = self.__getitems__([index])
@@ -144,13 +127,12 @@ class VolumeSet(RowSet):
 def read_volume(file):
     """One plane of an exam, mapped from disk: uint8 (slices, 256, 256). Never unpickles anything."""
     with reading(file, "a plain .npy array"):
-        volume = np.load(file, mmap_mode="c", allow_pickle=False)
-    right = isinstance(volume, np.ndarray) and volume.dtype == np.uint8 and volume.ndim == 3
-    if not right or volume.shape[1:] != (256, 256) or not len(volume):
-        found = f"{volume.dtype} {volume.shape}" if isinstance(volume, np.ndarray) else type(volume).__name__
-        raise InputError(f"{file}: {found}; expected uint8 (slices, 256, 256)")
-    # A damaged header can claim fewer slices than there are.
-    if volume.offset + volume.nbytes != Path(file).stat().st_size:
+        volume = np.lib.format.open_memmap(file, "c")
+    if volume.dtype != np.uint8 or volume.shape[1:] != (256, 256) or not len(volume):
+        raise InputError(f"{file}: {volume.dtype} {volume.shape}; expected uint8 (slices, 256, 256)")
+    if (
+        volume.offset + volume.nbytes != Path(file).stat().st_size
+    ):  # there are more than a damaged header says
         raise InputError(f"{file}: the header claims {len(volume)} slices, but the file's length is another")
     return volume
 
@@ -162,9 +144,6 @@ def volume_fault(file):
     except InputError as error:
         return str(error)
     return ""
-
-
-# ---------------------------------------------------------------- a part, and all parts of a run
 
 
 @dataclass
@@ -190,7 +169,7 @@ class Part:
     def subset(self, rows):
         """The part with these rows (numbers) alone."""
         pictures = self.pictures and self.pictures.chosen(self.pictures.rows[rows])
-        return Part(self.table.iloc[rows], pictures, self.targets[rows], self.expected, self.size, self.how)
+        return replace(self, table=self.table.iloc[rows], pictures=pictures, targets=self.targets[rows])
 
     def dataset(self, seed=0, view=None, device=None):
         """As a torch data set. `view`: number of its random views; `device`: where its pictures may lie."""
@@ -248,64 +227,54 @@ def eval_size(args):
 
 def decode_files(files, args, size):
     """The Pictures of rows of files: one process of a machine decodes, the others find the result."""
+    asked = list(files), args.preprocess, size, args.cache, args.workers
     with together():
         if local_rank() == 0:
-            Pictures(files, args.preprocess, size, args.cache, args.workers)
-    return Pictures(files, args.preprocess, size, args.cache, args.workers)
+            Pictures(*asked)
+    return Pictures(*asked)
 
 
 def open_part(table, targets, args, size, missing):
     """Decode what a part needs -> (Part, rows left out). An unreadable file stops, or costs its row."""
-    files, nothing = list(table["files"]), "no row is left that has all its pictures, and readable ones"
-    if not files:
+    nothing = "no row is left that has all its pictures, and readable ones"
+    if not len(table):
         raise InputError(nothing)
     if args.dataset == "mrnet":
         pictures = None
-        faults = {file: volume_fault(file) for row in files for file in row}
+        faults = {file: volume_fault(file) for row in table["files"] for file in row}
         faults = {file: fault for file, fault in faults.items() if fault}
     else:
-        pictures = decode_files(files, args, size)
+        pictures = decode_files(table["files"], args, size)
         faults = pictures.failed
-    bad = np.array([any(file in faults for file in row) for row in files], dtype=bool)
+    good = np.array([faults.keys().isdisjoint(row) for row in table["files"]])
     with together():  # a file may be damaged on one machine alone
-        if bad.any() and missing == "stop":
+        if faults and missing == "stop":
             shown = "; ".join(list(faults.values())[:3])
             advice = "Replace them, or leave these rows out with --missing drop"
             raise InputError(f"{len(faults)} file(s) cannot be read, the first: {shown}. {advice}")
-    if bad.all():
+    if not good.any():
         raise InputError(nothing)
     part = Part(table, pictures, targets, len(table), size, args.preprocess)
-    return part.subset(np.flatnonzero(~bad)) if bad.any() else part, int(bad.sum())
+    return part if good.all() else part.subset(np.flatnonzero(good)), int((~good).sum())
 
 
 def find_data(args):
-    """The data folder: --data, data/<name>, or that of rendered stand-ins."""
+    """The data folder: --data, data/<name>, or that of rendered stand-ins, which are drawn where missing."""
     root = Path(args.data or Path("data") / args.dataset)
-    return root if args.data or root.is_dir() else Path("data") / "rendered" / args.dataset
-
-
-def render_stand_ins(args, root):
-    """Say that there are no data, and draw the stand-ins when they are wanted first."""
-    line = "!" * 78
-    print(f"{line}\n!! There is no data/{args.dataset}. This run takes RENDERED STAND-INS from {root}:")
-    print(f"!! its scores say nothing about real eyes or knees. Real data: docs/data.md.\n{line}", flush=True)
-    script = str(Path(__file__).parent / "render_data.py")
-    command = [sys.executable, script, str(root), "--dataset", args.dataset, "--patients", "160"]
-    if not tables.is_rendered(root) and subprocess.run(command).returncode:
-        raise InputError(f"the stand-ins could not be rendered into {root}")
-
-
-def read_parts(args, root):
-    """Read and split -> (tables.Table, {part: its rows}), nothing looked for on disk yet."""
-    table = tables.read(args.dataset, root, args.labels)
-    frames = split(args.dataset, table.frame, args.val_fraction, args.test_fraction, args.split_seed)
-    if args.pseudo_labels:
-        chosen = table.labels, root, args.pseudo_labels, args.min_confidence
-        frames["train"], added = tables.add_pseudo_labels(frames, *chosen)
-        table.notes.append(f"{added} pseudo-labelled picture(s) join the training part")
-    if args.calibration_fraction:
-        frames["train"], frames["calibration"] = set_aside(frames["train"], args)
-    return table, frames
+    stand_ins = not args.data and not root.is_dir()
+    if stand_ins:
+        root = Path("data") / "rendered" / args.dataset
+    with together():  # what goes wrong in one process ends all of them
+        if stand_ins and local_rank() == 0:
+            print("!" * 78)
+            print(f"!! There is no data/{args.dataset}. This run takes RENDERED STAND-INS from {root}:")
+            print("!! its scores say nothing about real eyes or knees. Real data: docs/data.md.")
+            print("!" * 78, flush=True)
+            script = str(Path(__file__).parent / "render_data.py")
+            command = [sys.executable, script, str(root), "--dataset", args.dataset, "--patients", "160"]
+            if not tables.is_rendered(root) and subprocess.run(command).returncode:
+                raise InputError(f"the stand-ins could not be rendered into {root}")
+    return root
 
 
 def load(args):
@@ -314,26 +283,29 @@ def load(args):
     Raises InputError for everything that is not as its layout says, and where nothing is left to train on.
     """
     root = find_data(args)
-    with together():  # what goes wrong in one process ends all of them
-        if local_rank() == 0 and not args.data and root.parent.name == "rendered":
-            render_stand_ins(args, root)
     with together():
-        table, frames = read_parts(args, root)
+        table = tables.read(args.dataset, root, args.labels)
+        labels, notes = table.labels, table.notes
+        frames = split(args.dataset, table.frame, args.val_fraction, args.test_fraction, args.split_seed)
+        if args.pseudo_labels:
+            chosen = args.pseudo_labels, args.min_confidence
+            frames["train"], added = tables.add_pseudo_labels(frames, labels, root, *chosen)
+            notes.append(f"{added} pseudo-labelled picture(s) join the training part")
+        if args.calibration_fraction:
+            frames["train"], frames["calibration"] = set_aside(frames["train"], args)
         expected = {name: len(frame) for name, frame in frames.items()}
         frames, left_out = drop_missing(frames, args.missing)
         if left_out:
-            table.notes.append(f"{left_out} row(s) without a picture are left out (--missing drop)")
-
-    parts, unreadable, repaired = {}, 0, set()
+            notes.append(f"{left_out} row(s) without a picture are left out (--missing drop)")
+    parts, unreadable = {}, 0
     for name in [name for name in frames if name != "test"]:  # training never opens the test part
-        targets = targets_of(frames[name], table.labels)
         size = args.size if name == "train" else eval_size(args)
-        part, bad = open_part(frames[name], targets, args, size, args.missing)
+        part, bad = open_part(frames[name], targets_of(frames[name], labels), args, size, args.missing)
         part.expected = expected[name]
         parts[name], frames[name], unreadable = part, part.table, unreadable + bad
-        repaired.update(part.pictures.repaired if part.pictures else [])
-    facts = dict(root=str(root), rendered=tables.is_rendered(root), notes=table.notes, left_out=left_out)
-    facts |= dict(unreadable=unreadable, repaired=sorted(repaired), digest=data_digest(frames, table.labels))
+    repaired = {file for part in parts.values() if part.pictures for file in part.pictures.repaired}
+    facts = dict(root=str(root), rendered=tables.is_rendered(root), notes=notes, left_out=left_out)
+    facts |= dict(unreadable=unreadable, repaired=sorted(repaired), digest=data_digest(frames, labels))
     facts["duplicates"] = count_duplicates(parts["train"], parts["val"], args)
     facts["parts"] = {name: len(frame) for name, frame in frames.items()}
     facts["patients"] = {name: frame["patient"].nunique() for name, frame in frames.items()}
@@ -341,7 +313,7 @@ def load(args):
         order = np.random.default_rng(args.seed).permutation(len(parts["train"]))
         parts["train"].targets = parts["train"].targets[order]
     about = DATASETS[args.dataset]
-    return Data(parts, table.labels, about["task"], about["family"], table.ordered, facts, frames)
+    return Data(parts, labels, about["task"], about["family"], table.ordered, facts, frames)
 
 
 def count_duplicates(train, val, args):
@@ -351,7 +323,7 @@ def count_duplicates(train, val, args):
     """
     pictures = val.pictures
     if pictures is not None and val.size != train.size:  # pixels are compared at one size
-        pictures = decode_files(list(val.table["files"]), args, train.size)
+        pictures = decode_files(val.table["files"], args, train.size)
     known = set().union(*row_contents(train, train.pictures))
     count = sum(not known.isdisjoint(contents) for contents in row_contents(val, pictures))
     if count and args.duplicates == "stop":
@@ -379,30 +351,28 @@ def data_digest(frames, labels):
     return digest(json.dumps(pieces))
 
 
-# ---------------------------------------------------------------- a part of a run that is finished
-
-
 def load_part(args, saved, split, root=None, missing="stop"):
     """The rows of a checkpoint's part in their order, opened -> (Part, facts). `all`: every row of the data.
 
     facts: root, rendered, notes, own (whether these are the rows and labels that the run had), left_out.
     Raises InputError where rows or labels are not the run's, unless `root` names another data set.
     """
-    home = saved["data"]["root"]
-    other = root is not None and Path(root).resolve() != Path(home).resolve()
-    root = root or home
+    home, root = saved["data"]["root"], root or saved["data"]["root"]
+    other = Path(root).resolve() != Path(home).resolve()
     table = tables.read(args.dataset, root, saved["labels"] if args.dataset in ("retina", "mrnet") else None)
     if table.labels != saved["labels"]:
-        theirs, here = ", ".join(saved["labels"]), ", ".join(table.labels)
-        raise InputError(f"{root} has the classes {here}; this network was trained on {theirs}")
+        trained = f"this network was trained on {', '.join(saved['labels'])}"
+        raise InputError(f"{root} has the classes {', '.join(table.labels)}; {trained}")
     frame, expected = choose_rows(table.frame, saved, split, other, missing)
-    changed, known = changed_labels(frame, saved)
+    stored = {}  # ID -> target of every row that the run had
+    for name, ids in saved["split"].items():
+        stored.update(zip(ids, saved["targets"][name].tolist(), strict=True))
+    now = dict(zip(frame["ID"].astype(str), targets_of(frame, table.labels).tolist(), strict=True))
+    changed = [i for i, target in now.items() if stored.get(i, target) != target]
     if changed and not other:
-        problem = (
-            f"{len(changed)} row(s) of {root} have other labels than in training: {', '.join(changed[:5])}"
-        )
-        raise InputError(f"{problem}. Restore them, or name another data set with --data")
-    own = not other or not changed and known == len(frame)
+        first = f"{', '.join(changed[:5])}. Restore them, or name another data set with --data"
+        raise InputError(f"{len(changed)} row(s) of {root} have other labels than in training: {first}")
+    own = not other or not changed and now.keys() <= stored.keys()
     if other:
         same = "the rows and labels are the run's" if own else "these are other rows or labels than the run's"
         table.notes.append(f"--data names another folder than the run's; {same}")
@@ -419,8 +389,9 @@ def choose_rows(frame, saved, split, other, missing):
         return frame, len(frame)
     wanted = saved["split"].get(split)
     if not wanted:
-        advice = "train with --test-fraction to keep one, or use --split val or all"
-        raise InputError(f"this run has no {split} part: {advice}")
+        raise InputError(
+            f"this run has no {split} part: train with --test-fraction, or use --split val or all"
+        )
     by_id = frame.set_index(frame["ID"].astype(str))
     there = [i for i in wanted if i in by_id.index]
     if len(there) < len(wanted) and (missing == "stop" or not there):
@@ -428,16 +399,3 @@ def choose_rows(frame, saved, split, other, missing):
         advice = "--split all takes other patients" if other else "They have changed since training"
         raise InputError(f"{missed} are not in this data set. {advice}; --missing drop leaves them out")
     return by_id.loc[there].reset_index(drop=True), len(wanted)
-
-
-def changed_labels(frame, saved):
-    """(IDs of rows that carry other labels than the run's, number of rows that the run had)."""
-    stored, changed, known = {}, [], 0
-    for part, ids in saved["split"].items():
-        stored.update(zip(ids, saved["targets"][part].tolist(), strict=True))
-    now = targets_of(frame, saved["labels"]).tolist()
-    for i, target in zip(frame["ID"].astype(str), now, strict=True):
-        known += i in stored
-        if i in stored and stored[i] != target:
-            changed.append(i)
-    return changed, known

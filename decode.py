@@ -1,5 +1,6 @@
 """Pictures decoded once, in parallel, and kept on disk as uint8."""
 
+import contextlib
 import copy
 import functools
 import hashlib
@@ -48,8 +49,8 @@ def decode_all(files, kind, size, workers=None):
 class Pictures:
     """Pictures decoded once and kept: `.rows` (n, P) points into `.array()`, uint8 (m, S, S, 3).
 
-    `.failed` {file: reason}, `.repaired` [file] and `.contents` [[digest of bytes, digest of pixels] of
-    each file] say what was found. Raises InputError where the system refuses to read a file.
+    `.failed` {file: reason}, `.repaired` [file] and `.contents` [[digest of bytes, of pixels] of each file]
+    say what was found. Raises InputError where the system refuses to read a file.
     """
 
     def __init__(self, files, kind, size, cache, workers=None):
@@ -60,22 +61,19 @@ class Pictures:
         self.path = Path(cache) / f"pictures-{self.key[:20]}.npy"
         self.shape = (len(self.files), size, size, 3)
         self.mapped, self.resident = None, None
-        facts = self.kept_facts()
-        if facts is None or not is_whole(self.path, self.shape, np.uint8):
+        if not self.read_facts() or not is_whole(self.path, self.shape, np.uint8):
             self.path.unlink(missing_ok=True)
             kept_array(self.path, self.shape, np.uint8, self.fill)
-            facts = self.kept_facts()
-        self.failed, self.repaired, self.contents = facts
+            self.read_facts()
 
-    def kept_facts(self):
-        """(failed, repaired, contents) of when they were decoded; None where that is missing or damaged."""
+    def read_facts(self):
+        """Take what was found when they were decoded -> whether that is there, and whole."""
         path = self.path.with_suffix(".json")
-        try:
-            with reading(path, "facts about pictures"):
-                facts = json.loads(path.read_text())
-                return facts["failed"], facts["repaired"], facts["contents"]
-        except InputError:
-            return None
+        with contextlib.suppress(InputError), reading(path, "facts about pictures"):
+            facts = json.loads(path.read_text())
+            self.failed, self.repaired, self.contents = facts["failed"], facts["repaired"], facts["contents"]
+            return True
+        return False
 
     def fill(self, array):
         facts, refused = {"failed": {}, "repaired": [], "contents": []}, []
@@ -118,8 +116,8 @@ class Pictures:
         return other
 
 
-class GivenPictures:
-    """Pictures that lie in memory (m, S, S, 3) uint8, with what the data sets ask of `Pictures`."""
+class GivenPictures(Pictures):
+    """Pictures that lie in memory, uint8 (m, S, S, 3)."""
 
     def __init__(self, array, rows):
         self.stored, self.rows, self.size, self.resident = array, rows, array.shape[1], None
@@ -129,6 +127,3 @@ class GivenPictures:
 
     def on(self, device):
         return None
-
-    def chosen(self, rows):
-        return GivenPictures(self.stored, rows)

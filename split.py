@@ -1,7 +1,4 @@
-"""Who is in which part: the patient split, by patients and never by pictures.
-
-train, val = split.split_patients(pandas.read_excel("data/odir/annotations.xlsx"))
-"""
+"""Who is in which part: the patient split, by patients and never by pictures."""
 
 import math
 from pathlib import Path
@@ -24,9 +21,8 @@ def permuted(count, share, seed):
 def split_patients(annotations, val_fraction=0.2, seed=42):
     """ODIR's published split: (train, val) data frames of `annotations` (one row per patient, column ID).
 
-    Without the ten pre-treated patients, then as train_test_split does on the IDs in ascending order: of
-    the official 3 500 rows 2 792 / 698, validation beginning 296, 4308, 4556, 1710. Depends on the IDs
-    alone, and is done before anything is dropped for a missing picture.
+    Without the ten pre-treated patients, then as train_test_split does on the ascending IDs: of the official
+    3 500 rows 2 792 / 698, validation beginning 296, 4308, 4556, 1710, whatever pictures are missing.
     """
     kept = annotations[~annotations["ID"].isin(PRETREATED)].sort_values("ID", kind="stable")
     if len(kept) < 2:
@@ -44,20 +40,17 @@ def split_grouped(table, val, test, seed):
     if not sizes[0]:
         problem = f"{len(grade)} patient(s) leave none for validation at a share of {val:.3g}"
         raise InputError(f"{problem}: more pictures or a larger --val-fraction")
-    rest, names = grade, []
+    rest, parts = grade, []
     for size in sizes:
-        taken = rest.iloc[:0]
-        if size:
-            try:
+        taken = rest[:0]
+        try:
+            if size:
                 rest, taken = train_test_split(rest, test_size=size, random_state=seed, stratify=rest)
-            except ValueError as error:
-                parts = f"parts of {sizes} with every class in each"
-                advice = "More pictures, or a larger --val-fraction"
-                raise InputError(
-                    f"{len(grade)} patients cannot be split into {parts}: {error} {advice}"
-                ) from error
-        names.append(taken.index)
-    return table[table.patient.isin(rest.index)], *(table[table.patient.isin(part)] for part in names)
+        except ValueError as error:
+            problem = f"{len(grade)} patients cannot be split into parts of {sizes} with every class in each"
+            raise InputError(f"{problem}: {error} More pictures, or a larger --val-fraction") from error
+        parts.append(taken)
+    return [table[table["patient"].isin(part.index)] for part in (rest, *parts)]
 
 
 def split(name, table, val=None, test=None, seed=42):
@@ -68,14 +61,14 @@ def split(name, table, val=None, test=None, seed=42):
     given = table["given_part"]
     if (given != "").all():
         if val is not None or test:
-            flags = "--val-fraction and --test-fraction"
-            raise InputError(f"this {name} data set brings its own split: {flags} do not apply")
+            raise InputError(
+                f"this {name} data set brings its own split: leave out --val- and --test-fraction"
+            )
         return {part: table[given == part] for part in PARTS}
     val = DATASETS[name]["val"] if val is None else val
     test = DATASETS[name]["test"] if test is None else test
     if not (0 < val < 1 and 0 <= test < 1 and val + test < 1):
-        given = f"--val-fraction {val} and --test-fraction {test}"
-        raise InputError(f"{given}: expected shares that leave some to train")
+        raise InputError(f"--val-fraction {val} and --test-fraction {test}: expected to leave some to train")
     if name != "odir":
         return dict(zip(PARTS, split_grouped(table, val, test, seed), strict=True))
     train, validation = split_patients(table, val, seed)
@@ -88,35 +81,22 @@ def split(name, table, val=None, test=None, seed=42):
 
 def drop_missing(parts, missing):
     """Leave out rows whose files are not there (missing="drop"), or stop -> (parts, number left out)."""
-    folders, complete, absent = {}, {}, []
+    files = [Path(file) for table in parts.values() for row in table["files"] for file in row]
+    folders = {file.parent for file in files}  # one listing of each: a question per file takes minutes
+    there = {file for folder in folders if folder.is_dir() for file in folder.iterdir()}
+    kept, left_out = {}, 0
     for part, table in parts.items():
-        complete[part] = np.ones(len(table), dtype=bool)
-        for row, files in enumerate(table["files"]):
-            gone = [file for file in files if not is_there(file, folders)]
-            if gone:
-                complete[part][row] = False
-                absent.append(gone[0])
-    if absent and missing == "stop":
+        complete = np.array([there.issuperset(map(Path, row)) for row in table["files"]], dtype=bool)
+        kept[part], left_out = table[complete], left_out + int((~complete).sum())
+    if left_out and missing == "stop":
+        absent = ", ".join([str(file) for file in files if file not in there][:5])
         advice = "Complete the folder, or leave these patients out with --missing drop"
-        raise InputError(
-            f"{len(absent)} row(s) have no picture, the first: {', '.join(absent[:5])}. {advice}"
-        )
-    return {part: table[complete[part]] for part, table in parts.items()}, len(absent)
-
-
-def is_there(file, folders):
-    """Whether a file exists, by one listing of its folder: a question per file takes minutes."""
-    path = Path(file)
-    folder = str(path.parent)
-    if folder not in folders:
-        folders[folder] = {entry.name for entry in path.parent.iterdir()} if path.parent.is_dir() else set()
-    return path.name in folders[folder]
+        raise InputError(f"{left_out} row(s) have no picture, the first files: {absent}. {advice}")
+    return kept, left_out
 
 
 def set_aside(train, args):
-    """(train, calibration): a share of the training patients that no gradient sees, drawn by the split's
-    seed.
-    """
+    """(train, calibration): a share of the training patients that no gradient sees, by the split's seed."""
     patients = train["patient"].unique()
     _, taken = permuted(len(patients), float(args.calibration_fraction), args.split_seed)
     aside = train["patient"].isin(patients[taken])

@@ -1,7 +1,6 @@
 """The five data sets as people download them: their sheets and folders read, checked and put in order.
 
     table = tables.read("odir", "data/odir")  # table.frame: one row per patient, picture or exam
-    frame, many = tables.given_rows("odir", ["8_left.jpg", "8_right.jpg"])
 
 A frame has the columns ID, patient, files (a tuple of paths), given_part ("" where the split is ours to make)
 and one 0/1 column per label, or `target`, a position in the labels.
@@ -20,7 +19,6 @@ from errors import InputError
 from sheets import CONTROL, as_integers, check_columns, check_names, check_rows, check_zero_one, read_sheet
 
 ODIR_LABELS, GRADES = list("NDGCAHMO"), list("01234")
-ODIR_WORDS = ["normal", "diabetes", "glaucoma", "cataract", "AMD", "hypertension", "myopia", "other"]
 GRADE_WORDS = ["none", "mild", "moderate", "severe", "proliferative"]
 RETINA_LABELS = ["diabetic retinopathy", "glaucoma", "normal"]
 MRNET_LABELS = ["abnormal", "acl", "meniscus"]
@@ -39,7 +37,8 @@ DATASETS = {
     "retina": {**CLASSES, "labels": RETINA_LABELS},
     "mrnet": {**MULTILABEL, "labels": MRNET_LABELS, "family": "auc"},
 }
-WORDS = {"odir": ODIR_WORDS, "aptos": GRADE_WORDS, "dr": GRADE_WORDS}  # labels as people read them
+WORDS = {"aptos": GRADE_WORDS, "dr": GRADE_WORDS}  # labels as people read them
+WORDS["odir"] = "normal diabetes glaucoma cataract AMD hypertension myopia other".split()
 APTOS_CLASSES = {"nodr": 0, "mild": 1, "moderate": 2, "severe": 3, "proliferativedr": 4, "proliferatedr": 4}
 
 SUFFIX = re.compile(r"\.(?:png|jpe?g|tiff?|bmp)$", re.IGNORECASE)
@@ -67,7 +66,12 @@ def read(name, root, labels=None):
         raise InputError(f"--labels: {name} always has the labels {' '.join(known)}")
     table = READERS[name](root, labels)
     table.ordered = table.ordered and DATASETS[name]["ordered"]
-    table.frame = in_order(table.frame)
+    # By part, then by ID, in which digits count as numbers: 9_left, 10_left, 10_right.
+    ids, parts = table.frame["ID"], table.frame["given_part"].map(("", *PARTS).index)
+    padded = ids
+    if not pd.api.types.is_integer_dtype(ids):
+        padded = ids.str.replace("[0-9]+", lambda digits: digits[0].zfill(20), regex=True)
+    table.frame = table.frame.iloc[np.lexsort((ids, padded, parts))].reset_index(drop=True)
     given = table.frame[table.frame["given_part"] != ""]
     astride = (given.groupby("patient")["given_part"].nunique() > 1).sum()
     if astride:
@@ -105,30 +109,15 @@ def patients_of(names):
     return [SIDE.sub("", stem) for stem in stems]
 
 
-def in_order(frame):
-    """The rows by part, then by ID, in which digits count as numbers: 9_left, 10_left, 10_right."""
-    if pd.api.types.is_integer_dtype(frame["ID"]):
-        return frame.sort_values("ID", ignore_index=True)
-    padded = frame["ID"].str.replace("[0-9]+", lambda digits: digits[0].zfill(20), regex=True)
-    parts = frame["given_part"].map(("", *PARTS).index)
-    return frame.iloc[np.lexsort((frame["ID"], padded, parts))].reset_index(drop=True)
-
-
-def picture_frame(path, names, folder, target, given_part="", first_row=2):
-    """The frame of the photographs in `folder` that a sheet names, with a picture's suffix or without.
-
-    `target`: int64 (n,), positions in the labels.
-    """
+def picture_frame(path, names, folder, target, given_part=""):
+    """The frame of the photographs in `folder` that a sheet names, with a picture's suffix or without."""
     there = sorted(os.listdir(folder)) if folder.is_dir() else []
     found = {SUFFIX.sub("", file): file for file in there}  # .png before .jpg before .jpeg
-    found.update((file, file) for file in there)
-    files = [(f"{folder}{os.sep}{found.get(name, name)}",) for name in names]
-    check_rows(path, pd.Series(files).duplicated(), "a picture that a row above has too", first_row, names)
-    frame = {"ID": names, "patient": patients_of(names), "files": files, "given_part": given_part}
-    return pd.DataFrame({**frame, "target": target})
-
-
-# ---------------------------------------------------------------- the readers: (root, labels) -> Table
+    found |= dict(zip(there, there, strict=True))
+    frame = pd.DataFrame({"ID": names, "patient": patients_of(names)})
+    frame["files"] = [(f"{folder}{os.sep}{found.get(name, name)}",) for name in names]
+    check_rows(path, frame["files"].duplicated(), "a picture that a row above has too", names)
+    return frame.assign(given_part=given_part, target=target)
 
 
 def read_odir(root, labels):
@@ -136,13 +125,12 @@ def read_odir(root, labels):
     path = root / "annotations.xlsx"
     if not path.exists() and (root / "full_df.csv").exists():
         path = root / "full_df.csv"
-    sheet = read_sheet(path)
-    check_columns(path, sheet, ["ID", "Left-Fundus", "Right-Fundus", *labels])
+    eyes = ["Left-Fundus", "Right-Fundus"]
+    sheet = read_sheet(path, ["ID", *eyes, *labels])
     ids = as_integers(path, sheet["ID"], "an ID")
-    left = check_names(path, sheet["Left-Fundus"], "Left-Fundus", unique=False).to_numpy()
-    right = check_names(path, sheet["Right-Fundus"], "Right-Fundus", unique=False).to_numpy()
-    prefix = f"{root / 'images'}{os.sep}"
-    files = list(zip(prefix + left, prefix + right, strict=True))
+    left, right = (check_names(path, sheet[eye], eye, unique=False).to_numpy() for eye in eyes)
+    folder = f"{root / 'images'}{os.sep}"
+    files = list(zip(folder + left, folder + right, strict=True))
     frame = pd.DataFrame({"ID": ids, "patient": ids, "files": files, "given_part": ""})
     frame[labels] = check_zero_one(path, sheet, labels)
     folded = frame.duplicated() & (path.suffix == ".csv")  # Kaggle's second eye repeats the patient's columns
@@ -158,8 +146,7 @@ def read_aptos(root, labels):
     path = root / "train.csv"
     if not path.exists() and (root / "train").is_dir():
         return read_image_folder(root)
-    sheet = read_sheet(path, dtype={"id_code": str})
-    check_columns(path, sheet, ["id_code", "diagnosis"])
+    sheet = read_sheet(path, ["id_code", "diagnosis"], dtype={"id_code": str})
     names = check_names(path, sheet["id_code"], "id_code")
     target = as_integers(path, sheet["diagnosis"], "a diagnosis", range(len(labels)))
     return Table(picture_frame(path, names, root / "train_images", target), labels)
@@ -176,29 +163,25 @@ def grade_of(name):
 def read_image_folder(root):
     """{train,val,test}/<class>/picture. The folders' names are the classes, by grade where they hold one."""
     classes = sorted(folder.name for folder in (root / "train").iterdir() if folder.is_dir())
-    grades, notes = {grade_of(name) for name in classes}, []
+    grades, notes, rows = {grade_of(name) for name in classes}, [], []
     ordered = None not in grades and len(grades) == len(classes)
     if ordered:
         classes.sort(key=grade_of)
     else:
         order = f"the classes come in alphabetical order: {', '.join(classes)}"
         notes.append(f"{order}. Their names hold no grades (a number each), so there is no quadratic kappa")
-    rows = []
-    for part in PARTS:
-        for file in sorted((root / part).glob("*/*")):
-            name = file.parent.name
-            if name not in classes:
-                known = f"{root / 'train'} has {', '.join(classes)}"
-                raise InputError(f"{file.parent}: unknown class {name!r}; {known}")
-            if CONTROL.search(file.name):
-                raise InputError(f"{file.parent}: control characters in {ascii(file.name)}. Rename this file")
-            if file.suffix.lower() in SUFFIXES:
-                rows.append((f"{part}/{name}/{file.name}", (str(file),), part, classes.index(name)))
+    for file in sorted(file for part in PARTS for file in (root / part).glob("*/*")):
+        part, name = file.parts[-3:-1]
+        if name not in classes:
+            raise InputError(f"{file.parent}: unknown class {name!r}; train/ has {', '.join(classes)}")
+        if CONTROL.search(file.name):
+            raise InputError(f"{file.parent}: control characters in {ascii(file.name)}. Rename this file")
+        if file.suffix.lower() in SUFFIXES:
+            rows.append((f"{part}/{name}/{file.name}", classes.index(name), part))
     if not rows:
         raise InputError(f"{root}: neither train.csv nor pictures in train/<class>/")
-    ids, files, parts, target = zip(*rows, strict=True)
-    frame = {"ID": ids, "patient": patients_of(ids), "files": files, "given_part": parts, "target": target}
-    return Table(pd.DataFrame(frame), classes, notes, ordered)
+    names, target, parts = (pd.Series(values) for values in zip(*rows, strict=True))
+    return Table(picture_frame(root, names, root, target, parts), classes, notes, ordered)
 
 
 def read_dr(root, labels):
@@ -206,28 +189,27 @@ def read_dr(root, labels):
 
     The lab's test file is what its accuracies were measured on and its best epoch chosen by: it is our `val`.
     """
-    folder = next((root / name for name in ("train", "images") if (root / name).is_dir()), root)
-    path = root / "trainLabels.csv"
+    path, grades, frames = root / "trainLabels.csv", range(len(labels)), []
     if path.exists() or not (root / "train_img.csv").exists():
-        sheet = read_sheet(path, dtype={"image": str})
-        check_columns(path, sheet, ["image", "level"])
+        sheet = read_sheet(path, ["image", "level"], dtype={"image": str})
         names = check_names(path, sheet["image"], "image")
-        target = as_integers(path, sheet["level"], "a level", range(len(labels)))
+        target = as_integers(path, sheet["level"], "a level", grades)
+        folder = next((root / name for name in ("train", "images") if (root / name).is_dir()), root)
         return Table(picture_frame(path, names, folder, target), labels)
-    frames = []
     for source, part in (("train", "train"), ("test", "val")):
         path, label_path = root / f"{source}_img.csv", root / f"{source}_label.csv"
-        names = check_names(path, read_sheet(path, header=None, dtype=str)[0], "image", first_row=1)
+        names = check_names(path, read_sheet(path, header=None, dtype=str)[0], "image")
         levels = read_sheet(label_path, header=None)[0]
-        target = as_integers(label_path, levels, "a level (the file has no header)", range(len(labels)), 1)
+        target = as_integers(label_path, levels, "a level (the file has no header)", grades)
         if len(names) != len(target):
             both = f"{path} has {len(names)} rows, {label_path} has {len(target)}"
             raise InputError(f"{both}: they belong together row by row")
         folder = root / source if (root / source).is_dir() else root
-        frames.append(picture_frame(path, names, folder, target, part, first_row=1))
-    shared = np.isin(plain_names(frames[1]["ID"]), plain_names(frames[0]["ID"]))
-    check_rows(path, shared, "a picture that train_img.csv has too", 1, frames[1]["ID"])
-    return Table(pd.concat(frames, ignore_index=True), labels)
+        frames.append(picture_frame(path, names, folder, target, part))
+    train, test = frames
+    shared = pd.Series(plain_names(test["ID"]), test.index).isin(plain_names(train["ID"]))
+    check_rows(path, shared, "a picture that train_img.csv has too", test["ID"])
+    return Table(pd.concat(frames), labels)
 
 
 def read_retina(root, labels):
@@ -235,18 +217,15 @@ def read_retina(root, labels):
     path = root / "train.csv"
     if len(labels) < 2:
         raise InputError(f"--labels {labels[0]}: pictures carry one of the labels, so name two or more")
-    sheet = read_sheet(path, dtype={"filename": str})
-    check_columns(path, sheet, ["filename", *labels])
+    sheet = read_sheet(path, ["filename", *labels], dtype={"filename": str})
     names = check_names(path, sheet["filename"], "filename")
     values = check_zero_one(path, sheet, labels)
     chosen = values.sum(axis=1) == 1
     if not chosen.any():
         raise InputError(f"{path}: no row carries exactly one of {', '.join(labels)}")
     frame = picture_frame(path, names, root / "train", values.argmax(axis=1))[chosen]
-    if chosen.all():
-        return Table(frame, labels)
     left_out = f"{(~chosen).sum()} row(s) carry none or several of the chosen labels and are left out"
-    return Table(frame, labels, [left_out])
+    return Table(frame, labels, [] if chosen.all() else [left_out])
 
 
 def read_mrnet(root, labels):
@@ -259,29 +238,25 @@ def read_mrnet(root, labels):
         columns = {}
         for label in labels:
             path = root / f"{source}-{label}.csv"
-            sheet = read_sheet(path, header=None)
-            check_columns(path, sheet, [0, 1])  # id, label
+            sheet = read_sheet(path, [0, 1], header=None)
             if sheet.shape[1] > 2:
                 raise InputError(f"{path}: {sheet.shape[1]} columns; expected two (id, label) and no header")
-            exams = as_integers(path, sheet[0], "an exam id (the file has no header)", first_row=1)
-            check_rows(path, pd.Series(exams).duplicated(), "doubled exam id", 1, exams)
-            columns[label] = pd.Series(check_zero_one(path, sheet, [1], first_row=1)[:, 0], index=exams)
+            exams = as_integers(path, sheet[0], "an exam id (the file has no header)")
+            check_rows(path, exams.duplicated(), "doubled exam id", exams)
+            columns[label] = pd.Series(check_zero_one(path, sheet, [1])[:, 0], index=exams)
             other = columns[labels[0]].index.symmetric_difference(exams)
             if len(other):
                 count = f"{len(other)} differ, first {other[:5].tolist()}"
                 raise InputError(f"{path} and {source}-{labels[0]}.csv do not hold the same exams: {count}")
-        targets = pd.DataFrame(columns)  # joined by exam
-        names = [f"{exam:04d}" for exam in targets.index]
+        frame = pd.DataFrame(columns)  # joined by exam
+        names = [f"{exam:04d}" for exam in frame.index]
         files = [tuple(str(root / source / plane / f"{name}.npy") for plane in PLANES) for name in names]
-        targets["ID"] = targets["patient"] = [f"{source}-{name}" for name in names]
-        frames.append(targets.assign(files=files, given_part=part))
-    return Table(pd.concat(frames, ignore_index=True), labels)
+        frame["ID"] = frame["patient"] = [f"{source}-{name}" for name in names]
+        frames.append(frame.assign(files=files, given_part=part))
+    return Table(pd.concat(frames), labels)
 
 
 READERS = {"odir": read_odir, "aptos": read_aptos, "dr": read_dr, "retina": read_retina, "mrnet": read_mrnet}
-
-
-# ---------------------------------------------------------------- pictures without labels, labels for them
 
 
 def unlabelled_pictures(root):
@@ -294,26 +269,20 @@ def add_pseudo_labels(parts, labels, root, path, min_confidence):
 
     No picture of `parts` may come back, nor another one of a patient who is in validation or test.
     """
-    sheet = read_sheet(path, dtype={"filename": str, "label": str})
-    check_columns(path, sheet, ["filename", "label", "confidence"])
+    sheet = read_sheet(path, ["filename", "label", "confidence"], dtype={"filename": str, "label": str})
     names = check_names(path, sheet["filename"], "filename")
-    unknown = ~sheet["label"].isin(labels)
-    check_rows(path, unknown, f"label that is not one of {labels}", values=sheet["label"])
+    check_rows(path, ~sheet["label"].isin(labels), f"label that is not one of {labels}", sheet["label"])
     confidence = pd.to_numeric(sheet["confidence"], errors="coerce")
-    check_rows(path, ~confidence.between(0, 1), "confidence outside 0 to 1", values=sheet["confidence"])
-    target = sheet["label"].map(labels.index).to_numpy(dtype=np.int64)
-    more = picture_frame(path, names, Path(root) / "test", target, "train")
-
+    check_rows(path, ~confidence.between(0, 1), "confidence outside 0 to 1", sheet["confidence"])
+    more = picture_frame(path, names, Path(root) / "test", sheet["label"].map(labels.index), "train")
     labelled = [name for frame in parts.values() for name in plain_names(frame["ID"])]
-    known = pd.Series(plain_names(names)).isin(labelled)
-    check_rows(path, known, "a picture that is labelled already", values=names)
+    known = pd.Series(plain_names(names), names.index).isin(labelled)
+    check_rows(path, known, "a picture that is labelled already", names)
     held_out = [*parts["val"]["patient"], *parts["test"]["patient"]]
-    check_rows(path, more["patient"].isin(held_out), "a patient of validation or test", values=names)
-    more = more[(confidence >= min_confidence).to_numpy()]
+    check_rows(path, more["patient"].isin(held_out), "a patient of validation or test", names)
+    more = more[confidence >= min_confidence]
     return pd.concat([parts["train"], more], ignore_index=True), len(more)
 
-
-# ---------------------------------------------------------------- pictures that somebody names
 
 GIVEN = {
     "odir": "eye pairs: LEFT RIGHT, a folder of <id>_left.* and <id>_right.*, or a CSV",
@@ -344,10 +313,10 @@ def given_rows(name, given):
         raise InputError(f"{shown}: by their names a right eye, then a left one. Give LEFT RIGHT")
     if name in GIVEN:
         return pd.DataFrame({"ID": [ident], "files": [tuple(map(str, paths))]}), False
-    ids = [path.name for path in paths]
-    if len(set(ids)) < len(ids):
-        ids = list(map(str, paths))
-    return pd.DataFrame({"ID": ids, "files": [(str(path),) for path in paths]}), several
+    frame = pd.DataFrame({"ID": [path.name for path in paths], "files": [(str(path),) for path in paths]})
+    if not frame["ID"].is_unique:
+        frame["ID"] = list(map(str, paths))
+    return frame, several
 
 
 def swapped(pair):
@@ -378,19 +347,19 @@ def rows_of_folder(name, folder):
 
 def rows_of_table(name, path):
     """The rows of a CSV, its paths relative to it or, in the official layout, to images/ beside it."""
-    sheet = read_sheet(path, dtype=str)
+    sheet, folder = read_sheet(path, dtype=str), path.parent
     wanted = {"odir": ["Left-Fundus", "Right-Fundus"], "mrnet": PLANES}.get(name, ["file"])
     if name == "odir" and "LEFT" in sheet.columns:
         wanted = ["LEFT", "RIGHT"]
     check_columns(path, sheet, wanted)
     columns = [check_names(path, sheet[column], column, unique=False, inside=False) for column in wanted]
     ids = check_names(path, sheet["ID"], "ID", inside=False) if "ID" in sheet.columns else columns[0]
-    check_rows(path, ids.duplicated(), "doubled ID", values=ids)
-    files = list(zip(*columns, strict=True))
+    check_rows(path, ids.duplicated(), "doubled ID", ids)
+    frame = pd.DataFrame({"ID": ids, "files": list(zip(*columns, strict=True))})
     if name == "odir":
-        wrong = [swapped(pair) for pair in files]
+        wrong = frame["files"].map(swapped)
         check_rows(path, wrong, "a right eye as LEFT and a left one as RIGHT, by their names,")
-    folder = path.parent
-    if name == "odir" and not (folder / files[0][0]).exists() and (folder / "images").is_dir():
-        folder = folder / "images"
-    return pd.DataFrame({"ID": ids, "files": [tuple(str(folder / file) for file in row) for row in files]})
+        if not (folder / columns[0].iloc[0]).exists() and (folder / "images").is_dir():
+            folder = folder / "images"
+    frame["files"] = [tuple(str(folder / file) for file in files) for files in frame["files"]]
+    return frame.reset_index(drop=True)
