@@ -30,7 +30,6 @@ import samplers
 import split
 import tables
 from augment import draw, prepare_batch
-from cache import kept_array
 from checkpoint import describe_machine
 from dataset import FeatureSet, VolumeSet
 from errors import Parser, guard
@@ -41,7 +40,7 @@ HERE = Path(__file__).parent
 MATRIX = {"cpu": 4096, "cuda": 8192}  # rows of the matrices whose product is the machine's own limit
 # Published epochs of the experiments with a frozen trunk whose pictures stay the same.
 EPOCHS = {"00": 36, "01": 32, "02": 47, "03": 59, "04": 59, "05": 59, "06": 42, "07": 100, "11": 47, "12": 30}
-POWERS, RUNS = (10**3, 10**4, 10**5, 10**6), 200  # of growth and head; of report
+POWERS, RUNS = (10**3, 10**4, 10**5, 10**6), 200  # rows of growth and head; copies of report
 
 
 def get_args_parser():
@@ -92,10 +91,9 @@ def script(name, *flags, cwd):
     subprocess.run(command, cwd=cwd, check=True, stdout=subprocess.DEVNULL)
 
 
-def photographs(args):
-    """{part: left, right, left ... of the patients that have both photographs}."""
-    parts, _ = split.drop_missing(split.split("odir", tables.read("odir", args.data).frame), "drop")
-    return {name: frame["files"].explode().tolist() for name, frame in parts.items()}
+def eye_pairs(args):
+    """{part: a frame of the patients that have both photographs}."""
+    return split.drop_missing(split.split("odir", tables.read("odir", args.data).frame), "drop")[0]
 
 
 @torch.inference_mode()
@@ -157,11 +155,11 @@ def extraction(args, device):
     images = torch.randn(args.pictures, 3, args.size, args.size, device=device)
     n, batch = MATRIX.get(device.type, 4096), EXTRACT_BATCH.get(device.type, 16)
     matrix = torch.randn(n, n, device=device, dtype=engine.PRECISIONS[precision])
-    for compiled in (False, True):
-        fast = FastTrunk(net, precision, compiled).to(device)
+    for how in ("eager", "compiled"):
+        fast = FastTrunk(net, precision, how == "compiled").to(device)
         sides = [partial(each, net, images.split(64)), partial(each, fast, images.split(batch))]
         plain, ours, product = in_turn(args.repeats, *sides, partial(torch.mm, matrix, matrix))
-        name = f"extraction, {args.trunk}, {args.size}, {precision}, {'compiled' if compiled else 'eager'}"
+        name = f"extraction, {args.trunk}, {args.size}, {precision}, {how}"
         show(name, plain, ours, "pictures/s", len(images))
         if args.trunk == "resnet50":  # which multiplies and adds 4.09 x 10^9 times a picture of 224 pixels
             shares = 8.18e9 * (args.size / 224) ** 2 * len(images) / ours / (2 * n**3 / product)
@@ -171,20 +169,21 @@ def extraction(args, device):
 
 def run(args, device, experiments=("03",)):
     """Whole processes, from nothing and with what these kept; a plain epoch before and after each."""
-    parts, lines = photographs(args), (HERE / "run_all.sh").read_text()
+    parts, lines = eye_pairs(args), (HERE / "run_all.sh").read_text()
     net = models.build_model("v0", 8, "none", args.size, args.trunk).to(device).eval()
-    files = parts["train"][: args.pictures]
+    files = parts["train"]["files"].explode().tolist()[: args.pictures]
     plain = partial(plain_epoch, net, net.classifier, files, args.size, device)
-    factor = len(parts["train"] + parts["val"]) / len(files) * sum(EPOCHS[one] for one in experiments)
+    pictures = 2 * (len(parts["train"]) + len(parts["val"]))
+    factor = pictures / len(files) * sum(EPOCHS[one] for one in experiments)
     common = ["--data", args.data.resolve(), "--missing", "drop", "--trunk", args.trunk, "--patience", 1000]
-    common += ["--weights", "imagenet" if args.trunk == "efficientnet-lite0" else "none"]
+    common += ["--weights", "imagenet" if args.trunk == "efficientnet-lite0" else "none", "--size", args.size]
     before = in_turn(1, plain)[0, 0]
     with tempfile.TemporaryDirectory() as folder:
         for state in ("from nothing", "kept"):
             taken = 0
             for one in experiments:
                 flags = re.search(f"^run odir-{one} (.*)", lines, re.M)[1].split()
-                flags += [*common, "--size", args.size, "--epochs", EPOCHS[one], "--name", f"{one} {state}"]
+                flags += [*common, "--epochs", EPOCHS[one], "--name", f"{one} {state}"]
                 taken += timed(partial(script, "train.py", *flags, cwd=folder))[1]
             after = timed(plain)[1]
             name = f"{args.trunk}, experiments {' '.join(experiments)} {state}, whole processes"
@@ -210,27 +209,23 @@ def sampler(args, device):
 
 
 def finetune(args, device):
-    """A step of 64 pictures by precision and layout, from kept ones; what preparing these takes."""
-    files = photographs(args)["train"][: min(64, args.pictures)]
+    """A step of 64 kept pictures in training's own precision and layout; what preparing these takes."""
+    files = eye_pairs(args)["train"]["files"].explode().tolist()[: min(64, args.pictures)]
     kept = np.stack([preprocess.load_picture(file, "fov", args.size)[0] for file in files])
     keys = [(row, 0) for row in range(len(files) // 2)]
     batch = {"images": torch.from_numpy(kept).unflatten(0, (-1, 2)), "uniforms": draw(0, 0, keys, 2)}
     batch["targets"] = torch.zeros(len(keys), 8)
-    net = models.build_model("v0", 8, "none", args.size, args.trunk).to(device).train()
-    images = prepare_batch(batch, device)[0][0]
-    sides = {"plain": partial(plain_epoch, net, net, files, args.size, device)}
-    for precision in ("fp32", "bf16"):
-        sides[precision] = partial(step, copy.deepcopy(net), (images.contiguous(),), precision)
-        fast = copy.deepcopy(net).to(memory_format=torch.channels_last)
-        sides[f"{precision}, channels last"] = partial(step, fast, (images,), precision)
-    for recipe in ("none", "pair"):
-        sides[recipe] = partial(prepare_batch, batch, device, recipe)
-    seconds = dict(zip(sides, in_turn(args.repeats, *sides.values()), strict=True))
-    for name in list(sides)[1:5]:
-        title = f"fine-tuning, {args.trunk}, {args.size}, batch {len(files)}, {name}"
-        show(title, seconds["plain"], seconds[name] + seconds["none"], "pictures/s", len(files))
-        plainly, pair = [np.median(seconds[recipe] / seconds[name]) for recipe in ("none", "pair")]
-        print(f"  preparing a batch takes {plainly:.1%} of the step on it, with --augment pair {pair:.1%}")
+    slow = models.build_model("v0", 8, "none", args.size, args.trunk).to(device).train()
+    fast = copy.deepcopy(slow).to(memory_format=torch.channels_last)
+    precision = engine.pick_precision("auto", device, args.trunk)
+    sides = [partial(plain_epoch, slow, slow, files, args.size, device)]
+    sides += [partial(step, fast, prepare_batch(batch, device)[0], precision)]
+    sides += [partial(prepare_batch, batch, device, recipe) for recipe in ("none", "pair")]
+    plain, ours, *preparing = in_turn(args.repeats, *sides)
+    name = f"fine-tuning, {args.trunk}, {args.size}, batch {len(files)}, {precision}"
+    show(name, plain, ours + preparing[0], "pictures/s", len(files))
+    bare, pair = [np.median(seconds / ours) for seconds in preparing]
+    print(f"  preparing a batch takes {bare:.1%} of the step on it, with --augment pair {pair:.1%}")
 
 
 def knees(net, data, batch, precision, device):
@@ -245,10 +240,10 @@ def mrnet(args, device):
     data = VolumeSet(frame["files"], tables.targets_of(frame, table.labels), args.size)
     slow = models.build_model("mrnet", 3).to(device)
     fast = copy.deepcopy(slow).to(memory_format=torch.channels_last)
-    sides = [partial(knees, fast, data, batch, precision, device) for batch in (1, 4)]
-    plain, *ours = in_turn(args.repeats, partial(knees, slow, data, 1, "fp32", device), *sides)
-    for batch, seconds in zip((1, 4), ours, strict=True):
-        show(f"MRNet, {precision}, batch {batch}", plain, seconds, "knees/s", len(data))
+    plain = partial(knees, slow, data, 1, "fp32", device)
+    for batch in (1, 4):
+        seconds = in_turn(args.repeats, plain, partial(knees, fast, data, batch, precision, device))
+        show(f"MRNet, {precision}, batch {batch}", *seconds, "knees/s", len(data))
 
 
 def anonymous():
@@ -275,11 +270,6 @@ def growth(args, device):
         print(f"{n:>8} patients: {told}; {anonymous():.2f} GiB of memory", flush=True)
 
 
-def fill(array):
-    for start in range(0, len(array), 1000):
-        array[start : start + 1000] = np.random.default_rng(start).random(array.shape[1], np.float32)
-
-
 def watched(batch, device, memory):
     memory.append(anonymous())
     return prepare_batch(batch, device)
@@ -294,9 +284,12 @@ def head(args, device):
         own = Learner(net, None, ema=None, cosine=None, seed=0, precision="fp32", device=device, **rules)
         batches = samplers.Batches(samplers.epoch_order("shuffle", np.zeros(n), 0, 0), 32)
         with tempfile.TemporaryDirectory(dir=".") as folder:  # not /tmp, which may lie in memory
-            kept = torch.from_numpy(kept_array(Path(folder, "rows.npy"), (n, 2048), np.float32, fill))
-            loader = engine.make_loader(FeatureSet(kept, np.zeros((n, 8), np.float32)), batches)
+            rows = np.lib.format.open_memmap(Path(folder, "rows.npy"), "w+", np.float32, (n, 2048))
+            for start in range(0, n, 1000):
+                rows[start : start + 1000] = np.random.default_rng(start).random((1000, 2048), np.float32)
+            data = FeatureSet(torch.from_numpy(rows), np.zeros((n, 8), np.float32))
             prepare = partial(watched, device=device, memory=memory)
+            loader = engine.make_loader(data, batches)
             _, seconds = timed(engine.train_one_epoch, net, loader, prepare, own, 0, "fp32")
         print(f"{n:>8} rows: {seconds:.2f} s an epoch, {max(memory):.2f} GiB of memory at most", flush=True)
 

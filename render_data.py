@@ -32,6 +32,17 @@ RETINA_SHARES = dict(zip(RETINA, (0.30, 0.24, 0.24, 0.055, 0.055, 0.055, 0.055),
 GRADE_SHARES = {0: 0.36, 1: 0.16, 2: 0.2, 3: 0.14, 4: 0.14}
 # abnormal, acl, meniscus
 KNEE_SHARES = {(0, 0, 0): 0.3, (1, 0, 0): 0.2, (1, 1, 0): 0.17, (1, 0, 1): 0.2, (1, 1, 1): 0.13}
+# A knee's shapes: (kind, corners in pixels from its centre, brightness and, of a line, its width).
+# The ellipses of a plane (x, y, half axes, brightness): skin, muscle, then the bones.
+AXIAL = [(0, 0, 104, 100, 120), (0, 0, 94, 90, 62), (0, 14, 66, 50, 40), (0, 14, 61, 45, 168)]
+AXIAL += [(0, -58, 34, 17, 40), (0, -58, 30, 13, 172)]
+UPRIGHT = [(0, 0, 92, 160, 120), (0, 0, 82, 150, 62), (0, -62, 66, 58, 38), (0, -62, 61, 53, 170)]
+UPRIGHT += [(0, 66, 68, 54, 38), (0, 66, 63, 49, 160)]
+MENISCI = [("polygon", ((s * 70, -9), (s * 70, 13), (s * 30, 2)), 14) for s in (-1, 1)]
+SHEATH, LIGAMENT = ("line", ((-24, 24), (26, -32)), 96, 17), ("line", ((-24, 24), (26, -32)), 12, 9)
+TORN = [("line", ((-24, 24), (-9, 7)), 12, 9), ("line", ((9, -13), (26, -32)), 12, 9)]
+MIDDLE = {"axial": 0, "coronal": 0.3, "sagittal": 0.45}  # share of the slices that show the ligament
+POOLS = {"axial": ((-62, -40), (62, -40)), "coronal": ((-72, -40), (72, -40)), "sagittal": ((-70, -58),)}
 
 
 def deal(shares, n, rng):
@@ -54,27 +65,27 @@ def scatter(rng, n, centre=(0.5, 0.5), inner=0.06, outer=0.36):
     return np.stack([centre[0] + radius * np.cos(angle), centre[1] + radius * np.sin(angle)], 1)
 
 
-def blend(pixels, mask, paint, blur=0.0):
-    """float array (S, S, 3), painted (red, green, blue, strength) where the mask (2S, 2S) is bright."""
-    mask = mask.filter(ImageFilter.GaussianBlur(blur * mask.width))
-    alpha = np.asarray(mask.resize(pixels.shape[1::-1], Image.Resampling.BOX), np.float32)[..., None] / 255
-    return pixels + alpha * paint[3] * (np.asarray(paint[:3], np.float32) - pixels)
-
-
-def blots(rng, pixels, centres, radii, paint, blur=0.0):
-    """`pixels` with round blots painted on; centres (n, 2) and radii (n,) in units of the picture's side."""
+def paint(pixels, shapes, colour, blur=0.0):
+    """float array (S, S, 3) with shapes in (red, green, blue, strength); lengths in units of its side."""
     big = 2 * len(pixels)
     mask = Image.new("L", (big, big))
-    for centre, radius in zip(centres, radii, strict=True):
-        half = radius * rng.uniform(0.8, 1.25, 2)
-        ImageDraw.Draw(mask).ellipse([*((centre - half) * big), *((centre + half) * big)], fill=255)
-    return blend(pixels, mask, paint, blur)
+    for kind, corners, *style in shapes:
+        getattr(ImageDraw.Draw(mask), kind)([*(np.ravel(corners) * big)], *style)
+    mask = mask.filter(ImageFilter.GaussianBlur(blur * big)).resize(pixels.shape[1::-1], Image.Resampling.BOX)
+    alpha = np.asarray(mask, np.float32)[..., None] / 255
+    return pixels + alpha * colour[3] * (np.asarray(colour[:3], np.float32) - pixels)
+
+
+def blots(rng, centres, radii):
+    """The shapes of round blots; centres (n, 2) and radii (n,) in units of the picture's side."""
+    halves = [radius * rng.uniform(0.8, 1.25, 2) for radius in radii]
+    pairs = zip(np.asarray(centres), halves, strict=True)
+    return [("ellipse", (centre - half, centre + half), 255) for centre, half in pairs]
 
 
 def vessels(rng, big, disc, narrow, wavy):
-    """Mask (big, big) of four arcades of vessels that bend around the macula, with branches that thin out."""
-    mask = Image.new("L", (big, big))
-    draw = ImageDraw.Draw(mask)
+    """Lines of four arcades of vessels that bend around the macula, with branches that thin out."""
+    lines = []
     for up in (-1, 1):
         branches = []
         for direction, bend, width in ((1.2, -1.9, 0.016), (1.3, -1.6, 0.011), (2.2, 0.9, 0.011)):
@@ -87,18 +98,17 @@ def vessels(rng, big, disc, narrow, wavy):
                 angle += bend * 0.045
                 start, point = point, point + 0.026 * np.array([np.cos(angle + sway), np.sin(angle + sway)])
                 thick = width * narrow * (1 - 0.6 * step / steps)
-                ends, shade = [*(start * big), *(point * big)], int(150 + 80 * thick / 0.016)
-                draw.line(ends, fill=shade, width=max(1, round(thick * big)))
+                shade, pixels = int(150 + 80 * thick / 0.016), max(1, round(thick * big))
+                lines.append(("line", (start, point), shade, pixels))
                 if step % 6 == 4 and width > 0.004:
                     side = rng.choice([-1, 1])
                     turned = angle + side * rng.uniform(0.4, 0.9)
                     branches.append((point, turned, -side * 0.5, width * 0.5, length * 0.55))
-    return mask
+    return lines
 
 
 def draw_fundus(rng, size, signs=(), grade=0, right=False):
     """One photograph, PIL RGB (size, size): `signs` from DGCAHMO, `grade` 0-4; a right eye is mirrored."""
-    big = 2 * size
     y, x = (np.mgrid[:size, :size].astype(np.float32) + 0.5) / size
     disc = (rng.uniform(0.2, 0.28), rng.uniform(0.44, 0.54))
     macula = (disc[0] + rng.uniform(0.3, 0.34), disc[1] + rng.uniform(0.01, 0.05))
@@ -109,44 +119,44 @@ def draw_fundus(rng, size, signs=(), grade=0, right=False):
     if "M" in signs:  # the choroid's vessels, where noise crosses zero, and a large pale crescent at the disc
         stripes = np.exp(-((smooth_noise(rng, 24, size) / 0.3) ** 2))[..., None]
         pixels = pixels * 1.12 + np.float32([28, 34, 18]) - stripes * np.float32([6, 32, 22])
-        pixels = blots(rng, pixels, [(disc[0] + 0.05, disc[1])], [0.105], (250, 232, 190, 0.85), 0.006)
+        crescent = blots(rng, [(disc[0] + 0.05, disc[1])], [0.105])
+        pixels = paint(pixels, crescent, (250, 232, 190, 0.85), 0.006)
     gaussian = np.exp(-((x - macula[0]) ** 2 + (y - macula[1]) ** 2) / (2 * 0.05**2))
     pixels *= 1 - 0.38 * gaussian[..., None]
     radius = rng.uniform(0.05, 0.06) * (1.2 if "G" in signs else 1)
     cup = radius * (rng.uniform(0.78, 0.88) if "G" in signs else rng.uniform(0.3, 0.42))
-    pixels = blots(rng, pixels, [disc], [radius], (242, 186, 112, 0.9), 0.004)
-    tree = vessels(rng, big, disc, *((0.5, 0.75) if "H" in signs else (1, 0.05)))
-    pixels = blend(pixels, tree, (*(base * (0.62, 0.38, 0.5)), 0.8), 0.0012)
-    pixels = blots(rng, pixels, [disc], [cup], (255, 244, 206, 0.92), 0.003)
+    pixels = paint(pixels, blots(rng, [disc], [radius]), (242, 186, 112, 0.9), 0.004)
+    tree = vessels(rng, 2 * size, disc, *((0.5, 0.75) if "H" in signs else (1, 0.05)))
+    pixels = paint(pixels, tree, (*(base * (0.62, 0.38, 0.5)), 0.8), 0.0012)
+    pixels = paint(pixels, blots(rng, [disc], [cup]), (255, 244, 206, 0.92), 0.003)
     if "H" in signs:  # flame-shaped haemorrhages run out from the disc along the nerve fibres
-        mask = Image.new("L", (big, big))
+        flames = []
         for angle in rng.uniform(0, 2 * np.pi, rng.integers(9, 14)):
-            across = np.array([-np.sin(angle), np.cos(angle)]) * rng.uniform(0.008, 0.014)
             along = np.array([np.cos(angle), np.sin(angle)])
+            across = np.array([-np.sin(angle), np.cos(angle)]) * rng.uniform(0.008, 0.014)
             near, far = disc + along * rng.uniform(0.07, 0.11), disc + along * rng.uniform(0.16, 0.22)
-            corners = np.array([near, (near + far) / 2 + across, far, (near + far) / 2 - across])
-            ImageDraw.Draw(mask).polygon([*(corners * big).ravel()], fill=255)
-        pixels = blend(pixels, mask, (128, 14, 12, 0.9), 0.002)
+            flames.append(("polygon", (near, (near + far) / 2 + across, far, (near + far) / 2 - across), 255))
+        pixels = paint(pixels, flames, (128, 14, 12, 0.9), 0.002)
     if "A" in signs:  # drusen, some of them run together
         n = rng.integers(35, 55)
-        spots, radii = scatter(rng, n, macula, 0, 0.13), rng.uniform(0.007, 0.016, n)
-        pixels = blots(rng, pixels, spots, radii, (246, 220, 130, 0.85), 0.002)
-    if "O" in signs:  # a naevus
-        spot = scatter(rng, 1, macula, 0.15, 0.24)
-        pixels = blots(rng, pixels, spot, rng.uniform(0.075, 0.105, 1), (52, 34, 32, 0.85), 0.008)
+        drusen = blots(rng, scatter(rng, n, macula, 0, 0.13), rng.uniform(0.007, 0.016, n))
+        pixels = paint(pixels, drusen, (246, 220, 130, 0.85), 0.002)
+    if "O" in signs:
+        naevus = blots(rng, scatter(rng, 1, macula, 0.15, 0.24), rng.uniform(0.075, 0.105, 1))
+        pixels = paint(pixels, naevus, (52, 34, 32, 0.85), 0.008)
     grade = rng.integers(2, 4) if "D" in signs else grade
     if grade:  # microaneurysms and haemorrhages, then clusters of hard exudates
         spots = scatter(rng, int((0, 7, 16, 30, 46)[grade] * rng.uniform(0.85, 1.15)))
-        radii = rng.uniform(0.006, 0.009 + 0.002 * grade, len(spots))
-        pixels = blots(rng, pixels, spots, radii, (112, 12, 10, 0.9), 0.001)
+        bleedings = blots(rng, spots, rng.uniform(0.006, 0.009 + 0.002 * grade, len(spots)))
+        pixels = paint(pixels, bleedings, (112, 12, 10, 0.9), 0.001)
         for centre in scatter(rng, (0, 0, 2, 3, 4)[grade], inner=0.12, outer=0.28):
             spots = scatter(rng, rng.integers(6, 11), centre, 0, 0.05)
-            pixels = blots(rng, pixels, spots, rng.uniform(0.005, 0.012, len(spots)), (255, 226, 96, 0.95))
+            exudates = blots(rng, spots, rng.uniform(0.005, 0.012, len(spots)))
+            pixels = paint(pixels, exudates, (255, 226, 96, 0.95))
     if grade == 4:  # preretinal haemorrhage: a boat with a level top
         place, width = scatter(rng, 1, inner=0.15, outer=0.25)[0], rng.uniform(0.09, 0.13)
-        mask = Image.new("L", (big, big))
-        ImageDraw.Draw(mask).pieslice([*((place - width) * big), *((place + width) * big)], 0, 180, fill=255)
-        pixels = blend(pixels, mask, (96, 8, 10, 0.95), 0.004)
+        boat = [("pieslice", (place - width, place + width), 0, 180, 255)]
+        pixels = paint(pixels, boat, (96, 8, 10, 0.95), 0.004)
     image = Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
     if "C" in signs:  # a clouded lens: everything blurred behind a pale haze
         image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0.016, 0.026) * size))
@@ -158,21 +168,7 @@ def draw_fundus(rng, size, signs=(), grade=0, right=False):
 
 
 def ellipse(x, y, rx, ry, fill):
-    """A knee's shape is (kind, corners in pixels from its centre, brightness and, of a line, its width)."""
     return "ellipse", ((x - rx, y - ry), (x + rx, y + ry)), fill
-
-
-AXIAL = [ellipse(0, 0, 104, 100, 120), ellipse(0, 0, 94, 90, 62)]  # skin, muscle; then the bones
-AXIAL += [ellipse(0, 14, 66, 50, 40), ellipse(0, 14, 61, 45, 168)]
-AXIAL += [ellipse(0, -58, 34, 17, 40), ellipse(0, -58, 30, 13, 172)]
-UPRIGHT = [ellipse(0, 0, 92, 160, 120), ellipse(0, 0, 82, 150, 62)]
-UPRIGHT += [ellipse(0, -62, 66, 58, 38), ellipse(0, -62, 61, 53, 170)]
-UPRIGHT += [ellipse(0, 66, 68, 54, 38), ellipse(0, 66, 63, 49, 160)]
-MENISCI = [("polygon", ((s * 70, -9), (s * 70, 13), (s * 30, 2)), 14) for s in (-1, 1)]
-SHEATH, LIGAMENT = ("line", ((-24, 24), (26, -32)), 96, 17), ("line", ((-24, 24), (26, -32)), 12, 9)
-TORN = [SHEATH, ("line", ((-24, 24), (-9, 7)), 12, 9), ("line", ((9, -13), (26, -32)), 12, 9)]
-MIDDLE = {"axial": 0, "coronal": 0.3, "sagittal": 0.45}  # share of the slices that show the ligament
-POOLS = {"axial": ((-62, -40), (62, -40)), "coronal": ((-72, -40), (72, -40)), "sagittal": ((-70, -58),)}
 
 
 def draw_knee(rng, plane, abnormal, acl, meniscus):
@@ -181,13 +177,15 @@ def draw_knee(rng, plane, abnormal, acl, meniscus):
     gain, noise = rng.uniform(0.85, 1.1), rng.normal(0, 7, (320, 320)).astype(np.float32)
     pool, volume = rng.uniform(20, 28), np.zeros((slices, 256, 256), np.uint8)
     for k, t in enumerate(np.linspace(-1, 1, slices)):
-        shapes = AXIAL if plane == "axial" else UPRIGHT + MENISCI
+        shapes = [ellipse(*one) for one in (AXIAL if plane == "axial" else UPRIGHT)]
+        if plane != "axial":
+            shapes += MENISCI
         if abs(t) < MIDDLE[plane]:  # oedema where the middle of a torn ligament was
-            shapes = shapes + (TORN + [ellipse(0, -3, 19, 15, 222)] if acl else [SHEATH, LIGAMENT])
+            shapes += [SHEATH, *TORN, ellipse(0, -3, 19, 15, 222)] if acl else [SHEATH, LIGAMENT]
         if meniscus and plane != "axial" and abs(t) < 0.85:
-            shapes = shapes + [ellipse(54, 2, 13, 6, 235)]
+            shapes += [ellipse(54, 2, 13, 6, 235)]
         if abnormal and abs(t) < 0.8:
-            shapes = shapes + [ellipse(x, y, 0.6 * pool, pool, 240) for x, y in POOLS[plane]]
+            shapes += [ellipse(x, y, 0.6 * pool, pool, 240) for x, y in POOLS[plane]]
         image = Image.new("L", (256, 256), 6)
         for kind, corners, *style in shapes:
             corners = centre + (1 - 0.28 * t * t) * np.array(corners)
@@ -210,27 +208,26 @@ def write_sheet(frame, path):
 
 # Each layout writes its tables and yields its pictures: file, seed of the random numbers, what is to be seen.
 def odir_layout(out, n, seed):
-    rng, rows, seen, patient = np.random.default_rng([seed, n]), [], [], 0
+    rng, rows, patient = np.random.default_rng([seed, n]), [], 0
     for primary in deal(ODIR_SHARES, n, rng):
         labels = {primary}
         if primary != "N" and rng.random() < 0.25:
             labels.add(rng.choice([label for label in "DGCAHMO" if label != primary]))
         signs = sorted(labels - {"N"})
-        sides = [rng.choice(["left", "right", "both"], p=[0.2, 0.2, 0.6]) for _ in signs]
-        words = []
+        sides = {sign: rng.choice(["left", "right", "both"], p=[0.2, 0.2, 0.6]) for sign in signs}
+        eyes, words = [], []
         for eye in ("left", "right"):
-            seen.append([sign for sign, side in zip(signs, sides, strict=True) if side in (eye, "both")])
-            words.append("，".join(str(rng.choice(KEYWORDS[sign])) for sign in seen[-1]) or "normal fundus")
+            eyes.append([sign for sign in signs if sides[sign] in (eye, "both")])
+            words.append("，".join(str(rng.choice(KEYWORDS[sign])) for sign in eyes[-1]) or "normal fundus")
         patient += int(rng.integers(1, 4)) if rows else 0
         sex, age = str(rng.choice(["Female", "Male"])), int(np.clip(rng.normal(58, 12), 18, 91))
-        ones = [int(label in labels) for label in ODIR_SHARES]
-        rows.append([patient, age, sex, f"{patient}_left.jpg", f"{patient}_right.jpg", *words, *ones])
+        files = [f"{patient}_left.jpg", f"{patient}_right.jpg"]
+        for right in (0, 1):
+            yield f"images/{files[right]}", [seed, len(rows), right], (eyes[right], 0, right)
+        rows.append([patient, age, sex, *files, *words, *(int(label in labels) for label in ODIR_SHARES)])
     columns = ["ID", "Patient Age", "Patient Sex", "Left-Fundus", "Right-Fundus"]
     columns += ["Left-Diagnostic Keywords", "Right-Diagnostic Keywords", *ODIR_SHARES]
     write_sheet(pd.DataFrame(rows, columns=columns), out / "annotations.xlsx")
-    for i, signs in enumerate(seen):
-        row, right = divmod(i, 2)
-        yield f"images/{rows[row][3 + right]}", [seed, row, right], (signs, 0, right)
 
 
 def aptos_layout(out, n, seed):
@@ -247,7 +244,7 @@ def dr_layout(out, n, seed):
     grades = np.repeat(deal(GRADE_SHARES, n, rng), 2)
     steps = [rng.choice([-1, 0, 0, 0, 0, 1]) for _ in range(n)]  # a pair of eyes is alike
     grades[1::2] = np.clip(grades[1::2] + steps, 0, 4)
-    names = [f"{10 + i // 2}_{('left', 'right')[i % 2]}" for i in range(2 * n)]
+    names = [f"{10 + k}_{side}" for k in range(n) for side in ("left", "right")]
     pd.DataFrame({"image": names, "level": grades}).to_csv(out / "trainLabels.csv", index=False)
     for i, name in enumerate(names):
         yield f"{name}.jpeg", [seed, i], ((), grades[i], i % 2)

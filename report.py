@@ -10,10 +10,8 @@ and writes runs/compare.html with their curves and photographs.
 """
 
 import argparse
-import csv
-import io
+import base64
 import json
-import math
 import os
 import sys
 from concurrent.futures import ProcessPoolExecutor
@@ -28,28 +26,24 @@ SCORES = "accuracy kappa quadratic_kappa f1 auc final auc_abnormal auc_acl auc_m
 PICTURES = "confusion roc reliability samples heatmaps".split()
 PROBS_BYTES, PAGE_BYTES = 4_500_000, 8_000_000  # room for probabilities, and for all with the pictures
 NOTHING = dict.fromkeys(("published", "measured", "std", "low", "high", "n"))
-OWN = {False: "own run", True: "shuffled-label control: kappa and AUC have to fall to chance"}
 
 
 def get_args_parser():
     parser = Parser(__doc__)
     parser.add_argument("--runs", type=Path, default="runs", help="run folders; the report goes there")
-    beside = Path(__file__).with_name("published.csv")
-    parser.add_argument("--published", type=Path, default=beside, help="a line for each experiment")
+    published = Path(__file__).with_name("published.csv")
+    parser.add_argument("--published", type=Path, default=published, help="a line for each experiment")
     parser.add_argument("--compare", nargs=2, type=Path, metavar=("A", "B"), help="two run folders")
     return parser
 
 
-# ---------------------------------------------------------------- what is shown
-
-
 def match(run, lines):
     """(experiment, the flags that differ from its line in run_all.sh); (None, []) for a run of its own."""
-    named = run["bare"] if run["bare"] in lines else None
+    named = run["bare"] if run["bare"] in lines and not run["shuffled"] else None
     if run["shuffled"] or run["status"] == "damaged":
-        return None if run["shuffled"] else named, []
+        return named, []
     if not {"dataset", "model", "lr", "batch", "epochs", "size"} <= run["args"].keys():
-        return named, ["its flags are not known"]
+        return named, ["its flags are not known"] if named else []
     differing = {name: arguments.differences(run["args"], line) for name, line in lines.items()}
     same = [name for name, flags in differing.items() if not flags]
     if same and named not in same:
@@ -68,19 +62,17 @@ def make_rows(published, lines, runs):
     for run in runs:
         run["experiment"], run["differs"] = match(run, lines)
         if not run["experiment"]:
-            own = {
-                "study": run["study"],
-                "experiment": run["base"],
-                "title": OWN[run["shuffled"]],
-                "kind": "own",
-            }
-            run["experiment"], run["differs"] = f"own {run['base']}", []
+            run["experiment"] = f"own {run['base']}"
+            own = {"study": run["study"], "experiment": run["base"], "title": "own run", "kind": "own"}
+            if run["shuffled"]:
+                own["title"] = "shuffled-label control: kappa and AUC have to fall to chance"
             entries.setdefault(run["experiment"], blank | own)
     for name, entry in entries.items():
-        own = [run for run in runs if run["experiment"] == name]
-        own = [run for run in own if run["data"] != "rendered"] or own  # those count where no real one is
+        members = [run for run in runs if run["experiment"] == name]
+        # Rendered runs count where there is no real one.
+        members = [run for run in members if run["data"] != "rendered"] or members
         alike = {}
-        for run in sorted(own, key=lambda run: bool(run["differs"])):
+        for run in sorted(members, key=lambda run: bool(run["differs"])):
             alike.setdefault(tuple(run["differs"]), []).append(run)
         for k, group in enumerate(alike.values() or [[]]):
             shown = f"{entry['experiment']} ({group[0]['name']})" if k else entry["experiment"]
@@ -107,7 +99,9 @@ def counted(runs, problems):
 
 def make_row(entry, runs):
     """A line of the tables: its runs (seeds; perhaps none) and their scores beside the published ones."""
-    problems = []
+    import numpy as np  # here, as others below, because --help has to answer at once
+
+    problems, unlike = [], set()
     for run in runs:
         problems += [f"{run['name']}: {problem}" for problem in run["problems"]]
     done = counted(runs, problems)
@@ -120,40 +114,27 @@ def make_row(entry, runs):
         row["status"] = "rendered"
     elif done and row["differs"]:
         row["status"] = "changed"
-    flags = set()
     for run in done:
-        flags |= unlike(done[0]["args"], run["args"])
-    if flags:
-        problems.append(f"these runs differ in {', '.join(sorted(flags))}: their mean says little")
+        flags = run["args"] | first["args"]
+        unlike |= {flag for flag in flags if run["args"].get(flag) != first["args"].get(flag)}
+    unlike -= set(arguments.WHERE)  # which cannot matter
+    if unlike:
+        problems.append(f"these runs differ in {', '.join(sorted(unlike))}: their mean says little")
     for score in dict.fromkeys([*entry["scores"], *(first["scores"] if done else [])]):
-        row["cells"][score] = make_cell(score, entry["scores"].get(score), done)
+        row["cells"][score] = cell = NOTHING | {"published": entry["scores"].get(score)}
+        values = [run["scores"][score] for run in done if score in run["scores"]]
+        if values:
+            cell |= {"measured": sum(values) / len(values), "n": len(values)}
+            cell["low"], cell["high"] = first["intervals"].get(score, (None, None))
+        if len(values) > 1:
+            cell["std"] = float(np.std(values, ddof=1))
     return row
-
-
-def unlike(args, others):
-    """The flags in which two runs differ, but for those that cannot matter."""
-    flags = {flag for flag in args | others if args.get(flag) != others.get(flag)}
-    return flags.difference(arguments.WHERE)
-
-
-def make_cell(score, published, done):
-    """Published figure, mean and standard deviation over the seeds, interval of the first run."""
-    cell = NOTHING | {"published": published}
-    values = [run["scores"][score] for run in done if score in run["scores"]]
-    if values:
-        cell["measured"], cell["n"] = sum(values) / len(values), len(values)
-        cell["low"], cell["high"] = done[0]["intervals"].get(score, (None, None))
-    if len(values) > 1:
-        squares = [(value - cell["measured"]) ** 2 for value in values]
-        cell["std"] = math.sqrt(sum(squares) / (len(values) - 1))
-    return cell
 
 
 def columns_of(rows, prefix=""):
     """The scores of a family ("", "challenge_", "learned_") that any of the rows has, in their order."""
-    found = []
-    for row in rows:
-        found += [score for score, cell in row["cells"].items() if cell != NOTHING and score not in found]
+    cells = [cell for row in rows for cell in row["cells"].items()]
+    found = dict.fromkeys(score for score, cell in cells if cell != NOTHING)
     others = ("challenge_", "learned_")
     mine = [score for score in found if score.startswith(prefix or others) == bool(prefix)]
     order = [prefix + score for score in SCORES]
@@ -164,9 +145,6 @@ def show(value, digits=4):
     if value is None:
         return "–"
     return "undefined" if value != value else f"{value:.{digits}f}"
-
-
-# ---------------------------------------------------------------- what is written
 
 
 def page_data(runs):
@@ -180,27 +158,31 @@ def page_data(runs):
     for number, run in enumerate(runs):
         run["number"] = number
         one = {key: run[key] for key in ("name", "study", "history", "args")}
-        name = digest(run["digest"], run["part"], run["ids"], run["labels"])[:12]
-        if run["ids"] and name not in parts:  # one data set has one truth: reading all takes twice as long
-            runfolders.read(run, "ground_truth.xlsx", runfolders.read_truth)
+        told.append(one)
+        part = digest(run["digest"], run["part"], run["ids"], run["labels"])[:12]
+        if run["ids"] and part not in parts:  # one data set has one truth: reading all takes twice as long
+            runfolders.read(run, "ground_truth.xlsx", runfolders.read_answers)
             if run["truth"] is not None:
-                parts[name] = {"ids": run["ids"], "labels": run["labels"], "truth": run["truth"].tolist()}
-                parts[name]["patients"] = np.unique(patients_of(run["ids"]), return_inverse=True)[1].tolist()
-                parts[name]["families"], parts[name]["ordered"] = (
-                    runfolders.families_of(run),
-                    run["info"].get("ordered"),
-                )
-        if name in parts and size < PROBS_BYTES:
+                parts[part] = {key: run[key] for key in ("ids", "labels", "families")}
+                parts[part] |= {"truth": run["truth"].tolist(), "ordered": run["info"].get("ordered")}
+                parts[part]["patients"] = np.unique(patients_of(run["ids"]), return_inverse=True)[1].tolist()
+        if part in parts and size < PROBS_BYTES:
             # Three bytes a probability, so rounded that what is above 0.5 stays above 0.5.
             whole = np.ceil(run["probs"].reshape(-1, 1) * (2**24 - 1) - 0.5).astype(">u4")
-            one["part"], one["probs"] = name, runfolders.base64_of(whole.view(np.uint8)[:, 1:].tobytes())
+            packed = whole.view(np.uint8)[:, 1:].tobytes()
+            one["part"], one["probs"] = part, base64.b64encode(packed).decode()
             size += len(one["probs"])
-        told.append(one)
     return {"runs": told, "parts": parts, "where": arguments.WHERE}
 
 
-def add_pictures(rows, room):
-    """The pictures of the runs that are shown, as long as the page has room for them."""
+def write_page(path, rows, data):
+    """One file without network: the tables, what `page_data` returns, and pictures while there is room."""
+    import jinja2
+
+    from cache import replace_file
+
+    text = json.dumps(data, default=str)
+    room = PAGE_BYTES - len(text)
     for row in [row for row in rows if row["first"]]:
         run, known = row["first"], len(row["first"]["problems"])
         # What test.py drew is as stale as its scores.
@@ -208,14 +190,6 @@ def add_pictures(rows, room):
             runfolders.read(run, f"{name}.png", runfolders.read_picture)
         room -= sum(map(len, run["pictures"].values()))
         row["problems"] += [f"{run['name']}: {problem}" for problem in run["problems"][known:]]
-
-
-def write_page(path, rows, text):
-    """One file without network; `text` is what `page_data` returns, as JSON."""
-    import jinja2
-
-    from cache import replace_file
-
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"show": show, "columns_of": columns_of}
@@ -226,6 +200,8 @@ def write_page(path, rows, text):
 
 def write_table(path, rows):
     """results.csv: a line for each row, published and measured figures side by side."""
+    import pandas as pd
+
     from cache import replace_file
 
     lines = []
@@ -238,11 +214,8 @@ def write_table(path, rows):
         line["part"] = row["first"]["part"] if row["n"] else ""
         line["note"] = "; ".join(filter(None, [row["note"], *row["differs"], *row["problems"]]))
         lines.append(line)
-    buffer = io.StringIO()
-    table = csv.DictWriter(buffer, dict.fromkeys(name for line in lines for name in line))
-    table.writeheader()
-    table.writerows(lines)
-    replace_file(path, lambda stream: stream.write(buffer.getvalue().encode("utf-8", "replace")))
+    text = pd.DataFrame(lines, dtype=object).to_csv(index=False)
+    replace_file(path, lambda stream: stream.write(text.encode("utf-8", "replace")))
 
 
 def print_table(rows):
@@ -278,7 +251,7 @@ def print_comparison(first, second, about):
         return
     rules = {"patients": patients_of(first["ids"]), "labels": first["labels"]}
     rules["ordered"] = first["info"].get("ordered", True)
-    for family in runfolders.families_of(first):
+    for family in first["families"]:
         print(f"\n{family} scores, B less A, with the 95 % interval over patients")
         truth = first["truth"].argmax(1) if family == "classes" else first["truth"]
         found = metrics.paired_bootstrap(family, truth, first["probs"], second["probs"], **rules)
@@ -298,31 +271,28 @@ def main():
     if not args.runs.is_dir():
         raise InputError(f"--runs {args.runs}: no such folder. Expected the one that holds the run folders")
     published, lines = runfolders.read_published(args.published), arguments.experiments()
-    folders = args.compare
-    for folder in folders or []:
+    for folder in args.compare or []:
         if not folder.is_dir():
             raise InputError(f"--compare {folder}: no such folder. Expected two run folders, as runs/odir-03")
-    if not folders:
-        files = ("run.json", "last.pt", "best.pt", "train_results.xlsx")  # any of them makes it a run folder
-        folders = sorted({path.parent for file in files for path in args.runs.glob(f"*/{file}")})
+    files = ("run.json", "last.pt", "best.pt", "train_results.xlsx")  # any of them makes it a run folder
+    found = {path.parent for file in files for path in args.runs.glob(f"*/{file}")}
     with ProcessPoolExecutor(min(4, os.cpu_count()), initializer=end_with_parent) as pool:
-        runs = list(pool.map(runfolders.read_run, folders))  # the sheets of two hundred runs take long
+        runs = list(pool.map(runfolders.read_run, args.compare or sorted(found)))  # two hundred take long
     data = page_data(runs)
     if args.compare:
         data |= runfolders.comparison(*runs)
-    text = json.dumps(data, default=str)
     rows = make_rows(published, lines, runs)
-    add_pictures(rows, PAGE_BYTES - len(text))
-    write_page(args.runs / ("compare.html" if args.compare else "report.html"), rows, text)
+    page = args.runs / ("compare.html" if args.compare else "report.html")
+    write_page(page, rows, data)
     if args.compare:
         print_comparison(*runs, data)
-        print(f"wrote {args.runs / 'compare.html'}")
-        return
-    write_table(args.runs / "results.csv", rows)
-    for study in dict.fromkeys(row["study"] for row in rows):
-        print_table([row for row in rows if row["study"] == study])
-    print("\npublished | measured ± standard deviation over n seeds; rendered: drawn stand-ins, not patients")
-    print(f"wrote {args.runs / 'results.csv'}\nwrote {args.runs / 'report.html'}")
+    else:
+        write_table(args.runs / "results.csv", rows)
+        for study in dict.fromkeys(row["study"] for row in rows):
+            print_table([row for row in rows if row["study"] == study])
+        about = "measured ± standard deviation over n seeds; rendered: drawn stand-ins, not patients"
+        print(f"\npublished | {about}\nwrote {args.runs / 'results.csv'}")
+    print(f"wrote {page}")
 
 
 if __name__ == "__main__":

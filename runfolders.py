@@ -59,15 +59,13 @@ def flatten(families, convert=figure):
 def read_info(path, run):
     """run.json: what is computed with is checked, the rest is shown as it stands."""
     info = json.loads(path.read_text(encoding="utf-8"))
+    data = info["data"]
     if info["status"] not in ("running", "interrupted", "finished"):
         raise ValueError(f"status {info['status']!r}")
     run["scores"] = flatten({"": info.get("scores") or {}})
     run["args"], run["study"] = dict(info.get("args") or {}), str(info["dataset"])
-    run["data"], run["digest"] = (
-        "rendered" if info["data"]["rendered"] else "real",
-        info["data"].get("digest"),
-    )
-    run["rows"], run["patients"] = (dict(info["data"].get(key) or {}) for key in ("parts", "patients"))
+    run["data"], run["digest"] = "rendered" if data["rendered"] else "real", data.get("digest")
+    run["rows"], run["patients"] = dict(data.get("parts") or {}), dict(data.get("patients") or {})
     run["shuffled"] = run["shuffled"] or bool(info.get("shuffled_labels"))
     run["status"], run["info"] = info["status"].replace("running", "unfinished"), info
 
@@ -94,58 +92,47 @@ def read_tested(path, run):
     if tested["rows"] != tested["expected_rows"]:
         run["problems"].append(f"scored {tested['rows']} of the {tested['expected_rows']} rows of its part")
     run |= found | {"tested": tested, "part": str(tested["split"])}
-
-
-def read_sheet(path):
-    """{column: values} of an xlsx file. openpyxl takes long, so they are kept as JSON."""
-    return json.loads(kept(path, sheet_as_json))
-
-
-def sheet_as_json(path):
-    import openpyxl  # here, as others below, because --help has to answer at once
-
-    header, *rows = openpyxl.load_workbook(io.BytesIO(path.read_bytes()), read_only=True).active.values
-    columns = zip(*rows, strict=True)
-    return json.dumps(dict(zip(map(str, header), columns, strict=True)), default=str).encode()
+    # The families in which two runs can be compared: they share the threshold 0.5.
+    run["families"] = [family for family in tested["scores"] if "thresholds" not in family]
 
 
 def read_history(path, run):
-    history = read_sheet(path)
+    history = json.loads(kept(path, sheet_as_json))
     for name, values in history.items():
         history[name] = [value if value is None else float(f"{value:.5g}") for value in values]
     run["history"] = history if history["epoch"] else None
 
 
-def read_probs(path, run):
-    import numpy as np
+def read_answers(path, run):
+    """probs.xlsx, or ground_truth.xlsx that belongs to it: a row of labels for each ID."""
+    import numpy as np  # here, as others below, because --help has to answer at once
 
-    sheet = read_sheet(path)
-    run["ids"] = [str(name) for name in sheet.pop("ID")]
-    probs = np.array([*sheet.values()], float).T  # (n, L)
-    if not ((probs >= 0) & (probs <= 1)).all():
-        raise ValueError("it holds no probabilities")
-    run["labels"], run["probs"] = list(sheet), probs
-
-
-def read_truth(path, run):
-    import numpy as np
-
-    sheet = read_sheet(path)
-    ids = [str(name) for name in sheet.pop("ID")]
-    if (ids, list(sheet)) != (run["ids"], run["labels"]):
+    sheet = json.loads(kept(path, sheet_as_json))
+    ids, labels = [str(name) for name in sheet.pop("ID")], list(sheet)
+    values = np.array([*sheet.values()], float).T  # (n, L)
+    if path.stem == "probs":
+        if not ((values >= 0) & (values <= 1)).all():
+            raise ValueError("it holds no probabilities")
+        run["ids"], run["labels"], run["probs"] = ids, labels, values
+        return
+    if (ids, labels) != (run["ids"], run["labels"]):
         raise ValueError("it does not fit probs.xlsx")
-    truth = np.array([*sheet.values()], float).T  # (n, L)
-    if not np.isin(truth, (0, 1)).all():
+    if not np.isin(values, (0, 1)).all():
         raise ValueError("it holds other than 0 and 1")
-    run["truth"] = truth.astype(int)
+    run["truth"] = values.astype(int)
 
 
 def read_picture(path, run):
-    run["pictures"][path.stem] = base64_of(kept(path, shrink))
+    run["pictures"][path.stem] = base64.b64encode(kept(path, shrink)).decode()
 
 
-def base64_of(data):
-    return base64.b64encode(data).decode()
+def sheet_as_json(path):
+    """{column: values} of an xlsx file."""
+    import openpyxl
+
+    header, *rows = openpyxl.load_workbook(io.BytesIO(path.read_bytes()), read_only=True).active.values
+    columns = zip(*rows, strict=True)
+    return json.dumps(dict(zip(map(str, header), columns, strict=True)), default=str).encode()
 
 
 def shrink(path, width=800):
@@ -160,7 +147,7 @@ def shrink(path, width=800):
 
 
 def kept(path, make):
-    """make(path), bytes, kept in the run's folder .report under the size and time of what it was made of."""
+    """make(path), bytes that take long, kept in the run's folder .report under the file's size and time."""
     from cache import replace_file
 
     status = path.stat()
@@ -193,10 +180,11 @@ def read(run, name, reader):
 
 def read_run(folder):
     """A run folder as a dict; without a sound run.json its status is "damaged"."""
-    bare = re.sub(r"^((demo|control)-)+|-seed\d+$", "", folder.name)
-    run = dict(folder=folder, name=folder.name, bare=bare, base=re.sub(r"-seed\d+$", "", folder.name))
-    run |= dict(study=bare.split("-")[0], status="damaged", data="rendered" if "demo-" in folder.name else "")
-    run |= dict(shuffled="control-" in folder.name, problems=[], digest=None, part="val")
+    base = re.sub(r"-seed\d+$", "", folder.name)
+    bare = re.sub(r"^((demo|control)-)+", "", base)
+    run = dict(folder=folder, name=folder.name, bare=bare, base=base, study=bare.split("-")[0])
+    run |= dict(status="damaged", data="rendered" if "demo-" in folder.name else "", digest=None, part="val")
+    run |= dict(shuffled="control-" in folder.name, problems=[])
     run |= dict.fromkeys(("tested", "history", "rows", "patients", "ids", "labels", "probs", "truth"))
     for key in ("info", "args", "scores", "intervals", "by_label", "label_intervals", "trivial", "pictures"):
         run[key] = {}
@@ -207,16 +195,8 @@ def read_run(folder):
     if run["info"]:
         read(run, "test_scores.json", read_tested)
     if run["tested"]:  # else they are of another checkpoint too
-        read(run, "probs.xlsx", read_probs)
+        read(run, "probs.xlsx", read_answers)
     return run
-
-
-# ---------------------------------------------------------------- two runs
-
-
-def families_of(run):
-    """The score families of a run in which two runs can be compared: they share the threshold 0.5."""
-    return [family for family in run["tested"]["scores"] if "thresholds" not in family]
 
 
 def why_not(first, second):
@@ -224,7 +204,7 @@ def why_not(first, second):
     for run in (first, second):
         if not run["ids"]:
             return f"{run['name']} lacks what test.py writes for its best checkpoint"
-        read(run, "ground_truth.xlsx", read_truth)
+        read(run, "ground_truth.xlsx", read_answers)
     if any(first[key] != second[key] for key in ("ids", "labels")):
         return "they were scored on other rows or labels"
     if first["truth"] is None or second["truth"] is None or (first["truth"] != second["truth"]).any():
@@ -239,25 +219,20 @@ def most_different(first, second):
     return [(int(row), int(gaps[row].argmax())) for row in worst]
 
 
-def photographs(first, second):
-    """{ID: its photographs as base64} of the rows that differ most. InputError where the data are gone."""
-    with reading(f"the photographs of {first['name']}", "a data set"):
-        from tables import read as read_data
-
-        found, frame = {}, read_data(first["study"], first["info"]["data"]["root"], first["labels"]).frame
-        files = dict(zip(frame["ID"].astype(str), frame["files"], strict=True))
-        for row, _ in most_different(first, second):
-            pictures = [Path(file) for file in files[first["ids"][row]] if not file.endswith(".npy")]
-            found[first["ids"][row]] = [base64_of(shrink(file, 200)) for file in pictures]
-    return found
-
-
 def comparison(first, second):
-    """What the page needs of two chosen runs beside `page_data`."""
+    """What the page needs of two chosen runs beside `page_data`: photographs of the rows that differ most."""
     data = {"chosen": [0, 1], "photos": {}, "why_not": why_not(first, second), "no_photos": None}
-    if not data["why_not"]:
-        try:
-            data["photos"] = photographs(first, second)
-        except InputError as error:
-            data["no_photos"] = str(error)
+    if data["why_not"]:
+        return data
+    try:
+        with reading(f"the photographs of {first['name']}", "a data set"):
+            from tables import read as read_data
+
+            frame = read_data(first["study"], first["info"]["data"]["root"], first["labels"]).frame
+            files = dict(zip(frame["ID"].astype(str), frame["files"], strict=True))
+            for row, _ in most_different(first, second):
+                small = [shrink(Path(file), 200) for file in files[first["ids"][row]] if file[-4:] != ".npy"]
+                data["photos"][first["ids"][row]] = [base64.b64encode(one).decode() for one in small]
+    except InputError as error:
+        data |= {"photos": {}, "no_photos": str(error)}
     return data

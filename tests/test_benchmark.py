@@ -31,8 +31,7 @@ PRINTED = {
     "growth": [r"1000 patients: read [\d.]+ s, split [\d.]+ s, sample [\d.]+ s, score [\d.]+ s; [\d.]+ GiB"],
     "head": [r"1000 rows: [\d.]+ s an epoch, [\d.]+ GiB"],
     "finetune": [
-        "batch 4, fp32: " + RATIO.format("pictures/s"),
-        "batch 4, bf16, channels last: " + RATIO.format("pictures/s"),
+        "batch 4, (fp32|bf16|fp16): " + RATIO.format("pictures/s"),
         r"preparing a batch takes [\d.]+% of the step on it, with --augment pair [\d.]+%",
     ],
 }

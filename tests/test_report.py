@@ -372,10 +372,9 @@ def test_damaged_files_never_end_in_a_traceback(tmp_path, file):
             broken[place] = rng.integers(256)
         (folder / file).write_bytes(broken)
         run = runfolders.read_run(folder)
-        text = json.dumps(report.page_data([run]))
+        data = report.page_data([run])
         rows = report.make_rows([], LINES, [run])
-        report.add_pictures(rows, 1e6)
-        report.write_page(tmp_path / "report.html", rows, text)
+        report.write_page(tmp_path / "report.html", rows, data)
         problems = run["problems"]
         assert not cut or any(file in problem for problem in problems), (
             f"{file} cut at {len(broken)} bytes passed"
@@ -821,7 +820,7 @@ def test_stale_scores_are_named_and_not_counted(tmp_path, what):
     row = rows_here(tmp_path)["odir-03"]
     assert row["n"] == 1 and row["cells"]["final"]["measured"] == 0.4
     big_pictures(folder)
-    report.add_pictures([row], 1e9)
+    report.write_page(tmp_path / "report.html", [row], report.page_data([row["first"]]))
     assert not row["first"]["pictures"], "what was drawn of another checkpoint"
 
 
@@ -1031,8 +1030,8 @@ def test_pictures_and_sheets_are_made_small_once(tmp_path, monkeypatch):
         if expected == 9:
             os.utime(folder / "roc.png", ns=(1, 1))  # drawn anew
         run = runfolders.read_run(folder)
-        report.page_data([run])
-        report.add_pictures(report.make_rows([], LINES, [run]), 1e9)
+        data = report.page_data([run])
+        report.write_page(tmp_path / "report.html", report.make_rows([], LINES, [run]), data)
         assert len(made) == expected and len(run["pictures"]) == 5 and not run["problems"]
         assert len(list((folder / ".report").iterdir())) == 8, "what is of no use any more is removed"
     assert made.count("roc.png") == 2
