@@ -130,9 +130,8 @@ def read_volume(file):
         volume = np.lib.format.open_memmap(file, "c")
     if volume.dtype != np.uint8 or volume.shape[1:] != (256, 256) or not len(volume):
         raise InputError(f"{file}: {volume.dtype} {volume.shape}; expected uint8 (slices, 256, 256)")
-    if (
-        volume.offset + volume.nbytes != Path(file).stat().st_size
-    ):  # there are more than a damaged header says
+    # A damaged header can claim fewer slices than there are.
+    if volume.offset + volume.nbytes != Path(file).stat().st_size:
         raise InputError(f"{file}: the header claims {len(volume)} slices, but the file's length is another")
     return volume
 
