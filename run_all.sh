@@ -61,6 +61,7 @@ demo_flags() { # what makes line $1 small; later flags win over its own. Real we
         odir-10)     echo --weights none --size 64 --epochs 8 ;;
         odir-1[3-7]) echo --trunk efficientnet-lite0 --size 64 --epochs 3 --batch 16 --lr 0.004
                      [[ "$*" != *" --crop "* ]] || echo --crop 56 ;;
+        odir-best)   echo --size 64 --crop 56 --epochs 4 --warmup-epochs 1 ;;
         odir-*)      echo --trunk efficientnet-lite0 --size 96 --epochs 8 ;;
         aptos-*)     echo --model efficientnet-lite0 --size 64 --epochs 5 --batch 8 --lr 0.0005 --gamma 0.9 ;;
         dr-*-scratch) echo --size 64 --crop 56 --epochs 4 --freeze-epochs 0 --batch 8 ;;
@@ -143,6 +144,9 @@ run odir-14 --model v0 --preprocess fov  --size 224 --lr 0.05  --scheduler linea
 run odir-15 --model v0 --preprocess fov  --size 512 --lr 0.01  --scheduler linear --batch 16 --epochs 100 --patience 30  --weighted-loss --fine-tune --augment pair --crop 448
 run odir-16 --model v0 --preprocess fov  --size 512 --lr 0.1   --scheduler linear --batch 16 --epochs 100 --patience 30  --weighted-loss --fine-tune --augment pair --crop 448
 run odir-17 --model v0 --preprocess fov  --size 512 --lr 0.001 --scheduler linear --batch 16 --epochs 100 --patience 30  --weighted-loss --fine-tune --augment pair --crop 448
+# beyond the publication: settings chosen by cross-validation on the training patients (docs/results.md)
+run odir-best-frozen --model v3 --trunk efficientnet-lite0 --preprocess fov --size 224 --optimizer adamw --lr 0.003 --weight-decay 1 --scheduler cosine --batch 32 --epochs 20 --keep last --loss asymmetric --folds 5
+run odir-best        --model v3 --trunk efficientnet-lite0 --preprocess fov --size 224 --optimizer adamw --lr 0.003 --trunk-lr 0.333 --weight-decay 0.05 --scheduler cosine --batch 16 --epochs 16 --keep last --weighted-loss --weight-power 0.5 --ema 0.998 --fine-tune --augment pair --crop 196 --calibration-fraction 0.1
 
 # ---- APTOS 2019: diabetic retinopathy grade from one photograph
 run aptos-1 --model efficientnet-b1 --preprocess none --size 224 --optimizer adam --lr 0.01 --scheduler step --schedule-epochs 1 --gamma 0.7 --batch 30 --epochs 50 --patience 50 --sampler weighted --fine-tune
