@@ -29,10 +29,8 @@ COLUMNS |= {"hflip": slice(5, 6), "vflip": slice(6, 7), "jitter": slice(7, 11)}
 
 def draw(seed, view, keys, pictures):
     """Uniform numbers (B, pictures + 1, 11) in [0, 1) for keys [(index, repeat)]; the last is the pair's."""
-    rows = []
-    for index, repeat in keys:
-        rng = np.random.default_rng((seed, view, index, repeat))
-        rows.append(rng.random((pictures + 1, 11), dtype=np.float32))
+    generators = [np.random.default_rng((seed, view, *key)) for key in keys]
+    rows = [generator.random((pictures + 1, 11), dtype=np.float32) for generator in generators]
     return torch.from_numpy(np.stack(rows))
 
 
@@ -80,13 +78,9 @@ def resample(images, matrices, size):
 
 
 def jitter(images, u, strengths):
-    """torchvision's adjust_brightness, _contrast, _saturation, _hue, one after the other, by picture.
-
-    `images` (N, 3, H, W) in 0..1, `u` (N, 4) in [0, 1).
-    """
-    brightness, contrast, saturation = (
-        1 + (2 * u[:, i, None, None, None] - 1) * strengths[i] for i in range(3)
-    )
+    """torchvision's adjust_brightness, _contrast, _saturation, _hue of (N, 3, H, W) by u (N, 4) in [0, 1)."""
+    factors = [1 + (2 * u[:, i, None, None, None] - 1) * strengths[i] for i in range(3)]
+    brightness, contrast, saturation = factors  # (N, 1, 1, 1) each
     images = (images * brightness).clamp_(0, 1)  # a copy, which the next steps change in place
     mean = grey(images).mean((1, 2, 3), keepdim=True)
     images.sub_(mean).mul_(contrast).add_(mean).clamp_(0, 1)
@@ -118,12 +112,8 @@ def shift_hue(images, turns):
     return turned
 
 
-# ---------------------------------------------------------------- a batch as it enters the network
-
-
 def prepare_batch(batch, device, recipe="none", size=None):
     """A data set's batch -> (inputs of the model, targets) on `device`, seen as `recipe` says.
-
     Pictures are (B, P, 3, size, size) in 0..1; features and volumes have no `size`.
     """
     device = torch.device(device)
@@ -143,7 +133,6 @@ def prepare_batch(batch, device, recipe="none", size=None):
 
 def prepare_volumes(volumes, lengths, uniforms, recipe):
     """Three planes of uint8 slices (sum of slices, S, S) -> ([(sum of slices, 3, S, S)] * 3, lengths).
-
     Each exam is stretched to 0..255 by its own minimum and maximum (a constant one: 0), then normalised.
     """
     matrices = None

@@ -1,5 +1,7 @@
 """Class-activation maps: where a network looks (Grad-CAM, Selvaraju et al. 2017)."""
 
+from contextlib import ExitStack
+
 import numpy as np
 import torch
 import torchvision
@@ -12,13 +14,14 @@ from tables import PLANES
 
 def cam_layers(model, inputs):
     """The modules whose output the maps are made of: the last map of features of each trunk.
-
     Of a vision transformer it is what enters the last block: after it only the class token counts.
     Raises InputError for a network without a map of features.
     """
+    trunks = model.backbone if isinstance(model, MRNet) else [model.backbone]
+    trunks = [getattr(trunk, "net", trunk) for trunk in trunks]  # the network inside a features.FastTrunk
     if isinstance(model, MRNet):
-        return [plain(trunk)[10] for trunk in model.backbone]  # the last convolution of AlexNet
-    trunk = plain(model.backbone)
+        return [trunk[10] for trunk in trunks]  # the last convolution of AlexNet
+    trunk = trunks[0]
     if isinstance(trunk, torchvision.models.VisionTransformer):
         return [trunk.encoder.layers[-1].ln_1]
     if isinstance(trunk, torchvision.models.SwinTransformer):  # before it the channels come last
@@ -31,22 +34,17 @@ def cam_layers(model, inputs):
         if torch.is_tensor(output) and output.ndim == 4:
             seen.append((module, output.shape[2] * output.shape[3] > 1))
 
-    handles = [module.register_forward_hook(note) for module in trunk.modules() if module is not trunk]
-    with torch.no_grad():
+    with torch.no_grad(), ExitStack() as hooks:
+        for module in trunk.modules():
+            if module is not trunk:
+                hooks.enter_context(module.register_forward_hook(note))
         model.features(*(part[:1] for part in inputs))
-    for handle in handles:
-        handle.remove()
     modules = [module for module, _ in seen]
     once = [(module, wide) for module, wide in seen if modules.count(module) == 1]  # not a shared activation
     if not once:
         raise InputError(f"{model.name} has no map of features: there are no heat maps of it")
     wide = [module for module, is_wide in once if is_wide]
     return [wide[-1] if wide else once[-1][0]]
-
-
-def plain(trunk):
-    """The network inside a features.FastTrunk."""
-    return getattr(trunk, "net", trunk)
 
 
 def as_map(features):
@@ -59,7 +57,6 @@ def as_map(features):
 
 def grad_cam(model, *inputs):
     """The maps of every class -> (logits (B, K), maps, picks).
-
     maps: float32 (B * pictures, K, h, w), each with a maximum of 1 (without positive evidence it stays 0).
     For MRNet: a list of three (1, K, h, w), of ONE exam's slice with the strongest answer in each plane, and
     `picks` its slice numbers; None otherwise.
@@ -71,13 +68,10 @@ def grad_cam(model, *inputs):
         activations.append(output.detach().requires_grad_())
         return activations[-1].clone()  # an in-place ReLU may follow
 
-    handles = [layer.register_forward_hook(keep) for layer in layers]
-    try:
-        with torch.enable_grad():
-            logits = model(*inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with torch.enable_grad(), ExitStack() as hooks:
+        for layer in layers:
+            hooks.enter_context(layer.register_forward_hook(keep))
+        logits = model(*inputs)
     maps = [[] for _ in layers]
     for label in range(logits.shape[1]):
         grads = torch.autograd.grad(logits[:, label].sum(), activations, retain_graph=True)
@@ -85,21 +79,16 @@ def grad_cam(model, *inputs):
             weights = as_map(grad).mean((2, 3), keepdim=True)
             planes.append((weights * as_map(activation)).sum(1).relu().detach())
     maps = [torch.stack(planes, 1) for planes in maps]  # each (N, K, h, w)
+    peaks = [plane.amax((2, 3), keepdim=True) for plane in maps]
+    scaled = [plane / peak.where(peak > 0, 1) for plane, peak in zip(maps, peaks, strict=True)]
     if not isinstance(model, MRNet):
-        return logits.detach(), scaled(maps[0]), None
+        return logits.detach(), scaled[0], None
     picks = [int(plane.sum((1, 2, 3)).argmax()) for plane in maps]
-    chosen = [scaled(plane[pick : pick + 1]) for plane, pick in zip(maps, picks, strict=True)]
-    return logits.detach(), chosen, picks
-
-
-def scaled(maps):
-    peak = maps.amax((2, 3), keepdim=True)
-    return maps / torch.where(peak > 0, peak, torch.ones_like(peak))
+    return logits.detach(), [plane[[pick]] for plane, pick in zip(scaled, picks, strict=True)], picks
 
 
 def explain(model, batch, device):
     """Heat maps of one row's batch -> (names, pictures, maps).
-
     A picture uint8 (S, S, 3) and its maps (K, h, w) for each eye, for the one photograph, or for each plane's
     slice with the strongest answer; the names say which.
     """

@@ -1,6 +1,5 @@
 """A frozen trunk sees each picture once: its features are computed, kept on disk and trained on.
-
-Also fits BatchNorm's statistics to the training pictures (`--bn fitted`), once, and keeps them.
+So are BatchNorm's statistics, fitted to the training pictures (`--bn fitted`).
 """
 
 import copy
@@ -28,11 +27,8 @@ EXTRACT_BATCH = {"cpu": 16, "cuda": 256}  # pictures of 224 pixels; a CPU's cach
 BN_PICTURES = 1024  # about what a running mean with momentum 0.1 over batches of 32 pairs remembers
 
 
-# ---------------------------------------------------------------- a trunk as it is cheapest to run
-
-
 class Tracer(torch.fx.Tracer):
-    """Writes down who calls whom; convolutions and BatchNorms of any subclass stay whole."""
+    """Keeps convolutions and BatchNorms of any subclass whole."""
 
     def is_leaf_module(self, module, name):
         return isinstance(module, nn.Conv2d | BatchNorm) or super().is_leaf_module(module, name)
@@ -40,27 +36,25 @@ class Tracer(torch.fx.Tracer):
 
 def fold_batchnorm(trunk):
     """A copy in evaluation mode whose BatchNorms are folded into the convolutions before them.
-
     A BatchNorm is folded where it is all that its convolution's output goes to. A network that cannot be
     traced, and a BatchNorm that follows no convolution, stay as they are.
     """
     trunk = copy.deepcopy(trunk).eval()
-    modules = dict(trunk.named_modules())
-    if not any(isinstance(module, BatchNorm) for module in modules.values()):
+    if not engine.batchnorms(trunk):
         return trunk
     try:
         graph = Tracer().trace(trunk)
     except (TraceError, TypeError, ValueError):  # the way through the network depends on the numbers
         return trunk
+    modules = dict(trunk.named_modules())
     calls = [node for node in graph.nodes if node.op == "call_module"]
     for node in calls:
         source = node.args[0] if node.args else None
-        if source not in calls or len(source.users) > 1:
-            continue
-        norm, conv = modules[node.target], modules[source.target]
-        if isinstance(norm, BatchNorm) and isinstance(conv, nn.Conv2d):
-            trunk.set_submodule(source.target, fuse_conv_bn_eval(conv, norm))
-            trunk.set_submodule(node.target, nn.Identity())
+        if source in calls and len(source.users) == 1:
+            norm, conv = modules[node.target], modules[source.target]
+            if isinstance(norm, BatchNorm) and isinstance(conv, nn.Conv2d):
+                trunk.set_submodule(source.target, fuse_conv_bn_eval(conv, norm))
+                trunk.set_submodule(node.target, nn.Identity())
     return trunk
 
 
@@ -72,9 +66,8 @@ class FastTrunk(nn.Module):
         self.dtype, self.compile, self.batch = engine.PRECISIONS[precision], compile, 0
         self.net = fold_batchnorm(trunk).requires_grad_(False)
         self.net.to(dtype=self.dtype, memory_format=torch.channels_last)
-        for module in self.net.modules():
-            if isinstance(module, BatchNorm):
-                module.float()  # what could not be folded keeps its precision
+        for layer in engine.batchnorms(self.net):
+            layer.float()  # what could not be folded keeps its precision
         self.run = compiled(self.net) if compile else self.net
 
     def train(self, mode=True):  # frozen means frozen, whatever the model around it does
@@ -84,9 +77,8 @@ class FastTrunk(nn.Module):
         count = len(images)
         # A compiled trunk is made for one batch size: a short last batch is filled up. So is an empty one.
         self.batch = max(1, count, self.batch if self.compile else 0)
-        if count < self.batch and (self.compile or not count):
-            filler = images.new_zeros((self.batch - count, *images.shape[1:]))
-            images = torch.cat([images, filler])
+        if count < self.batch:
+            images = torch.cat([images, images.new_zeros((self.batch - count, *images.shape[1:]))])
         images = images.to(dtype=self.dtype, memory_format=torch.channels_last)
         return self.run(images).float()[:count]
 
@@ -113,63 +105,49 @@ def compiled(module):
     return torch.compile(module)
 
 
-# ---------------------------------------------------------------- BatchNorm, fitted
-
-
 def fit_batchnorm(model, pictures, args, precision, device):
     """Set the trunk's BatchNorm statistics to those of BN_PICTURES training pictures at most.
-
     Means over batches of 64, layer by layer (torch's cumulative average): where the original's running
     statistics drifted to, without the drift. The seed draws the pictures. Kept on disk.
     """
-    layers = [module for module in model.backbone.modules() if isinstance(module, BatchNorm)]
-    total = sum(2 * layer.num_features for layer in layers)
-    if not total:
+    layers = engine.batchnorms(model.backbone)
+    if not layers:
         return
     order = np.random.default_rng(args.seed).permutation(pictures.rows.size)
-    rows = pictures.rows.reshape(-1, 1)[np.sort(order[:BN_PICTURES])]
+    chosen = pictures.chosen(pictures.rows.reshape(-1, 1)[np.sort(order[:BN_PICTURES])])
     trunk = state_digest(model.normalise, model.backbone)
     key = digest(pictures.key, trunk, precision, args.seed, BN_PICTURES, "batchnorm-2")
-    path = Path(args.cache) / f"batchnorm-{key[:20]}.npy"
-    fill = functools.partial(
-        run_batchnorm, model, layers, pictures.chosen(rows), args.seed, precision, device
-    )
-    kept = torch.from_numpy(np.array(engine.from_rank0(kept_array, path, (total,), np.float32, fill)))
-    for layer in layers:
-        statistics, kept = kept[: 2 * layer.num_features], kept[2 * layer.num_features :]
-        layer.running_mean.copy_(statistics[: layer.num_features])
-        layer.running_var.copy_(statistics[layer.num_features :])
+    path, sizes = Path(args.cache) / f"batchnorm-{key[:20]}.npy", [2 * layer.num_features for layer in layers]
+    fill = functools.partial(run_batchnorm, model, chosen, args.seed, precision, device)
+    kept = engine.from_rank0(kept_array, path, (sum(sizes),), np.float32, fill)
+    for layer, statistics in zip(layers, torch.from_numpy(np.array(kept)).split(sizes), strict=True):
+        mean, variance = statistics.chunk(2)
+        layer.running_mean.copy_(mean)
+        layer.running_var.copy_(variance)
         layer.num_batches_tracked.zero_()  # the same whether fitted now or kept: it is part of the digest
 
 
-def run_batchnorm(model, layers, pictures, seed, precision, device, array):
+def run_batchnorm(model, pictures, seed, precision, device, array):
     """Fill `array` with the statistics of pictures that go through with BatchNorm alone in training mode."""
-    model.backbone.to(memory_format=torch.channels_last).eval()
-    momenta = [layer.momentum for layer in layers]
-    for layer in layers:
+    trunk = copy.deepcopy(model.backbone).to(memory_format=torch.channels_last).eval()
+    for layer in engine.batchnorms(trunk):
         layer.reset_running_stats()
         layer.momentum = None  # cumulative average
         layer.train()
-    count = len(pictures.rows)
-    data = PictureSet(pictures, np.zeros(count, np.float32))
-    batches = Batches(np.random.default_rng(seed).permutation(count), 64)
+    order = np.random.default_rng(seed).permutation(len(pictures.rows))
+    data = PictureSet(pictures, np.zeros(len(order), np.float32))
+    loader = engine.make_loader(data, Batches(order, 64), device=device)
     with torch.no_grad(), engine.autocast(device, precision):
-        for batch in engine.progress(engine.make_loader(data, batches, device=device), "fitting BatchNorm"):
+        for batch in engine.progress(loader, "fitting BatchNorm"):
             images = prepare_batch(batch, device)[0][0].flatten(0, 1)
             if len(images) > 1:
-                model.backbone(model.normalise(images))
-    for layer, momentum in zip(layers, momenta, strict=True):
-        layer.momentum = momentum
-    values = [torch.cat([layer.running_mean, layer.running_var]) for layer in layers]
+                trunk(model.normalise(images))
+    values = [torch.cat([layer.running_mean, layer.running_var]) for layer in engine.batchnorms(trunk)]
     array[:] = torch.cat(values).float().cpu().numpy()
-
-
-# ---------------------------------------------------------------- kept features
 
 
 class TrunkFeatures:
     """Features (n, D) of the rows of some pictures, from disk where they are kept, else extracted and kept.
-
     They depend on pictures, preprocessing, size, weights with their BatchNorm statistics and normalisation,
     precision, and (`view`) the random view's recipe, crop, seed and number.
     """
@@ -182,7 +160,6 @@ class TrunkFeatures:
 
     def __call__(self, pictures, view=None, keys=None):
         """A float32 tensor (n, D): on the GPU where a quarter of its free memory holds it, else on disk.
-
         `keys`: the (row, repeat) pairs of an augmented view that are wanted; every row once without them.
         """
         args, drawn = self.args, None
@@ -193,31 +170,26 @@ class TrunkFeatures:
         key = digest(pictures.key, pictures.rows, np.array(keys), *about)
         if key in self.held:
             return self.held[key]
-        path, shape = Path(args.cache) / f"features-{key[:20]}.npy", (len(keys), feature_width(self.model))
+        head = [module for module in self.model.classifier.modules() if isinstance(module, nn.Linear)]
+        path, shape = Path(args.cache) / f"features-{key[:20]}.npy", (len(keys), head[0].in_features)
         if engine.world() == 1:
             extract = functools.partial(self.extract, pictures, view, keys)
             features = kept_array(path, shape, np.float32, extract)
-        else:
-            features = self.extract_together(path, shape, pictures, view, keys)
+        elif engine.from_rank0(is_whole, path, shape, np.dtype(np.float32)):
+            features = engine.from_rank0(kept_array, path, shape, np.float32, None)
+        else:  # each process extracts its share; rank 0 keeps all: other machines do not see its disk
+            mine, features = keys[engine.rank() :: engine.world()], np.empty(shape, np.float32)
+            share = np.empty((len(mine), shape[1]), np.float32)
+            with engine.together():
+                self.extract(pictures, view, mine, share)
+            for number, other in enumerate(engine.gather(share)):
+                features[number :: engine.world()] = other
+            with engine.together():
+                if engine.rank() == 0:
+                    kept_array(path, shape, np.float32, functools.partial(np.copyto, src=features))
         features = on_device(torch.from_numpy(features), self.device)
         if drawn is None:
             self.held[key] = features
-        return features
-
-    def extract_together(self, path, shape, pictures, view, keys):
-        """Each process extracts its share; rank 0 keeps all, because other machines do not see its disk."""
-        if engine.from_rank0(is_whole, path, shape, np.dtype(np.float32)):
-            return engine.from_rank0(kept_array, path, shape, np.float32, None)
-        mine = keys[engine.rank() :: engine.world()]
-        share = np.empty((len(mine), shape[1]), np.float32)
-        with engine.together():
-            self.extract(pictures, view, mine, share)
-        features = np.empty(shape, np.float32)
-        for number, other in enumerate(engine.gather(share)):
-            features[number :: engine.world()] = other
-        with engine.together():
-            if engine.rank() == 0:
-                kept_array(path, shape, np.float32, functools.partial(np.copyto, src=features))
         return features
 
     @torch.inference_mode()
@@ -235,21 +207,14 @@ class TrunkFeatures:
             images = prepare_batch(batch, self.device, recipe, size)[0][0]
             found = self.fast.features(images).cpu().numpy()
             if not np.isfinite(found).all():
-                problem = f"the trunk's features are not finite in {self.precision}"
-                raise InputError(f"{problem}: try --precision fp32")
+                raise InputError(f"features are not finite in {self.precision}: try --precision fp32")
             array[number * rows : number * rows + len(found)] = found
-
-
-def feature_width(model):
-    return next(module for module in model.classifier.modules() if isinstance(module, nn.Linear)).in_features
 
 
 def extract_rows(size, pictures_per_row, device):
     """Rows of one batch of extraction: fewer of larger pictures, so that memory does not grow."""
-    pictures = EXTRACT_BATCH.get(device.type, EXTRACT_BATCH["cpu"])
-    if size > 224:
-        pictures = int(pictures * (224 / size) ** 2)
-    return max(1, pictures // pictures_per_row)
+    pictures = EXTRACT_BATCH.get(device.type, EXTRACT_BATCH["cpu"]) * min(1, 224 / size) ** 2
+    return max(1, int(pictures) // pictures_per_row)
 
 
 def on_device(tensor, device):
@@ -259,21 +224,16 @@ def on_device(tensor, device):
     return tensor.to(device)
 
 
-# ---------------------------------------------------------------- training data, evaluation
-
-
 def loader_workers(args, device, data):
     """Processes that load batches: none where they lie in memory, or a CPU does the training itself."""
     if device.type == "cpu" or data.on_device:
         return 0
-    if args.workers is not None:
-        return args.workers
-    return min(8, default_workers() // engine.local_world())
+    automatic = min(8, default_workers() // engine.local_world())
+    return automatic if args.workers is None else args.workers
 
 
 def training_data(args, learner, part, epoch, batches):
     """What an epoch trains on -> (data set, module to train, its precision).
-
     A frozen trunk's features train the classifier alone, in float32; without the cache the same fast trunk
     runs in front of it. Else the whole network runs in the machine's fast precision.
     """
@@ -287,37 +247,30 @@ def training_data(args, learner, part, epoch, batches):
     if not args.feature_cache:
         fast = with_fast_trunk(learner.model, learner.precision).to(learner.device)
         return part.dataset(args.seed, view, learner.device), fast, "fp32"
-    head = learner.model.classifier
-    if view is None:
-        return FeatureSet(learner.features(part.pictures), part.targets), head, "fp32"
-    # Of an augmented view every drawn (row, repeat) is a picture of its own, with features of its own.
-    keys = sorted(set(zip(batches.order.tolist(), batches.repeats.tolist(), strict=True)))
-    place = {key: number for number, key in enumerate(keys)}
-    features = learner.features(part.pictures, view, keys)
-    return FeatureSet(features, part.targets, place), head, "fp32"
+    keys = place = None
+    if view is not None:
+        # Every drawn (row, repeat) is a picture of its own, with features of its own.
+        keys = sorted(set(zip(batches.order.tolist(), batches.repeats.tolist(), strict=True)))
+        place = {key: number for number, key in enumerate(keys)}
+    data = FeatureSet(learner.features(part.pictures, view, keys), part.targets, place)
+    return data, learner.model.classifier, "fp32"
 
 
-class Mirrored(nn.Module):
-    """A network that looks at the mirrored pictures: of a pair the eyes change sides."""
-
-    def __init__(self, network):
-        super().__init__()
-        self.network = network
-
-    def forward(self, images, *lengths):
-        return self.network(mirror_batch(images), *lengths)
+def mirrored_batch(batch, device):
+    """`prepare_batch` of the mirrored pictures: of a pair the eyes change sides."""
+    (images, *lengths), targets = prepare_batch(batch, device)
+    return (mirror_batch(images), *lengths), targets
 
 
 def predict_live(args, fast, part, criterion, device, mirrored=False):
     """(mean loss, probs (n, K)) of a part whose pictures go through `fast` (with_fast_trunk)."""
-    data = part.dataset(device=device)
-    rows = args.batch
+    data, rows = part.dataset(device=device), args.batch
     if part.pictures is not None:
         rows = extract_rows(part.size, part.pictures.rows.shape[1], device)
     batches = Batches(np.arange(len(part.targets)), rows * engine.world(), engine.rank(), engine.world())
     loader = engine.make_loader(data, batches, loader_workers(args, device, data), device)
-    network = Mirrored(fast) if mirrored else fast
-    return engine.predict(network, loader, functools.partial(prepare_batch, device=device), criterion)
+    prepare = functools.partial(mirrored_batch if mirrored else prepare_batch, device=device)
+    return engine.predict(fast, loader, prepare, criterion)
 
 
 def evaluate(args, model, features, part, criterion, precision, device):

@@ -66,9 +66,8 @@ def trivial_scores(y_true, prior, family, labels=None, threshold=0.5, ordered=Tr
     The latter answers `prior` (L,), the labels' shares of the training part; classes: "largest class".
     """
     y_true, prior = np.asarray(y_true), np.asarray(prior, dtype=np.float64)
-    answers = {"largest class" if family == "classes" else "class priors": prior}
-    if family in ("per label", "challenge"):
-        answers = {"all zeros": np.zeros(len(prior)), **answers}
+    answers = {"all zeros": np.zeros(len(prior))} if family in ("per label", "challenge") else {}
+    answers["largest class" if family == "classes" else "class priors"] = prior
     for name, answer in answers.items():
         y_prob = np.broadcast_to(answer, (len(y_true), len(prior)))
         answers[name] = scores(family, y_true, y_prob, labels, threshold, ordered)
@@ -95,10 +94,9 @@ def paired_bootstrap(family, y_true, prob_a, prob_b, n_resamples=1000, seed=0, p
     answers = zip((prob_a, prob_b), pair, strict=True)
     tables = [_tables(family, y_true, prob, threshold=cut, **rules) for prob, cut in answers]
     whole = _weigh(tables, np.ones((1, len(y_true))))
-    found = _bootstrap(_weigh, tables, n_resamples, seed, patients, 0.95)
-    for key, (low, high) in found.items():
-        found[key] = {"difference": float(whole[key][0]), "low": low, "high": high}
-    return found
+    intervals = _bootstrap(_weigh, tables, n_resamples, seed, patients, 0.95)
+    ends = {key: {"low": low, "high": high} for key, (low, high) in intervals.items()}
+    return {key: {"difference": float(whole[key][0]), **ends[key]} for key in whole}
 
 
 def learned_thresholds(y_true, y_prob):
@@ -194,16 +192,13 @@ def _tables(family, y_true, y_prob, labels=None, threshold=0.5, ordered=True):
         counts = {name: cells.sum(axis=1, keepdims=True) for name, cells in counts.items()}
         tables["size"] = y_prob.shape[1]
         y_true, y_prob = y_true.reshape(-1, 1), y_prob.reshape(-1, 1)
-    columns = zip(y_true.T, y_prob.T, strict=True)
-    return {**tables, **counts, "ranks": [_ranked(truth, prob, tables["size"]) for truth, prob in columns]}
-
-
-def _ranked(truth, prob, size):
-    """Rows of the positive and the negative cells; how many negatives each positive beats, and ties."""
-    order = np.argsort(prob)
-    negative, positive = order[~truth[order]], order[truth[order]]
-    beaten = [np.searchsorted(prob[negative], prob[positive], side) for side in ("left", "right")]
-    return positive // size, negative // size, *beaten
+    ranks = []  # rows of positive and of negative cells; how many negatives each positive beats, and ties
+    for truth, prob in zip(y_true.T, y_prob.T, strict=True):
+        order = np.argsort(prob)
+        negative, positive = order[~truth[order]], order[truth[order]]
+        beaten = [np.searchsorted(prob[negative], prob[positive], side) for side in ("left", "right")]
+        ranks.append((positive // tables["size"], negative // tables["size"], *beaten))
+    return {**tables, **counts, "ranks": ranks}
 
 
 def _bootstrap(weigh, tables, n_resamples, seed, patients, level):
@@ -250,9 +245,9 @@ def _weigh(tables, weights):
         named = {f"auc_{label}": one for label, one in zip(tables["labels"], auc.T, strict=True)}
         return {**named, "auc": auc.mean(axis=1)}
     each = _label_scores(tables, weights)
-    kappa, f1 = each["kappa"].mean(axis=1), each["accuracy"][:, 0]
-    auc, support = each["auc"][:, 0], each["support"]
+    kappa, f1, auc = each["kappa"].mean(axis=1), each["accuracy"][:, 0], each["auc"][:, 0]
     if tables["family"] == "per label":
+        support = each["support"]
         f1 = _ratio((each["f1"] * support).sum(axis=1), support.sum(axis=1), undefined=0.0)
         auc = _ratio((each["auc"] * support).sum(axis=1), support.sum(axis=1))
     return {"kappa": kappa, "f1": f1, "auc": auc, "final": (kappa + f1 + auc) / 3}

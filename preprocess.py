@@ -32,7 +32,6 @@ SOS, EOI = b"\xff\xda", b"\xff\xd9"  # JPEG markers: start of a scan, end of the
 
 def read_picture(path, side=0):
     """-> (PIL image in RGB, whether a missing JPEG end marker was supplied). Raises InputError, and OSError.
-
     With `side` > 0 a JPEG is decoded at the largest reduction that leaves 1.5 x side pixels both ways.
     """
     data = Path(path).read_bytes()
@@ -132,7 +131,6 @@ class CircleCrop:
 
 def prepare(image, kind, size):
     """PIL RGB image -> uint8 array (size, size, 3). Raises InputError for a wholly black picture ("fov").
-
     "fov": field of view, circle, field of view, squash to the square; "none": squash; "centre": its centre.
     """
     if kind not in KINDS:
@@ -157,9 +155,9 @@ def default_workers():
     """Processes worth starting: the cores this process may use (affinity, container limit), at most 16."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     limit = Path("/sys/fs/cgroup/cpu.max")  # control groups v2: "<quota> <period>" or "max <period>"
-    quota, period = limit.read_text().split() if limit.exists() else ("max", "")
-    if quota != "max":
-        cores = min(cores, math.ceil(int(quota) / int(period)))
+    if limit.exists() and not limit.read_text().startswith("max"):
+        quota, period = map(int, limit.read_text().split())
+        cores = min(cores, math.ceil(quota / period))
     return max(1, min(16, cores))
 
 
@@ -171,19 +169,6 @@ def get_args_parser():
     parser.add_argument("--kind", choices=KINDS, default="fov", help="which crop comes before the resize")
     parser.add_argument("--workers", type=int, help="processes (default: the cores allowed)")
     return parser
-
-
-def find_jobs(args):
-    """-> [(source, target)] for every picture under SRC, sorted. Raises InputError for unusable arguments."""
-    if args.size < SHORTEST or args.workers < 1:
-        raise InputError(f"--size {args.size} --workers {args.workers}: expected {SHORTEST} and 1 at least.")
-    src, dst = args.src.resolve(), args.dst.resolve()
-    if src.is_relative_to(dst) or dst.is_relative_to(src):
-        raise InputError(f"SRC {src} and DST {dst}: the same, or one inside the other. Choose another DST.")
-    sources = sorted(path for path in src.rglob("*") if path.suffix.lower() in WRITES and path.is_file())
-    if not sources:
-        raise InputError(f"SRC {src} is no folder that holds a picture ({' '.join(WRITES)}).")
-    return [(source, dst / source.relative_to(src)) for source in sources]
 
 
 def make_picture(job, kind, size):
@@ -213,8 +198,17 @@ def is_finished(job, settings_file):
 
 def main(argv=None):
     args = get_args_parser().parse_args(argv)
-    args.workers = default_workers() if args.workers is None else args.workers
-    jobs = find_jobs(args)
+    workers = default_workers() if args.workers is None else args.workers
+    if args.size < SHORTEST or workers < 1:
+        raise InputError(f"--size {args.size} --workers {workers}: expected {SHORTEST} and 1 at least.")
+    src, dst = args.src.resolve(), args.dst.resolve()
+    if src.is_relative_to(dst) or dst.is_relative_to(src):
+        raise InputError(f"SRC {src} and DST {dst}: the same, or one inside the other. Choose another DST.")
+    sources = sorted(path for path in src.rglob("*") if path.suffix.lower() in WRITES and path.is_file())
+    if not sources:
+        raise InputError(f"SRC {src} is no folder that holds a picture ({' '.join(WRITES)}).")
+    jobs = [(source, dst / source.relative_to(src)) for source in sources]
+
     settings = json.dumps({"kind": args.kind, "size": args.size}).encode()
     settings_file = args.dst / "preprocess.json"
     if not settings_file.is_file() or settings_file.read_bytes() != settings:  # older pictures are made again
@@ -222,16 +216,16 @@ def main(argv=None):
     for folder in {target.parent for _, target in jobs}:
         cache.remove_leftovers(folder)
     todo = [job for job in jobs if not is_finished(job, settings_file)]
-    pool = ProcessPoolExecutor(args.workers, initializer=end_with_parent)
+    pool = ProcessPoolExecutor(workers, initializer=end_with_parent)
     try:
         reasons = pool.map(partial(make_picture, kind=args.kind, size=args.size), todo, chunksize=4)
         failures = list(filter(None, tqdm(reasons, total=len(todo), unit="picture", disable=None)))
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
-    written, skipped = len(todo) - len(failures), len(jobs) - len(todo)
-    print(f"{written} written to {args.dst}, {skipped} skipped as finished, {len(failures)} failed")
+    failed, skipped = len(failures), len(jobs) - len(todo)
+    print(f"{len(todo) - failed} written to {args.dst}, {skipped} skipped as finished, {failed} failed")
     if failures:
-        print(*failures, f"{len(failures)} of {len(jobs)} pictures failed", sep="\n", file=sys.stderr)
+        print(*failures, f"{failed} of {len(jobs)} pictures failed", sep="\n", file=sys.stderr)
     return 1 if failures else 0
 
 

@@ -4,6 +4,7 @@ Every order follows from its arguments alone, so a resumed run draws what an uni
 """
 
 import numpy as np
+import pandas as pd
 import torch
 
 from errors import InputError
@@ -14,10 +15,8 @@ ROUNDS = 256  # drawn at once: their random numbers stay in the cache
 
 class LabelBalancedSampler(torch.utils.data.Sampler):
     """Draw from the label sampled least so far (ties at random), then any of its rows (with replacement).
-
     labels: (n, L) of 0/1 or (n,) class numbers; `num_samples` (n) draws an epoch. A draw raises the
     count of every label its row carries. A label nobody carries is left out; a row without one never drawn.
-
     All draws at one count are one pass over the labels in random order that skips those already above it.
     """
 
@@ -38,9 +37,6 @@ class LabelBalancedSampler(torch.utils.data.Sampler):
         rows = packed.view(f"V{packed.shape[1]}").ravel()  # one value a row, whatever the number of labels
         _, first, self.kind_of_row = np.unique(rows, return_index=True, return_inverse=True)
         self.kinds = [tuple(np.flatnonzero(labels[row]).tolist()) for row in first]
-
-    def set_epoch(self, epoch):
-        self.epoch = epoch
 
     def order(self, epoch):
         """Row numbers (num_samples,) int64 of an epoch, the same for the same seed and epoch."""
@@ -72,7 +68,6 @@ class LabelBalancedSampler(torch.utils.data.Sampler):
 
 class Batches:
     """The batches of an epoch's `order`, for one rank, as lists of (index, repeat).
-
     A rank takes rows rank::world of each batch of `batch` rows; of a short last one perhaps none. `repeat` is
     how often the index came before: a picture drawn twice in an epoch is augmented in two ways.
     """
@@ -80,10 +75,7 @@ class Batches:
     def __init__(self, order, batch, rank=0, world=1):
         self.order = np.asarray(order, dtype=np.int64)
         self.batch, self.rank, self.world = batch, rank, world
-        by_index = np.argsort(self.order, kind="stable")
-        _, first, times = np.unique(self.order[by_index], return_index=True, return_counts=True)
-        self.repeats = np.empty_like(self.order)
-        self.repeats[by_index] = np.arange(len(self.order)) - np.repeat(first, times)
+        self.repeats = pd.Series(self.order).groupby(self.order).cumcount().to_numpy()
 
     def __iter__(self):
         for start in range(0, len(self.order), self.batch):
@@ -96,7 +88,6 @@ class Batches:
 
 def epoch_order(kind, targets, seed, epoch):
     """Row numbers (n,) int64 of an epoch over all ranks, by kind of SAMPLERS.
-
     targets: (n, L) 0/1 or (n,) class numbers; "weighted", torch's WeightedRandomSampler, needs class numbers.
     """
     if kind == "shuffle":
@@ -105,7 +96,7 @@ def epoch_order(kind, targets, seed, epoch):
         return LabelBalancedSampler(targets, seed=seed).order(epoch)
     if kind != "weighted":
         raise InputError(f"sampler {kind!r} must be one of {', '.join(SAMPLERS)}")
-    weights = torch.from_numpy(sample_weights(targets, int(_classes(targets).max()) + 1))
+    weights = torch.from_numpy(1 / class_counts(targets)[targets])
     (mixed,) = np.random.SeedSequence([seed, epoch]).generate_state(1)  # seed + epoch would repeat orders
     generator = torch.Generator().manual_seed(int(mixed))
     return torch.multinomial(weights, len(weights), replacement=True, generator=generator).numpy()
@@ -123,13 +114,18 @@ def pos_weight(targets, labels=None):
 
 def class_weights(targets, num_classes):
     """count(class 0) / count(class k) (K,) float32, in the order of the classes (the DR grading lab's)."""
-    counts = _counts(targets, num_classes)
+    counts = class_counts(targets, num_classes)
     return (counts[0] / counts).astype(np.float32)
 
 
-def sample_weights(targets, num_classes):
-    """1 / count(its class) of every picture (n,) float64, in the order of the pictures."""
-    return 1 / _counts(targets, num_classes)[_classes(targets)]
+def class_counts(targets, num_classes=None):
+    """Pictures of each class (K,) of targets (n,); InputError for a class without one, or beyond K."""
+    counts = np.bincount(_classes(targets), minlength=num_classes or 0)
+    num_classes = num_classes or len(counts)
+    if len(counts) > num_classes or not counts.all():
+        wanted = f"every class from 0 to {num_classes - 1} needs a picture and no other may occur"
+        raise InputError(f"{wanted}; pictures per class: {counts.tolist()}")
+    return counts
 
 
 def _classes(targets):
@@ -137,11 +133,3 @@ def _classes(targets):
     if targets.ndim != 1 or targets.dtype.kind not in "iu" or not len(targets) or targets.min() < 0:
         raise InputError(f"targets {targets.shape} {targets.dtype} must be (n,) class numbers from 0")
     return targets.astype(np.int64)
-
-
-def _counts(targets, num_classes):
-    counts = np.bincount(_classes(targets), minlength=num_classes)
-    if len(counts) > num_classes or not counts.all():
-        wanted = f"every class from 0 to {num_classes - 1} needs a picture and no other may occur"
-        raise InputError(f"{wanted}; pictures per class: {counts.tolist()}")
-    return counts
