@@ -217,7 +217,7 @@ def finetune(args, device):
     batch["targets"] = torch.zeros(len(keys), 8)
     slow = models.build_model("v0", 8, "none", args.size, args.trunk).to(device).train()
     fast = copy.deepcopy(slow).to(memory_format=torch.channels_last)
-    precision = engine.pick_precision("auto", device, args.trunk)
+    precision = engine.pick_precision("auto", device)
     sides = [partial(plain_epoch, slow, slow, files, args.size, device)]
     sides += [partial(step, fast, prepare_batch(batch, device)[0], precision)]
     sides += [partial(prepare_batch, batch, device, recipe) for recipe in ("none", "pair")]

@@ -332,7 +332,7 @@ def test_no_bare_except_no_unsafe_load_no_removed_names(name):
             called = ast.unparse(node.func)
             keywords = {k.arg: ast.unparse(k.value) for k in node.keywords}
             loads = (".get_state_dict", ".load_state_dict_from_url")
-            if called in ("torch.load", "load_url") or called.endswith(loads):
+            if called in ("torch.load", "torch.hub.load_state_dict_from_url") or called.endswith(loads):
                 assert keywords.get("weights_only") == "True", f"{where}: {called} without weights_only=True"
             if called == "np.load":
                 assert keywords.get("allow_pickle") == "False", f"{where}: np.load that might unpickle"
