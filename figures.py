@@ -3,28 +3,29 @@
     figures.roc(y_true, y_prob, labels, "multilabel").savefig("roc.png", dpi=110)
 
 Built without pyplot: nothing global is touched, no screen is needed. Okabe-Ito and viridis suit the
-colour-blind. A picture is uint8, (H, W, 3) or (H, W). `aspect` (width / height of the photograph as it was
-taken) draws it in its own shape where preprocessing squashed it into a square.
+colour-blind. A picture is uint8, (H, W, 3) or (H, W); `aspect` is its width / height before preprocessing
+squashed it into a square.
 """
 
 import math
 import textwrap
 
 import numpy as np
-from matplotlib.colors import LinearSegmentedColormap
+from matplotlib import colormaps
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from PIL import Image
 
 import metrics
 
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#B8C4CC"
 SOFT, RIGHT, PARTLY, WRONG = "#555555", "#00694D", "#5A4A00", "#A84300"
-SHARES = LinearSegmentedColormap.from_list("shares", ("#FFFFFF", BLUE))
 UNCERTAIN = (0.4, 0.6)  # a yes below 0.6 and a no above 0.4 are drawn as uncertain
 TILE = 1.9  # inches of one picture among heat maps
 
 
 def plain(text, width=60):
-    """`text` wrapped. A `$` in a label would otherwise start a formula, and an odd one would raise."""
+    """`text` wrapped. A `$` would start a formula, and an odd one would raise."""
     return textwrap.fill(str(text), width).replace("$", r"\$")
 
 
@@ -38,16 +39,14 @@ def mark_rendered(fig, text="RENDERED stand-ins, not patients"):
 def panels(count):
     """A figure with `count` panels, at most four a line -> (figure, axes)."""
     columns, lines = min(4, count), math.ceil(count / 4)
-    fig = Figure((2.3 * columns + 0.6, 2.9 * lines + 0.2), layout="constrained")
-    fig.get_layout_engine().set(h_pad=0.12)  # inches
+    fig = Figure((2.3 * columns + 0.6, 2.9 * lines + 0.2), layout=ConstrainedLayoutEngine(h_pad=0.12))
     return fig, [fig.add_subplot(lines, columns, k + 1) for k in range(count)]
 
 
 def draw_matrix(ax, counts, names, title, text="{count}"):
     """A confusion matrix (K, K) of counts, coloured by the share of its row; `text` goes into each cell."""
-    rows = np.maximum(counts.sum(1, keepdims=True), 1)  # a class that nobody has stays an empty row
-    shares = counts / rows
-    ax.imshow(shares, cmap=SHARES, vmin=0, vmax=1)
+    shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)  # a class that nobody has: an empty row
+    ax.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     for i, j in np.ndindex(counts.shape):
         words = text.format(count=counts[i, j], share=shares[i, j])
         colour = "white" if shares[i, j] > 0.6 else "black"
@@ -63,18 +62,18 @@ def draw_matrix(ax, counts, names, title, text="{count}"):
 def confusion(y_true, y_prob, labels, task, threshold=0.5):
     """Confusion matrices. multilabel: y_true 0/1 and y_prob (n, L), a 2 x 2 matrix per label at
     `prob > threshold` (a number or (L,)). multiclass: y_true (n,), y_prob (n, K), counts beside shares."""
-    y_true, y_prob = np.asarray(y_true), np.asarray(y_prob)
     if task == "multiclass":
         counts = metrics.confusion_matrix(y_true, y_prob.argmax(1), len(labels))
         side = max(3.4, 0.75 * len(labels) + 1)
         fig = Figure((2 * side, side), layout="constrained")
-        draw_matrix(fig.add_subplot(1, 2, 1), counts, labels, "counts")
-        draw_matrix(fig.add_subplot(1, 2, 2), counts, labels, "share of the true class", "{share:.2f}")
+        left, right = fig.subplots(1, 2)
+        draw_matrix(left, counts, labels, "counts")
+        draw_matrix(right, counts, labels, "share of the true class", "{share:.2f}")
         return fig
     fig, axes = panels(len(labels))
-    predicted = (y_prob > threshold).astype(int)
+    truths, answers = y_true.astype(int), (y_prob > threshold).astype(int)
     for k, label in enumerate(labels):
-        counts = metrics.confusion_matrix(y_true[:, k].astype(int), predicted[:, k], 2)
+        counts = metrics.confusion_matrix(truths[:, k], answers[:, k], 2)
         draw_matrix(axes[k], counts, ("no", "yes"), label, "{count}\n{share:.0%}")
     return fig
 
@@ -84,19 +83,17 @@ def roc(y_true, y_prob, labels, task):
     title; shapes as in `confusion`. A label with one class only has no curve, and an undefined AUC."""
     from sklearn.metrics import auc, roc_curve  # here: training draws no ROC curve and starts a second sooner
 
-    y_true, y_prob = np.asarray(y_true), np.asarray(y_prob)
     if task == "multiclass":
         y_true = y_true[:, None] == np.arange(len(labels))
     fig, axes = panels(len(labels))
     for k, ax in enumerate(axes):
-        found = "AUC undefined"
         ax.plot([0, 1], [0, 1], color="#999999", lw=0.8, ls=":")
+        found = "AUC undefined"
         if len(np.unique(y_true[:, k])) == 2:
             fpr, tpr, _ = roc_curve(y_true[:, k], y_prob[:, k])
             ax.plot(fpr, tpr, color=BLUE, lw=1.6)
             found = f"AUC {auc(fpr, tpr):.3f}"
         ax.set(xlabel="false positive rate", ylabel="true positive rate", aspect=1)
-        ax.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.01))
         ax.set_title(f"{plain(labels[k], 22)}\n{found}", fontsize=10)
         ax.spines[["top", "right"]].set_visible(False)
     return fig
@@ -106,65 +103,62 @@ def reliability(y_true, y_prob, bins=15):
     """How often the answers of each probability are right; below, how many answers there are.
     y_true (n, L) 0/1 with y_prob (n, L), or classes (n,) with (n, K): then of the strongest class alone."""
     confidence, accuracy, count = metrics.reliability(y_true, y_prob, bins)
-    error = metrics.expected_calibration_error(y_true, y_prob, bins)
     answer, share = "a label", "share that has the label"
     if np.ndim(y_true) == 1:
         answer, share = "the strongest class", "share of right answers"
     fig = Figure((5, 5.4), layout="constrained")
     above, below = fig.subplots(2, 1, height_ratios=(3.4, 1), sharex=True)
-    left = np.arange(bins) / bins
-    above.bar(left, accuracy, 0.94 / bins, align="edge", color="#9CC4DE", label="measured")
+    middle, width = (np.arange(bins) + 0.5) / bins, 0.94 / bins
+    above.bar(middle, accuracy, width, color="#9CC4DE", label="measured")
     above.plot([0, 1], [0, 1], color="#333333", lw=1, ls="--", label="perfectly calibrated")
     above.plot(confidence, accuracy, "o", ms=4, color=BLUE)
     above.set(xlim=(0, 1), ylim=(0, 1), ylabel=share)
+    error = metrics.expected_calibration_error(y_true, y_prob, bins)
     above.set_title(f"expected calibration error {error:.3f}", fontsize=10)
     above.legend(frameon=False, fontsize=9, loc="upper left")
-    below.bar(left, count, 0.94 / bins, align="edge", color=GREY)
+    below.bar(middle, count, width, color=GREY)
     below.set(xlabel=f"probability of {answer}", ylabel="answers")
     return fig
 
 
 def show(ax, picture, cam=None, aspect=None, place=(0, 0, 1)):
-    """A picture into `ax`; over it a class-activation map (h, w) in 0..1 of any size.
+    """A picture into `ax`; laid over it a class-activation map (h, w) in 0..1 of any size.
     `place` (left, top, side): the square, in the units of the axes, that holds it."""
+    if cam is not None:  # mixed here: matplotlib would take twice as long
+        cam = Image.fromarray(np.clip(cam, 0, 1)).resize(picture.shape[1::-1], Image.BILINEAR)
+        colours = colormaps["viridis"](np.asarray(cam), bytes=True)[:, :, :3]
+        opacity = 0.1 + 0.5 * np.asarray(cam)[:, :, None]
+        picture = (opacity * colours + (1 - opacity) * np.atleast_3d(picture)).astype(np.uint8)
     left, top, side = place
     aspect = aspect or picture.shape[1] / picture.shape[0]
-    width, height = side * min(1, aspect), side * min(1, 1 / aspect)
-    extent = (left, left + width, top + height, top)
-    ax.imshow(picture, cmap="gray", vmin=0, vmax=255, extent=extent)
-    if cam is not None:
-        seen = 0.1 + 0.5 * np.clip(cam, 0, 1)
-        look = {"cmap": "viridis", "vmin": 0, "vmax": 1, "alpha": seen, "interpolation": "bilinear"}
-        ax.imshow(cam, extent=extent, **look)
+    right, bottom = left + side * min(1, aspect), top + side * min(1, 1 / aspect)
+    ax.imshow(picture, cmap="gray", vmin=0, vmax=255, extent=(left, right, bottom, top))
     ax.axis("off")
 
 
 def sample_words(row):
     """(verdict, its colour, lines) beside a sample: the truth, then every predicted or missed label."""
-    truth, predicted = set(row["truth"]), {label for label, _ in row["prediction"]}
-    lines = [f"truth: {', '.join(row['truth']) or 'none'}", f"predicted: {'' if predicted else 'none'}"]
-    doubtful = False
-    for label, prob in row["prediction"]:
-        doubt = " (uncertain)" if prob <= UNCERTAIN[1] else ""
-        doubtful |= bool(doubt)
-        lines.append(f"{'✓' if label in truth else '✗'} {label}  {prob:.2f}{doubt}")
-    for label in [label for label in row["truth"] if label not in predicted]:
-        prob = row.get("probs", {}).get(label)
-        doubtful |= prob is not None and prob >= UNCERTAIN[0]
-        lines.append(f"– missed: {label}" + ("" if prob is None else f"  {prob:.2f}"))
+    truth, predicted, probs = row["truth"], row["prediction"], row["probs"]
+    missed = [label for label in truth if label not in predicted]
+    lines = [f"truth: {', '.join(truth) or 'none'}", f"predicted: {'' if predicted else 'none'}"]
+    for label in predicted:
+        doubt = " (uncertain)" if probs[label] <= UNCERTAIN[1] else ""
+        lines.append(f"{'✓' if label in truth else '✗'} {label}  {probs[label]:.2f}{doubt}")
+    lines += [f"– missed: {label}  {probs[label]:.2f}" for label in missed]
     verdict, colour = "✗ wrong", WRONG
-    if truth == predicted:
+    if set(truth) == set(predicted):
         verdict, colour = "✓ right", RIGHT
-    elif truth & predicted:
+    elif len(missed) < len(truth):
         verdict, colour = "◐ partly right", PARTLY
-    if doubtful:
+    lowest, highest = min([1, *map(probs.get, predicted)]), max([0, *map(probs.get, missed)])
+    if lowest <= UNCERTAIN[1] or highest >= UNCERTAIN[0]:
         verdict, colour = f"? {verdict[2:]}, but uncertain", SOFT
     return verdict, colour, "\n".join(plain(line, 32) for line in lines)
 
 
 def samples(rows):
-    """Sample patients. rows: dicts {"title", "pictures": [...], "truth": [label, ...], "prediction": [(label,
-    prob), ...] of the labels that were predicted, not of all; optional "aspect", "probs": {label: prob}}."""
+    """Sample patients. rows: dicts {"title", "pictures": [...], "truth": [label, ...], "prediction": [label,
+    ...], "probs": {label: prob} of all labels; optional "aspect"}."""
     planes = max(len(row["pictures"]) for row in rows)
     columns = 1 if planes > 2 or len(rows) < 2 else 2
     lines = math.ceil(len(rows) / columns)
@@ -191,7 +185,7 @@ def draw_maps(ax, rows):
         maps = sorted(row["maps"], key=lambda one: -one[1])
         maps = maps[:3] + [one for one in maps[3:] if one[0] in row["truth"]]
         columns = max(columns, 1 + len(maps))
-        for j, (label, prob, cam) in enumerate([(row["title"], None, None), *maps]):
+        for j, (label, prob, cam) in enumerate([(row["title"] or "picture", None, None), *maps]):
             left, top = TILE * j + 0.05, step * i + 0.5
             show(ax, row["picture"], cam, row.get("aspect"), (left, top, TILE - 0.1))
             title, look = plain(label, 24), {}
@@ -208,12 +202,9 @@ def draw_maps(ax, rows):
 
 def heatmaps(rows, random_trunk=False):
     """Pictures with their class-activation maps, a line for each: picture, three strongest labels, true ones.
-
     rows: dicts {"title", "picture", "maps": [(label, prob, cam (h, w) in 0..1), ...] of all labels, "truth":
-    [label, ...], empty where it is not known; optional "aspect"}. random_trunk: the caption says so.
-    """
-    fig = Figure(layout="constrained")
-    fig.get_layout_engine().set(w_pad=0, h_pad=0.04)
+    [label, ...], empty where it is not known; optional "aspect"}. random_trunk: the caption says so."""
+    fig = Figure(layout=ConstrainedLayoutEngine(w_pad=0, h_pad=0.04))
     width, height = draw_maps(fig.add_subplot(), rows)
     fig.set_size_inches(width, height + 0.3)
     caption = "Yellow: what speaks for the label. No evidence: nothing in the picture speaks for it."
@@ -247,14 +238,10 @@ def draw_answers(ax, labels, probs, threshold):
     ax.spines[["top", "right"]].set_visible(False)
 
 
-def prediction(pictures, cams, labels, probs, threshold, note, aspect=None):
+def prediction(rows, threshold, note):
     """One patient's answer: pictures, the heat maps of the three strongest labels, a bar per label with its
-    threshold (a number, (L,), or None: exclusive classes), `note` below. cams[p][k]: (h, w) in 0..1."""
-    probs = np.asarray(probs, dtype=float)
-    rows = []
-    for picture, maps in zip(pictures, cams, strict=True):
-        maps = list(zip(labels, probs, maps, strict=True))
-        rows.append({"title": "picture", "picture": picture, "maps": maps, "truth": [], "aspect": aspect})
+    threshold (a number, (L,), or None: exclusive classes), `note` below. rows: as in `heatmaps`."""
+    labels, probs, _ = zip(*rows[0]["maps"], strict=True)
     fig = Figure(layout="constrained")
     left = fig.add_subplot()
     width, height = draw_maps(left, rows)
@@ -263,6 +250,6 @@ def prediction(pictures, cams, labels, probs, threshold, note, aspect=None):
     fig.set_size_inches(width + 4.2, bars + rest + 0.5)
     grid = fig.add_gridspec(2, 2, width_ratios=(width, 4.2), height_ratios=(bars, rest))
     left.set(subplotspec=grid[:, 0], anchor="NW")
-    draw_answers(fig.add_subplot(grid[0, 1]), labels, probs, threshold)
+    draw_answers(fig.add_subplot(grid[0, 1]), labels, np.array(probs), threshold)
     fig.supxlabel(plain(note, 120), fontsize=9, color=SOFT)
     return fig

@@ -10,6 +10,8 @@ answer) into heatmaps/ of the run's folder: <picture>.png, or <label>-<ID>.png f
 import sys
 from pathlib import Path
 
+import numpy as np
+
 from arguments import add_machine_flags
 from cache import file_names, replace_file
 from errors import InputError, Parser, guard
@@ -18,11 +20,9 @@ from errors import InputError, Parser, guard
 def get_args_parser():
     parser = Parser(__doc__)
     add = parser.add_argument
-    text = "as predict.py takes them: LEFT RIGHT, photographs, an exam, a folder or a CSV"
-    add("given", nargs="*", metavar="PICTURE", help=text)
+    add("given", nargs="*", metavar="PICTURE", help="pictures, a folder or a CSV, as predict.py takes them")
     add("--ckpt", required=True, help="a best.pt or a run's folder")
-    text = "instead of pictures: rows of this part of the run's own split"
-    add("--split", choices=["val", "test", "all"], help=text)
+    add("--split", choices=["val", "test", "all"], help="instead of pictures: rows of this part")
     add("--data", help="with --split: another folder of the same layout (default: the run's)")
     add("--per-label", type=int, default=8, help="with --split: the first so many rows that carry each label")
     add("--out", type=Path, help="folder for the PNGs (default: heatmaps/ in the run's folder)")
@@ -32,34 +32,20 @@ def get_args_parser():
 
 
 def rows_of_split(net, args):
-    """The first --per-label rows that carry each label -> (Part, [(row, file's stem)], truth (n, K))."""
+    """The first --per-label rows that carry each label -> (Part, [(row, file's stem)])."""
     import dataset
 
     net.args.cache = args.cache
     part, facts = dataset.load_part(net.args, net.saved, args.split, args.data, net.args.missing)
     for note in facts["notes"]:
         print(f"note: {note}")
-    truth = net.truth(part)
     asked = []
-    for k, label in enumerate(net.labels):
-        rows = truth[:, k].nonzero()[0][: args.per_label]
-        asked += [(int(row), f"{label}-{part.ids()[row]}") for row in rows]
-        if not len(rows):
+    for label, carried in zip(net.labels, net.truth(part).T, strict=True):
+        rows = carried.nonzero()[0][: args.per_label].tolist()
+        asked += [(row, f"{label}-{part.ids()[row]}") for row in rows]
+        if not rows:
             print(f"nobody in this part carries {label}")
-    return part, sorted(asked), truth
-
-
-def given_rows(net, paths):
-    """Pictures that somebody names -> (Part, [(row, file's stem)])."""
-    import tables
-
-    frame, _ = tables.given_rows(net.args.dataset, paths)
-    part, faults = net.open_rows(list(frame["files"]))
-    if faults:
-        shown = "; ".join(list(faults.values())[:5])
-        raise InputError(f"{len(faults)} of {len(frame)} cannot be read: {shown}")
-    part.table["ID"] = frame["ID"].to_numpy()
-    return part, list(enumerate(part.ids()))
+    return part, sorted(asked)
 
 
 def main(argv=None):
@@ -71,29 +57,33 @@ def main(argv=None):
     import engine
     import figures
     import predictor
+    import tables
 
-    # The network, the rows that are asked about, their probabilities
-    net, truth = predictor.load(args.ckpt, args.device, args.precision, args.workers), None
+    # The network, the rows that are asked about, their probabilities and labels
+    net = predictor.load(args.ckpt, args.device, args.precision, args.workers)
     if args.split:
-        part, asked, truth = rows_of_split(net, args)
-        probs = net.evaluate(part)[1]
+        part, asked = rows_of_split(net, args)
+        probs, truth = net.evaluate(part)[1], net.truth(part)
     else:
-        part, asked = given_rows(net, args.given)
-        probs = net.live(part)
+        frame, _ = tables.given_rows(net.args.dataset, args.given)
+        part, faults = net.open_rows(list(frame["files"]))
+        if faults:
+            shown = "; ".join(list(faults.values())[:5])
+            raise InputError(f"{len(faults)} of {len(frame)} cannot be read: {shown}")
+        part.table["ID"] = frame["ID"].to_numpy()
+        asked, probs = list(enumerate(part.ids())), net.live(part)
+        truth = np.zeros(probs.shape, bool)  # not known
     rendered = ", trained on RENDERED pictures" if net.rendered else ""
     name = f"{net.args.name} ({net.args.dataset}, {net.args.model}{rendered})"
-    print(f"{name}: {len({row for row, _ in asked})} rows in {net.precision}")
+    print(f"{name}: {len(dict(asked))} rows in {net.precision}")
 
     # A figure for each row, under the name of each label that it was chosen for
     out = args.out or checkpoint.home_of(checkpoint.find_checkpoint(args.ckpt)) / "heatmaps"
     files, drawn = file_names(stem for _, stem in asked), None
     for (row, _), file in engine.progress(list(zip(asked, files, strict=True)), "heat maps"):
         if row != drawn:
-            known = None if truth is None else truth[row]
-            figure, drawn = (
-                figures.heatmaps(net.map_rows(part, row, probs[row], known), net.random_trunk),
-                row,
-            )
+            lines = net.map_rows(part, row, probs[row], np.array(net.names)[truth[row]])
+            figure, drawn = figures.heatmaps(lines, net.random_trunk), row
             if net.rendered:
                 figures.mark_rendered(figure, "a network trained on RENDERED pictures")
         replace_file(out / file, lambda stream, figure=figure: figure.savefig(stream, dpi=110, format="png"))

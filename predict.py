@@ -14,6 +14,8 @@ What it takes depends on what the network was trained on. Eye pairs: LEFT RIGHT,
 import sys
 from pathlib import Path
 
+import numpy as np
+
 from arguments import add_machine_flags
 from cache import file_names, replace_file
 from errors import InputError, Parser, guard
@@ -28,8 +30,7 @@ def get_args_parser():
     add("given", nargs="*", metavar="PICTURE", help="pictures, a folder or a CSV, as described above")
     add("--ckpt", required=True, nargs="+", help="a best.pt or a run's folder; several: their mean")
     add("--out", type=Path, default=Path("."), help="folder for prediction.png or predictions.csv")
-    text = "a label is predicted above it (published); classes that exclude each other have none"
-    add("--threshold", type=float, default=0.5, help=text)
+    add("--threshold", type=float, default=0.5, help="a label is predicted above it (published)")
     add("--learned", action="store_true", help="the thresholds that the run learned on its training patients")
     add("--tta", action="store_true", help="mean with the mirrored pictures")
     add("--figures", action="store_true", help="of many: a picture each, too")
@@ -69,37 +70,32 @@ def draw(net, row, probs, thresholds, name, path):
     import figures
 
     part, _ = net.open_rows([row])
+    part.table["ID"] = ""  # the note names the patient
     try:
-        maps = net.explain(part, 0)
+        lines = net.map_rows(part, 0, probs)
     except InputError as error:  # a network without a map of features
         return f"no picture: {error}"
     notes = [f"{name}.", NO_DEVICE]
-    if len(maps) > 1:
-        notes.insert(1, f"From above: {'; '.join(piece for piece, _, _ in maps)}.")
     if len(net.members) > 1:
         notes.append(f"Mean of {len(net.members)} networks, maps of the first.")
     if net.random_trunk:
         notes.append("The trunk has random weights: its maps mean nothing.")
     if net.rendered:
         notes.append(RENDERED)
-    pictures, cams = [picture for _, picture, _ in maps], [list(found.values()) for _, _, found in maps]
-    shown = (pictures, cams, net.names, probs, thresholds, " ".join(notes), part.aspect(0))
-    how = {"dpi": 120, "format": "png", "bbox_inches": "tight", "pad_inches": 0.1}
-    replace_file(path, lambda stream: figures.prediction(*shown).savefig(stream, **how))
+    figure = figures.prediction(lines, thresholds, " ".join(notes))
+    look = {"dpi": 120, "format": "png", "bbox_inches": "tight", "pad_inches": 0.1}
+    replace_file(path, lambda stream: figure.savefig(stream, **look))
     return f"{path} written"
 
 
 def write_table(net, frame, probs, chosen, path):
     """predictions.csv of the rows that could be read."""
-    table = frame[["ID"]].copy()
+    table, labels = frame[["ID"]].copy(), np.array(net.labels)
     table[net.labels] = probs.astype(float)
-    answers = []
-    for row in chosen:
-        answers.append(";".join(label for label, yes in zip(net.labels, row, strict=True) if yes))
-    table["predicted"] = answers
+    table["predicted"] = [";".join(labels[row]) for row in chosen]
     if net.rendered:
         table["trained_on"] = "RENDERED pictures"
-    table = table[~table[net.labels[0]].isna()]
+    table = table[~np.isnan(probs[:, 0])]
     replace_file(path, lambda stream: table.to_csv(stream, index=False, float_format="%.7f"), "w")
 
 
@@ -123,29 +119,27 @@ def main(argv=None):
         raise InputError(f"none of the {len(rows)} can be read: {shown}" if many else shown)
     chosen = net.chosen(probs, thresholds)
     name = f"{net.saved['args']['name']} ({net.args.dataset}, {net.args.model}, {net.precision})"
-    args.out.mkdir(parents=True, exist_ok=True)
+    readable, files = [row for row in range(len(rows)) if row not in faults], []
 
-    # One: a table and a picture
+    # One: a table and a picture. Many: a sheet, and on request a picture each
     if not many:
         print(f"{ids[0]}, by {name}:")
         print_table(net.names, probs[0], chosen[0], thresholds)
-        done = draw(net, rows[0], probs[0], thresholds, ids[0], args.out / "prediction.png")
-        print(f"{done}. {NO_DEVICE}")
-        return 0
-
-    # Many: a sheet, and on request a picture each
-    write_table(net, frame, probs, chosen, args.out / "predictions.csv")
-    readable = [row for row in range(len(rows)) if row not in faults]
-    print(f"{args.out / 'predictions.csv'} written: {len(readable)} predicted by {name}. {NO_DEVICE}")
-    for label, count in zip(net.labels, chosen[readable].sum(0), strict=True):
-        print(f"  {label}: {count}")
-    if args.figures:
-        for row, file in zip(readable, file_names(ids[row] for row in readable), strict=True):
-            print(draw(net, rows[row], probs[row], thresholds, ids[row], args.out / file))
+        files = ["prediction.png"]
+    else:
+        write_table(net, frame, probs, chosen, args.out / "predictions.csv")
+        print(f"{args.out / 'predictions.csv'} written: {len(readable)} predicted by {name}.")
+        for label, count in zip(net.labels, chosen[readable].sum(0), strict=True):
+            print(f"  {label}: {count}")
+        if args.figures:
+            files = file_names(ids[row] for row in readable)
+    for row, file in zip(readable, files, strict=False):
+        print(draw(net, rows[row], probs[row], thresholds, ids[row], args.out / file))
+    print(NO_DEVICE)
     if faults:
         print("\n".join(faults.values()), file=sys.stderr)
         print(f"{len(faults)} of {len(rows)} cannot be read and are left out", file=sys.stderr)
-    return 1 if faults else 0
+    return int(bool(faults))
 
 
 if __name__ == "__main__":

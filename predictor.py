@@ -32,9 +32,7 @@ PER_ROW = {"odir": 2, "mrnet": 3}  # files of a row; of the other data sets one
 
 def load(path, device="auto", precision=None, workers=None):
     """The network of a best.pt or of a run's folder; of a list of them, one that answers with their mean.
-
-    precision: auto, fp32, bf16 or fp16; by default what the run was asked to use. Raises InputError.
-    """
+    precision: auto, fp32, bf16 or fp16; by default what the run was asked to use. Raises InputError."""
     paths = path if isinstance(path, list | tuple) else [path]
     net, *others = [Predictor(checkpoint.find_checkpoint(one), device, precision, workers) for one in paths]
     for other in others:
@@ -47,9 +45,7 @@ def load(path, device="auto", precision=None, workers=None):
 
 class Predictor:
     """One network with all that its checkpoint says: `.labels`, `.task`, `.thresholds`, `.saved`, `.args`.
-
-    `.members` are the networks whose mean `predict` gives: this one, and those that `load` added.
-    """
+    `.members` are the networks whose mean `predict` gives: this one, and those that `load` added."""
 
     def __init__(self, path, device, precision, workers):
         self.path, self.device, self.members = Path(path), engine.pick_device(device), [self]
@@ -60,39 +56,32 @@ class Predictor:
             self.thresholds, self.prior = self.saved["thresholds"], np.array(self.saved["prior"])
             self.ordered, self.rendered = self.saved["ordered"], self.saved["data"]["rendered"]
             self.names = tables.full_names(self.args.dataset, self.labels)
-            self.model = self.build()
+            try:
+                check_args(self.args)
+            except InputError as error:
+                raise InputError(f"{path} was made with flags that cannot be: {error}") from error
+            size, trunk = eval_size(self.args), self.args.trunk
+            self.model = models.build_model(self.args.model, len(self.labels), "none", size, trunk)
+            models.load_strict(self.model, self.saved["model"], path)
+        self.model.to(self.device)
         self.digest = checkpoint.state_digest(self.saved["model"])
+        self.per_row = PER_ROW.get(self.args.dataset, 1)
+        # Whether its maps are of a trunk that has learned nothing.
+        self.random_trunk = self.args.weights == "none" and not self.args.fine_tune
         # A checkpoint names no folder that is written, and no way of computing that gives other numbers.
         self.args.workers, self.args.cache, self.args.compile = workers, "cache", False
         self.precision = engine.pick_precision(precision or self.args.precision, self.device)
         self.fast = features.with_fast_trunk(self.model, self.precision)
-
-    def build(self):
-        """The network with its weights. Raises InputError for flags that train.py would refuse, too."""
-        try:
-            check_args(self.args)
-        except InputError as error:
-            raise InputError(f"{self.path} was made with flags that cannot be: {error}") from error
-        args, size = self.args, eval_size(self.args)
-        model = models.build_model(args.model, len(self.labels), "none", size, args.trunk)
-        models.load_strict(model, self.saved["model"], self.path)
-        return model.to(self.device)
-
-    @property
-    def random_trunk(self):
-        """Whether its maps are of a trunk that has learned nothing."""
-        return self.args.weights == "none" and not self.args.fine_tune
 
     def limits(self, threshold=0.5, learned=False):
         """A threshold for each label; None for classes that exclude each other: the strongest wins."""
         if not 0 <= threshold <= 1:
             raise InputError(f"--threshold {threshold}: expected 0 to 1")
         if self.task == "multiclass" and (learned or threshold != 0.5):
-            classes = f"the classes {', '.join(self.labels)} exclude each other, the strongest is predicted"
-            raise InputError(f"--threshold, --learned: {classes}")
+            classes = f"the classes {', '.join(self.labels)} exclude each other"
+            raise InputError(f"--threshold, --learned: {classes}, the strongest is predicted")
         if learned and self.thresholds is None:
-            advice = "one network, trained with --folds or --calibration-fraction, has them"
-            raise InputError(f"--learned: there are no learned thresholds; {advice}")
+            raise InputError("--learned needs one network, trained with --folds or --calibration-fraction")
         if self.task == "multiclass":
             return None
         return self.thresholds if learned else [threshold] * len(self.labels)
@@ -100,8 +89,6 @@ class Predictor:
     def chosen(self, probs, limits):
         """(n, K) of booleans: what is predicted."""
         return probs == probs.max(1, keepdims=True) if limits is None else probs > limits
-
-    # ---------------------------------------------------------------- rows of a data set
 
     def evaluate(self, part, criterion=None, mirrored=False):
         """(mean loss, probs (n, K)) of a dataset.Part; `mirrored`: probs are the mean of both views."""
@@ -118,64 +105,55 @@ class Predictor:
         criterion = engine.Criterion(self.task)
         return features.predict_live(self.args, self.fast, part, criterion, self.device, mirrored)[1]
 
-    def explain(self, part, row):
-        """Heat maps of a row by the network that gave its number: [(name, picture, {label: map (h, w)})]."""
-        found = zip(*cam.explain(self.fast, part.dataset().__getitems__([row]), self.device), strict=True)
-        return [(name, picture, dict(zip(self.labels, maps, strict=True))) for name, picture, maps in found]
-
     def truth(self, part):
         """(n, K) of booleans: the labels that the rows of a part carry."""
         if self.task == "multilabel":
             return part.targets == 1
         return part.targets[:, None] == np.arange(len(self.labels))
 
-    def map_rows(self, part, row, probs, truth=None):
-        """What figures.heatmaps draws of a row that carries `truth` (K,): a line per eye or plane."""
-        lines, known = [], [] if truth is None else [self.names[k] for k in np.flatnonzero(truth)]
+    def explain(self, part, row):
+        """Heat maps of a row by the network that gave its number: [(name, picture, {label: map (h, w)})]."""
+        found = zip(*cam.explain(self.fast, part.dataset().__getitems__([row]), self.device), strict=True)
+        return [(name, picture, dict(zip(self.labels, maps, strict=True))) for name, picture, maps in found]
+
+    def map_rows(self, part, row, probs, truth=()):
+        """What figures.heatmaps draws of a row: a line per eye or plane. truth: names of its labels."""
+        lines = []
         for name, picture, maps in self.explain(part, row):
             line = {"title": f"{part.table['ID'].iloc[row]} {name}".strip(), "picture": picture}
             line["maps"] = list(zip(self.names, probs.tolist(), maps.values(), strict=True))
-            lines.append({**line, "truth": known, "aspect": part.aspect(row)})
+            lines.append({**line, "truth": list(truth), "aspect": part.aspect(row)})
         return lines
-
-    # ---------------------------------------------------------------- pictures that somebody gives
 
     def open_rows(self, rows):
         """Decode rows of pictures: paths, PIL images or arrays -> (Part, {row: why it cannot be read})."""
-        size, how, per_row = eval_size(self.args), self.args.preprocess, PER_ROW.get(self.args.dataset, 1)
-        sources = [as_path(source) for row in rows for source in row]
+        size, how, sources = eval_size(self.args), self.args.preprocess, [one for row in rows for one in row]
         if self.args.dataset == "mrnet":
             pictures, reasons = None, [volume_fault(source) for source in sources]
         else:
             array, reasons = decode_sources(sources, how, size, self.args.workers)
-            pictures = GivenPictures(array, np.arange(len(sources)).reshape(len(rows), per_row))
-        faults = {}
-        for row in range(len(rows)):
-            found = [reason for reason in reasons[row * per_row : (row + 1) * per_row] if reason]
-            if found:
-                faults[row] = "; ".join(found)
+            pictures = GivenPictures(array, np.arange(len(sources)).reshape(len(rows), self.per_row))
+        found = np.array(reasons, object).reshape(len(rows), self.per_row)
+        faults = {row: "; ".join(filter(None, reasons)) for row, reasons in enumerate(found) if any(reasons)}
+        table = pd.DataFrame({"ID": range(len(rows)), "files": list(map(tuple, rows))})
         targets = np.zeros((len(rows), len(self.labels)), np.float32)  # nobody looks at them
         if self.task == "multiclass":
             targets = np.zeros(len(rows), np.int64)
-        table = pd.DataFrame({"ID": range(len(rows)), "files": list(map(tuple, rows))})
         part = Part(table, pictures, targets, len(rows), size, how)
         return part.subset([row for row in range(len(rows)) if row not in faults]), faults
 
     def answer(self, rows, mirrored=False):
         """Mean probabilities (n, K) of rows of pictures, NaN where one cannot be read; {row: why}."""
         probs, faults = np.zeros((len(rows), len(self.labels)), np.float32), {}
+        views = [False, True] if mirrored else [False]
         for member in self.members:
-            size, per_row = eval_size(member.args), PER_ROW.get(member.args.dataset, 1)
-            step = max(1, IN_MEMORY // (3 * per_row * size**2))
+            step = max(1, IN_MEMORY // (3 * member.per_row * eval_size(member.args) ** 2))
             for start in range(0, len(rows), step):
                 part, unread = member.open_rows(rows[start : start + step])
                 faults.update({start + row: reason for row, reason in unread.items()})
-                if not len(part):
-                    continue
-                found = member.live(part)
-                if mirrored:
-                    found = (found + member.live(part, mirrored=True)) / 2
-                probs[start + part.table["ID"].to_numpy()] += found / len(self.members)
+                if len(part):
+                    found = np.mean([member.live(part, view) for view in views], axis=0)
+                    probs[start + part.table["ID"].to_numpy()] += found / len(self.members)
         probs[list(faults)] = np.nan
         return probs, faults
 
@@ -183,10 +161,8 @@ class Predictor:
         """{label: probability} of one patient, picture or exam; of a list, a folder or a CSV a list of these.
 
         given: LEFT, RIGHT of eye pairs; one picture; an exam's folder or its three files. Pictures are paths,
-        PIL images or arrays uint8 (H, W, 3); knees are paths. A large JPEG is decoded at a reduced size, so
-        that an array of its full size gives slightly other numbers. tta: the mean with the mirrored pictures.
-        Raises InputError for what cannot be read.
-        """
+        PIL images or arrays uint8 (H, W, 3); knees are paths. A large JPEG is decoded at a reduced size: an
+        array of its full size gives slightly other numbers. tta: the mean with the mirrored pictures."""
         rows, many = self.rows_of(given)
         probs, faults = self.answer(rows, tta)
         if faults:
@@ -204,9 +180,9 @@ class Predictor:
         if all(isinstance(source, str | Path) for source in given):
             frame, many = tables.given_rows(self.args.dataset, given)
             return list(frame["files"]), many
-        wanted = PER_ROW.get(self.args.dataset, 1)
-        if len(given) != wanted or self.args.dataset == "mrnet":
-            takes = "paths alone" if self.args.dataset == "mrnet" else f"{wanted} of a patient, or a list"
+        knees = self.args.dataset == "mrnet"
+        if len(given) != self.per_row or knees:
+            takes = "paths alone" if knees else f"{self.per_row} of a patient, or a list"
             raise InputError(f"{len(given)} picture(s) in memory were given; this network takes {takes}")
         return [given], False
 
@@ -218,28 +194,23 @@ class Predictor:
         return self.explain(part, 0)
 
 
-def as_path(source):
-    """A PIL picture that was opened and not decoded yet is read from its file, as the command line does."""
-    if isinstance(source, ImageFile.ImageFile) and source.tile and source.filename:
-        return source.filename
-    return source
-
-
 def decode_sources(sources, how, size, workers):
     """Paths, PIL images and arrays as the network sees them: uint8 (n, size, size, 3), why there is none."""
-    decoded = decode_all([one for one in sources if isinstance(one, str | Path)], how, size, workers)
-    array, reasons = np.zeros((len(sources), size, size, 3), np.uint8), []
     for place, source in enumerate(sources):
-        reason = ""
+        # A picture that Pillow opened and has not decoded is read from its file, as the command line does.
+        if isinstance(source, ImageFile.ImageFile) and source.tile and source.filename:
+            sources[place] = source.filename
+    decoded = decode_all([one for one in sources if isinstance(one, str | Path)], how, size, workers)
+    array, reasons = np.zeros((len(sources), size, size, 3), np.uint8), [""] * len(sources)
+    for place, source in enumerate(sources):
         if isinstance(source, str | Path):
             array[place], _, reason, _, system = next(decoded)
-            reason = reason or system
-        else:
-            try:
-                with reading("an array or PIL image in memory", "a picture"):
-                    image = source if isinstance(source, Image.Image) else Image.fromarray(np.asarray(source))
-                    array[place] = prepare(to_rgb(image), how, size)
-            except InputError as error:
-                reason = str(error)
-        reasons.append(reason)
+            reasons[place] = reason or system
+            continue
+        try:
+            with reading("an array or PIL image in memory", "a picture"):
+                image = source if isinstance(source, Image.Image) else Image.fromarray(np.asarray(source))
+                array[place] = prepare(to_rgb(image), how, size)
+        except InputError as error:
+            reasons[place] = str(error)
     return array, reasons

@@ -34,35 +34,21 @@ def get_args_parser():
     add = parser.add_argument
     add("--ckpt", required=True, help="a best.pt of the retina study, or its run's folder")
     add("--data", help="another folder of the same pictures (default: the one that was trained on)")
-    text = "missing or unreadable pictures: stop, or drop them (default: as in the run)"
-    add("--missing", choices=["stop", "drop"], help=text)
+    add("--missing", choices=["stop", "drop"], help="pictures that are missing (default: as in the run)")
     add("--out", type=Path, help="folder for pseudo_labels.csv (default: the run's folder)")
-    text = "who is near: knn needs no scale (ours; the study names none)"
-    add("--kernel", choices=["knn", "rbf"], default="knn", help=text)
+    add("--kernel", choices=["knn", "rbf"], default="knn", help="who is near: knn needs no scale (ours)")
     add("--neighbors", type=int, default=7, help="knn: the picture itself and its nearest (scikit-learn's)")
     text = "rbf: exp(-gamma d^2) (default: 1 / number of labels; LabelSpreading's own 20 reaches nobody)"
     add("--gamma", type=float, help=text)
-    text = "share that a picture takes from its neighbours (scikit-learn's)"
-    add("--alpha", type=float, default=0.2, help=text)
+    add("--alpha", type=float, default=0.2, help="share taken from the neighbours (scikit-learn's)")
     add_machine_flags(parser, precision=None)
     add("--cache", default="cache", help="folder of kept pictures and features")
     return parser
 
 
-def check_args(args, net):
-    if not 0 < args.alpha < 1 or args.neighbors < 2 or args.gamma is not None and args.gamma <= 0:
-        given = f"--alpha {args.alpha} --neighbors {args.neighbors} --gamma {args.gamma}"
-        raise InputError(f"{given}: expected between 0 and 1, 2 or more, above 0")
-    if net.args.dataset != "retina":
-        problem = f"{args.ckpt} is of {net.args.dataset}"
-        raise InputError(f"{problem}: only the retina data set has unlabelled pictures")
-
-
 def spread(outputs, targets, kernel="knn", neighbors=7, gamma=None, alpha=0.2):
     """Spread `targets` (n,), UNKNOWN where there is none, over outputs (n, K) -> (labels, confidence).
-
-    Confidence (n,) is the label's share of what reached the row, 0..1. Nothing: UNKNOWN and 0.
-    """
+    Confidence (n,) is the label's share of what reached the row, 0..1. Nothing: UNKNOWN and 0."""
     outputs = StandardScaler().fit_transform(outputs.astype(np.float64))
     gamma = gamma or 1 / outputs.shape[1]
     # Changes shrink by `alpha` a round and add up over all rows: scikit-learn's 30 rounds are few near 1.
@@ -74,11 +60,8 @@ def spread(outputs, targets, kernel="knn", neighbors=7, gamma=None, alpha=0.2):
 
 def agreement(outputs, targets, settings):
     """Share of the labelled rows whose spread label is the true one while a fifth of them is hidden.
-
-    Their own label is hidden too: a row keeps 1 - alpha of it and would agree with itself.
-    """
-    known = np.flatnonzero(targets != UNKNOWN)
-    right = 0
+    Their own label is hidden too: a row keeps 1 - alpha of it and would agree with itself."""
+    known, right = np.flatnonzero(targets != UNKNOWN), 0
     for _, hidden in KFold(min(5, len(known)), shuffle=True, random_state=0).split(known):
         given = targets.copy()
         given[known[hidden]] = UNKNOWN
@@ -88,9 +71,7 @@ def agreement(outputs, targets, settings):
 
 def training_rows(net, root):
     """The labelled rows that the run trained on, never one of its validation or test part.
-
-    Pseudo-labelled pictures among the run's training IDs are in no table, and so are left out.
-    """
+    Pseudo-labelled pictures among the run's training IDs are in no table, and so are left out."""
     frame, split = tables.read("retina", root, net.labels).frame, net.saved["split"]
     wanted = set(split["train"]) - set(split["val"]) - set(split["test"])
     frame = frame[frame["ID"].astype(str).isin(wanted)].reset_index(drop=True)
@@ -102,67 +83,60 @@ def training_rows(net, root):
 
 def unlabelled_rows(net, root):
     """The pictures in test/, without those that train.py would refuse: labelled, or of a held-out patient."""
+    folder, split = Path(root) / "test", net.saved["split"]
     labelled = tables.plain_names(tables.read("retina", root, net.labels).frame["ID"])
     files = tables.unlabelled_pictures(root)
-    if not files:
-        raise InputError(f"{Path(root) / 'test'} holds no pictures: there is nothing to spread labels to")
-    names, split = [Path(file).name for file in files], net.saved["split"]
-    frame = pd.DataFrame({"ID": names, "files": [(file,) for file in files], "target": UNKNOWN})
+    names = [Path(file).name for file in files]
     held_out = tables.patients_of([*split["val"], *split["test"]])
     known = np.isin(tables.plain_names(names), labelled) | np.isin(tables.patients_of(names), held_out)
+    refused = "labelled, or of a validation or test patient"
+    if known.all():  # also of no picture
+        raise InputError(f"{folder} holds no pictures to spread labels to: {len(files)}, every one {refused}")
     if known.any():
-        print(f"note: {known.sum()} unlabelled picture(s) are labelled or of a validation or test patient:")
-        print("they are left out")
-    if known.all():
-        raise InputError(
-            f"every picture in {Path(root) / 'test'} is labelled, or of a validation or test patient"
-        )
+        print(f"note: {known.sum()} unlabelled picture(s) are left out: {refused}")
+    frame = pd.DataFrame({"ID": names, "files": [(file,) for file in files], "target": UNKNOWN})
     return frame[~known].reset_index(drop=True)
-
-
-def outputs_of(net, frame, missing):
-    """Outputs of the last dense layer -> (the rows whose picture can be read, (n, K))."""
-    frame = drop_missing({"": frame}, missing)[0][""]
-    targets = np.maximum(frame["target"].to_numpy(np.int64), 0)  # the loss is not looked at
-    part, _ = dataset.open_part(frame, targets, net.args, dataset.eval_size(net.args), missing)
-    if not len(part):
-        raise InputError("none of the pictures can be read")
-    return part.table, net.evaluate(part, engine.Outputs("multiclass"))[1]
 
 
 def main(argv=None):
     # Arguments, the network, outputs of its last dense layer
     args = get_args_parser().parse_args(argv)
     net = predictor.load(args.ckpt, args.device, args.precision, args.workers)
-    check_args(args, net)
+    settings = dict(kernel=args.kernel, neighbors=args.neighbors, gamma=args.gamma, alpha=args.alpha)
+    if not 0 < args.alpha < 1 or args.neighbors < 2 or args.gamma is not None and args.gamma <= 0:
+        given = f"--alpha {args.alpha} --neighbors {args.neighbors} --gamma {args.gamma}"
+        raise InputError(f"{given}: expected between 0 and 1, 2 or more, above 0")
+    if net.args.dataset != "retina":
+        raise InputError(
+            f"{args.ckpt} is of {net.args.dataset}: only the retina data have unlabelled pictures"
+        )
     net.args.cache, missing = args.cache, args.missing or net.args.missing
     root = args.data or net.saved["data"]["root"]
-    unknown, known = unlabelled_rows(net, root), training_rows(net, root)
-    known, first = outputs_of(net, known, missing)
-    unknown, second = outputs_of(net, unknown, missing)
-    targets, outputs = (
-        pd.concat([known, unknown])["target"].to_numpy(np.int64),
-        np.concatenate([first, second]),
-    )
-    if args.kernel == "knn" and args.neighbors > len(targets):
-        raise InputError(f"--neighbors {args.neighbors}: there are {len(targets)} pictures")
+    frame = pd.concat([training_rows(net, root), unlabelled_rows(net, root)], ignore_index=True)
+    frame = drop_missing({"": frame}, missing)[0][""]
+    targets = np.maximum(frame["target"].to_numpy(np.int64), 0)  # the loss is not looked at
+    part, _ = dataset.open_part(frame, targets, net.args, dataset.eval_size(net.args), missing)
+    targets, files = part.table["target"].to_numpy(np.int64), part.table["ID"].to_numpy()
+    unlabelled = targets == UNKNOWN
+    if unlabelled.all() or not unlabelled.any():
+        raise InputError("no labelled picture can be read, or no unlabelled one")
+    if args.kernel == "knn" and args.neighbors > len(part):
+        raise InputError(f"--neighbors {args.neighbors}: there are {len(part)} pictures")
+    outputs = net.evaluate(part, engine.Outputs("multiclass"))[1]
 
     # Spread
-    settings = dict(kernel=args.kernel, neighbors=args.neighbors, gamma=args.gamma, alpha=args.alpha)
-    found, confidence = (values[len(known) :] for values in spread(outputs, targets, **settings))
-    reached = found != UNKNOWN
+    found, confidence = spread(outputs, targets, **settings)
+    reached = unlabelled & (found != UNKNOWN)
     if not reached.any():
-        advice = "raise --neighbors, or take another --kernel"
-        raise InputError(f"no label reached any unlabelled picture: {advice}")
-    sheet = pd.DataFrame({"filename": unknown["ID"].to_numpy()[reached]})
-    sheet["label"] = [net.labels[k] for k in found[reached]]
+        raise InputError("no label reached any picture: raise --neighbors, or take another --kernel")
+    sheet = pd.DataFrame({"filename": files[reached], "label": np.array(net.labels)[found[reached]]})
     sheet["confidence"] = confidence[reached]
     out = (args.out or checkpoint.home_of(checkpoint.find_checkpoint(args.ckpt))) / "pseudo_labels.csv"
     replace_file(out, lambda stream: sheet.to_csv(stream, index=False, float_format="%.6f"), "w")
 
     # What came of it
-    print(f"{len(known)} labelled training pictures, {len(unknown)} unlabelled,", end=" ")
-    print(f"{int((~reached).sum())} of them reached by no label")
+    missed = f"{unlabelled.sum() - len(sheet)} of them reached by no label"
+    print(f"{(~unlabelled).sum()} labelled training pictures, {unlabelled.sum()} unlabelled, {missed}")
     for label, count in sheet["label"].value_counts().reindex(net.labels, fill_value=0).items():
         print(f"  {label}: {count}")
     quartiles = sheet["confidence"].quantile([0, 0.25, 0.5, 0.75, 1])

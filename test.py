@@ -29,11 +29,9 @@ def get_args_parser():
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--ckpt", required=True, nargs="+", help="a best.pt or a run's folder; several: their mean")
-    text = "part of the run's own split; all: every row of the data set"
-    add("--split", choices=["val", "test", "all"], default="val", help=text)
+    add("--split", choices=["val", "test", "all"], default="val", help="the run's own part; all: every row")
     add("--data", help="another folder of the same layout (default: the one that was trained on)")
-    text = "missing pictures: stop, or drop their rows (default: as in the run)"
-    add("--missing", choices=["stop", "drop"], help=text)
+    add("--missing", choices=["stop", "drop"], help="rows without a picture (default: as in the run)")
     add("--out", type=Path, help="folder for the files (default: the run's folder)")
     add("--threshold", type=float, default=0.5, help="a label is predicted above it (published)")
     add("--tta", action="store_true", help="mean with the mirrored pictures")
@@ -49,13 +47,12 @@ def evaluate(args, net):
     for member in net.members:
         member.args.cache, missing = args.cache, args.missing or member.args.missing
         part, facts = dataset.load_part(member.args, member.saved, args.split, args.data, missing)
+        first = found[0][0] if found else part
+        if part.ids() != first.ids() or not np.array_equal(part.targets, first.targets):
+            other = f"{member.path} has another {args.split} part than {net.path}"
+            raise InputError(f"{other}: a mean needs the same rows, which no network was trained on")
         found.append((part, facts, *member.evaluate(part, mirrored=args.tta)))
-    part, facts, loss, _ = found[0]
-    for member, (other, *_) in zip(net.members, found, strict=True):
-        if other.ids() != part.ids() or not np.array_equal(other.targets, part.targets):
-            rule = "a mean needs the same rows, which no network was trained on"
-            raise InputError(f"{member.path} has another {args.split} part than {net.path}: {rule}")
-    return part, facts, loss, np.mean([probs for *_, probs in found], axis=0)
+    return *found[0][:3], np.mean([probs for *_, probs in found], axis=0)
 
 
 def output_folder(args, net, facts):
@@ -77,9 +74,6 @@ def output_folder(args, net, facts):
     return home if name == published else home / name
 
 
-# ---------------------------------------------------------------- scores
-
-
 def report_scores(part, probs, net, args):
     """Scores, 95 % intervals over patients, trivial answers and what is undefined, of each family."""
     families = {net.family: args.threshold}
@@ -87,22 +81,21 @@ def report_scores(part, probs, net, args):
         families["challenge"] = args.threshold
     if net.thresholds and args.threshold == 0.5:
         families[LEARNED] = np.array(net.thresholds)
-    truth, patients = part.targets, part.patients()
+    truth, resampled = part.targets, {"n_resamples": args.resamples, "patients": part.patients()}
     result = {"scores": {}, "intervals": {}, "trivial": {}, "undefined": []}
     for name, threshold in families.items():
         family = "per label" if name == LEARNED else name
         rules = {"labels": net.labels, "threshold": threshold, "ordered": net.ordered}
-        resampled = {"n_resamples": args.resamples, "patients": patients, **rules}
         result["scores"][name] = metrics.scores(family, truth, probs, **rules)
-        result["intervals"][name] = metrics.bootstrap_intervals(family, truth, probs, **resampled)
+        result["intervals"][name] = metrics.bootstrap_intervals(family, truth, probs, **resampled, **rules)
         for answer, scores in metrics.trivial_scores(truth, net.prior, family, **rules).items():
             result["trivial"].setdefault(answer, {})[name] = scores
         result["undefined"] += metrics.undefined_scores(truth, probs, net.labels, family, threshold)
     result["undefined"] = list(dict.fromkeys(result["undefined"]))
     if net.task == "multilabel":
-        each = metrics.per_label_scores(truth, probs, args.threshold)
-        ranges = metrics.label_intervals(truth, probs, args.threshold, args.resamples, patients=patients)
-        for name, values in (("labels", each), ("label_intervals", ranges)):
+        found = {"labels": metrics.per_label_scores(truth, probs, args.threshold)}
+        found["label_intervals"] = metrics.label_intervals(truth, probs, args.threshold, **resampled)
+        for name, values in found.items():
             result[name] = {key: dict(zip(net.labels, values[key], strict=True)) for key in ("f1", "auc")}
     result["calibration_error"] = metrics.expected_calibration_error(truth, probs)
     return result
@@ -129,43 +122,35 @@ def classification_text(part, chosen, net):
     """scikit-learn's report of what is predicted, `chosen` (n, K)."""
     from sklearn.metrics import classification_report
 
-    truth, numbers = part.targets.astype(int), range(len(net.labels))
-    predicted = chosen.astype(int) if net.task == "multilabel" else chosen.argmax(1)
-    if net.task == "multilabel" and len(net.labels) == 1:  # scikit-learn takes one column for two classes
+    truth, predicted, numbers = part.targets.astype(int), chosen.astype(int), range(len(net.labels))
+    if net.task == "multiclass":
+        predicted = chosen.argmax(1)
+    elif len(net.labels) == 1:  # scikit-learn takes one column for two classes
         truth, predicted, numbers = truth.ravel(), predicted.ravel(), [1]
     rules = dict(labels=numbers, target_names=net.names, digits=4, zero_division=0)
     return classification_report(truth, predicted, **rules)
 
 
-# ---------------------------------------------------------------- files
-
-
-def draw_samples(part, probs, chosen, net, rows):
-    samples = []
-    for row in rows:
-        answers = list(zip(net.names, probs[row].tolist(), strict=True))
-        sample = {"title": part.ids()[row], "pictures": part.shown(row), "aspect": part.aspect(row)}
-        sample["truth"] = [net.names[k] for k in np.flatnonzero(net.truth(part)[row])]
-        sample["prediction"] = [answers[k] for k in np.flatnonzero(chosen[row])]
-        samples.append({**sample, "probs": dict(answers)})
-    return figures.samples(samples)
-
-
 def draw_all(part, probs, chosen, net, threshold):
     """{file name: figure}; samples and heat maps are of the first row that carries each label."""
-    truth = net.truth(part)
-    rows = [int(column.argmax()) for column in truth.T if column.any()]
-    rows = list(dict.fromkeys(rows)) or [0]
+    truth, names = net.truth(part), np.array(net.names)
+    first = [int(column.argmax()) for column in truth.T if column.any()]
+    samples, lines = [], []
+    rows = list(dict.fromkeys(first)) or [0]
+    for row in rows:
+        known, answer = names[truth[row]].tolist(), names[chosen[row]].tolist()
+        sample = {"title": part.ids()[row], "pictures": part.shown(row), "aspect": part.aspect(row)}
+        sample["probs"] = dict(zip(net.names, probs[row].tolist(), strict=True))
+        samples.append({**sample, "truth": known, "prediction": answer})
     drawn = {
         "confusion.png": figures.confusion(part.targets, probs, net.names, net.task, threshold),
         "roc.png": figures.roc(part.targets, probs, net.names, net.task),
         "reliability.png": figures.reliability(part.targets, probs),
-        "samples.png": draw_samples(part, probs, chosen, net, rows),
+        "samples.png": figures.samples(samples),
     }
-    lines = []
     try:
-        for row in rows:
-            lines += net.map_rows(part, row, probs[row], truth[row])
+        for row, sample in zip(rows, samples, strict=True):
+            lines += net.map_rows(part, row, probs[row], sample["truth"])
         drawn["heatmaps.png"] = figures.heatmaps(lines, net.random_trunk)
     except InputError as error:  # a network without a map of features
         print(f"note: {error}")
@@ -174,17 +159,15 @@ def draw_all(part, probs, chosen, net, threshold):
 
 def shifted_to_half(probs, thresholds):
     """Probabilities (n, L) mapped by straight lines so that 0.5 means the learned threshold of the label."""
-    shifted = np.empty(probs.shape)
-    for k, limit in enumerate(thresholds):
-        shifted[:, k] = np.interp(probs[:, k], [0, limit, 1], [0, 0.5, 1])
-    yes = probs > thresholds
-    return np.where(yes, np.maximum(shifted, np.nextafter(0.5, 1)), np.minimum(shifted, 0.5))
+    columns = zip(probs.T, thresholds, strict=True)
+    shifted = np.stack([np.interp(column, [0, limit, 1], [0, 0.5, 1]) for column, limit in columns], axis=1)
+    above = np.maximum(shifted, np.nextafter(0.5, 1))
+    return np.where(probs > thresholds, above, np.minimum(shifted, 0.5))
 
 
 def write_files(out, part, probs, net, text):
     """Sheets and the report -> their names."""
-    ids = part.table[["ID"]].reset_index(drop=True)
-    answers, truths = ids.copy(), ids.copy()
+    answers, truths = (part.table[["ID"]].reset_index(drop=True) for _ in range(2))
     answers[net.labels], truths[net.labels] = probs.astype(float), net.truth(part).astype(int)
     checkpoint.write_sheet(out / "probs.xlsx", answers)
     checkpoint.write_sheet(out / "ground_truth.xlsx", truths)
@@ -207,29 +190,29 @@ def main(argv=None):
         raise InputError(f"--resamples {args.resamples}: expected 1 or more")
     part, facts, loss, probs = evaluate(args, net)
     patients, duplicates = len(set(part.patients())), net.saved["data"]["duplicates"]
-    for note in facts["notes"]:
-        print(f"note: {note}")
+    notes = facts["notes"]
     if duplicates:
-        print(f"note: {duplicates} validation row(s) were trained on too (--duplicates keep)")
+        notes.append(f"{duplicates} validation row(s) were trained on too (--duplicates keep)")
     if args.split == "all" and facts["own"]:
-        print("note: all rows include those it was trained on: these scores are no measure of it")
+        notes.append("all rows include those it was trained on: these scores are no measure of it")
+    for note in notes:
+        print(f"note: {note}")
     rendered = facts["rendered"] or net.rendered
     left = f", {facts['left_out']} of {part.expected} left out" if facts["left_out"] else ""
-    machine = f"{net.args.model} on {net.device} in {net.precision}"
     about = f"{net.args.dataset}{' (RENDERED)' if rendered else ''}, {args.split}: {len(part)} rows"
-    print(f"{about}, {patients} patients{left}; {machine}")
+    print(f"{about}, {patients} patients{left}; {net.args.model} on {net.device} in {net.precision}")
 
     # Scores
+    digest = net.saved["data"]["digest"]
+    if not facts["own"]:
+        digest = dataset.data_digest({args.split: part.table}, net.labels)
     result = {"checkpoint": {"digest": net.digest, "epoch": net.saved["epoch"], "loss": net.saved["loss"]}}
     result["networks"] = [{"path": str(one.path), "digest": one.digest} for one in net.members]
-    result["data"] = {"root": facts["root"], "rendered": rendered, "own": facts["own"]}
-    result["data"]["digest"] = dataset.data_digest({args.split: part.table}, net.labels)
-    if facts["own"]:
-        result["data"]["digest"] = net.saved["data"]["digest"]
-    result |= {"split": args.split, "threshold": args.threshold, "tta": args.tta}
-    result |= {"rows": len(part), "expected_rows": part.expected, "patients": patients}
-    result |= {"precision": net.precision, "weights": net.args.weights, "duplicates": duplicates}
-    result |= {"loss": loss if len(net.members) == 1 and not args.tta else None, "thresholds": None}
+    result["data"] = {"root": facts["root"], "rendered": rendered, "own": facts["own"], "digest": digest}
+    result |= {"split": args.split, "threshold": args.threshold, "tta": args.tta, "rows": len(part)}
+    result |= {"expected_rows": part.expected, "patients": patients, "duplicates": duplicates}
+    result |= {"precision": net.precision, "weights": net.args.weights, "thresholds": None}
+    result["loss"] = loss if len(net.members) == 1 and not args.tta else None
     if net.thresholds:
         result["thresholds"] = dict(zip(net.labels, net.thresholds, strict=True))
     result |= report_scores(part, probs, net, args)
@@ -244,7 +227,8 @@ def main(argv=None):
     for name, figure in draw_all(part, probs, chosen, net, args.threshold).items():
         if rendered:
             figures.mark_rendered(figure)
-        replace_file(out / name, lambda stream, figure=figure: figure.savefig(stream, dpi=110, format="png"))
+        look = {"dpi": 110, "format": "png", "pil_kwargs": {"compress_level": 3}}  # 6 takes twice as long
+        replace_file(out / name, lambda stream, figure=figure, look=look: figure.savefig(stream, **look))
         written.append(name)
     checkpoint.save_json(out / "test_scores.json", result)
     print(f"\n{out}/: {', '.join([*written, 'test_scores.json'])}")

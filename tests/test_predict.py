@@ -152,9 +152,9 @@ def test_pictures_are_preprocessed_as_in_training(trained, rendered, tmp_path):
 def test_one_pair(trained, rendered, tested, tmp_path, capsys, monkeypatch):
     expected, labels = tested("odir")
     patient = expected.index[0]
-    notes = []
+    seen = []
     drawn = figures.prediction
-    monkeypatch.setattr(figures, "prediction", lambda *given: notes.append(given[-2]) or drawn(*given))
+    monkeypatch.setattr(figures, "prediction", lambda *given: seen.append(given) or drawn(*given))
     images = rendered("odir") / "images"
     threshold = float(np.sort(expected.loc[patient])[-2:].mean())  # between the two strongest
     pair = [images / f"{patient}_left.jpg", images / f"{patient}_right.jpg"]
@@ -179,7 +179,9 @@ def test_one_pair(trained, rendered, tested, tmp_path, capsys, monkeypatch):
     np.testing.assert_allclose([float(line[1]) for line in lines], expected.loc[patient], atol=1e-4)
     assert [line[0] for line in lines if line[-1] == "<--"] == [expected.loc[patient].idxmax()]
     assert "not a medical device" in text.lower() and "!! Trained on RENDERED" in text
-    assert "Not a medical device" in notes[0] and "RENDERED" in notes[0] and "left eye; right eye" in notes[0]
+    ((rows, _, note),) = seen
+    assert "Not a medical device" in note and "RENDERED" in note
+    assert [row["title"] for row in rows] == ["left eye", "right eye"]
     with Image.open(tmp_path / "prediction.png") as image:
         assert image.width > 1000 and np.asarray(image.convert("L")).std() > 20
     assert sorted(file.name for file in tmp_path.iterdir()) == ["prediction.png"]
@@ -233,11 +235,12 @@ def test_the_picture_is_of_the_network_that_gave_the_number(trained, rendered, t
     assert run("--ckpt", trained("retina"), eye, "--out", tmp_path, "--precision", "bf16") == 0
     net = predictor.load(trained("retina"), "cpu", "bf16", 0)
     ((_, picture, maps),) = net.heatmap(eye)
-    pictures, cams, names, probs, thresholds, _, aspect = seen[0]
-    np.testing.assert_array_equal(pictures[0], picture)
-    np.testing.assert_array_equal(cams[0], list(maps.values()))
+    (row,), thresholds, _ = seen[0]
+    names, probs, cams = zip(*row["maps"], strict=True)
+    np.testing.assert_array_equal(row["picture"], picture)
+    np.testing.assert_array_equal(cams, list(maps.values()))
     np.testing.assert_allclose(probs, list(net.predict(eye).values()), atol=1e-7)
-    assert names == net.labels and thresholds is None and aspect == 1
+    assert list(names) == net.labels and thresholds is None and row["aspect"] == 1
 
 
 def test_right_before_left_is_noticed(trained, rendered, tmp_path, capsys):

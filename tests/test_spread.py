@@ -126,7 +126,7 @@ def test_pictures_that_train_would_refuse_get_no_label(tmp_path, capsys):
     assert "3 unlabelled picture(s)" in capsys.readouterr().out
     for name in ("1_right.jpg", "5.jpg"):
         (root / "test" / name).unlink()
-    with pytest.raises(InputError, match="every picture"):
+    with pytest.raises(InputError, match="every one"):
         unlabelled_rows(net, root)
     frame = read("retina", root, net.labels).frame.set_index("ID", drop=False)
     parts = {part: frame.loc[ids] for part, ids in net.saved["split"].items()}

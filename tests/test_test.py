@@ -440,7 +440,8 @@ def test_samples_and_maps_show_one_row_of_each_label(trained, run, tmp_path, mon
         row = probs.loc[sample["title"]]
         assert line["title"] == sample["title"] and line["truth"] == sample["truth"]
         assert truth.loc[sample["title"], sample["truth"][0]] == 1
-        assert sample["prediction"] == [(row.idxmax(), pytest.approx(row.max()))]
+        assert sample["prediction"] == [row.idxmax()]
+        assert sample["probs"] == pytest.approx(row.to_dict(), abs=1e-6)
         for name, prob, cam in line["maps"]:
             assert prob == pytest.approx(row[name], abs=1e-6) and cam.ndim == 2
 
