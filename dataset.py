@@ -324,11 +324,15 @@ def count_duplicates(train, val, args):
     if pictures is not None and val.size != train.size:  # pixels are compared at one size
         pictures = decode_files(val.table["files"], args, train.size)
     known = set().union(*row_contents(train, train.pictures))
-    count = sum(not known.isdisjoint(contents) for contents in row_contents(val, pictures))
-    if count and args.duplicates == "stop":
-        problem = f"{count} validation row(s) hold a picture that is in training too: scores say too much"
-        raise InputError(f"{problem}. Remove one of each, or go on with --duplicates keep, which outputs say")
-    return count
+    contents = zip(val.ids(), row_contents(val, pictures), strict=True)
+    found = [name for name, held in contents if not known.isdisjoint(held)]
+    if found and args.duplicates == "stop":
+        problem = (
+            f"{len(found)} validation row(s) hold a picture that is in training too: scores say too much"
+        )
+        advice = "Remove one of each, or go on with --duplicates keep, which outputs say"
+        raise InputError(f"{problem}. {advice}. The first: {', '.join(found[:5])}")
+    return len(found)
 
 
 def row_contents(part, pictures):

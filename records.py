@@ -19,6 +19,7 @@ import engine
 import learner as learning
 import metrics
 import tables
+from arguments import EYE_MODELS
 from cache import file_stamps, remove_leftovers, replace_file
 from errors import InputError
 
@@ -35,7 +36,14 @@ def print_data(args, data, device, precision):
     rendered = " (RENDERED)" if facts["rendered"] else ""
     rows = f"{len(data.train)} training and {len(data.val)} validation rows"
     found = f"{facts['unreadable']} unreadable left out, {len(facts['repaired'])} repaired"
-    print(f"{args.dataset}{rendered}: {rows}, {found}; {args.model} on {device} in {precision}", flush=True)
+    if args.weights == "none" and not args.fine_tune:
+        print("note: the trunk's weights are random and stay so; --fine-tune trains them")
+    network = args.model if args.model not in EYE_MODELS else f"{args.model} on {args.trunk}"
+    print(f"{args.dataset}{rendered}: {rows}, {found}")
+    print(
+        f"{network}, weights {args.weights}, on {device} in {precision}; loss: training / validation",
+        flush=True,
+    )
 
 
 def claim_run(args, stored):
@@ -178,14 +186,14 @@ class RunRecords:
         self.tensorboard.add_hparams(flags, scores, run_name=".")
         self.tensorboard.close()
 
-    def epoch(self, kept, silent):
-        """Write what an epoch leaves; returns its line, and prints it unless a progress bar shows it."""
+    def epoch(self, kept):
+        """Print an epoch's line and write what it leaves."""
         row = self.state["history"][-1]
         main = next(name for name in ("val_accuracy", "val_final_score", "val_auc") if name in row)
-        line = f"loss {row['train_loss']:.4f} / {row['val_loss']:.4f}"
-        line += f"  {main.removeprefix('val_')} {row[main]:.4f}"
-        if not silent:
-            print(f"epoch {row['epoch']}  lr {row['lr']:.3g}  {line}{'  *' if kept else ''}", flush=True)
+        line = (
+            f"epoch {row['epoch']}  lr {row['lr']:.3g}  loss {row['train_loss']:.4f} / {row['val_loss']:.4f}"
+        )
+        print(f"{line}  {main.removeprefix('val_')} {row[main]:.4f}{'  *' if kept else ''}", flush=True)
         self.log(row)
         # The best network is in last.pt too, so either file may be some epochs late.
         if kept:
@@ -194,7 +202,6 @@ class RunRecords:
             self.save_best()
         if self.is_due("last"):
             self.save_last()
-        return line
 
     def interrupted(self):
         """Bring best.pt and run.json up to date: last.pt holds the last whole epoch that was written."""
@@ -225,11 +232,15 @@ class RunRecords:
         for sentence in metrics.undefined_scores(self.data.val.targets, probs, self.data.labels, family):
             print(f"undefined: {sentence}")
         scores = ", ".join(f"{name} {value:.4f}" for name, value in best["scores"].items())
-        place = f"best epoch {best['epoch']} of {state['epoch']}, validation loss {best['loss']:.4f}"
+        place = f"{'last' if self.args.keep == 'last' else 'best'} epoch {best['epoch']} of {state['epoch']}"
+        place += f", validation loss {best['loss']:.4f}"
+        if state["epoch"] < self.args.epochs:
+            print(f"stopped: {state['stale']} epochs without a lower validation loss (--patience)")
         print(f"{self.folder}: {place}, {family} scores: {scores}", flush=True)
         try:  # last, because a folder that cannot be written must not cost the scores
             with open(self.folder / "best.pt", "rb") as source:
                 replace_file("best.pt", functools.partial(shutil.copyfileobj, source))
+            print("best.pt here is a copy of this run's")
         except OSError as error:
             place = f"{Path.cwd()} ({error.strerror})"
             print(f"note: best.pt could not be copied into {place}; it is {self.folder / 'best.pt'}")

@@ -212,7 +212,9 @@ def write_table(path, rows):
         info = row["first"]["info"] if row["first"] else {}
         line |= {key: info.get(key) for key in ("seconds", "command", "commit", "device")}
         line["part"] = row["first"]["part"] if row["n"] else ""
-        line["note"] = "; ".join(filter(None, [row["note"], *row["differs"], *row["problems"]]))
+        kept = (info.get("data") or {}).get("duplicates")
+        kept = f"{kept} validation rows are trained on too" if kept else ""
+        line["note"] = "; ".join(filter(None, [row["note"], kept, *row["differs"], *row["problems"]]))
         lines.append(line)
     text = pd.DataFrame(lines, dtype=object).to_csv(index=False)
     replace_file(path, lambda stream: stream.write(text.encode("utf-8", "replace")))

@@ -98,7 +98,8 @@ def main(argv=None):
             state["epoch"], state["seconds"] = epoch + 1, time.perf_counter() - before
             with engine.together():
                 if writer:
-                    epochs.set_postfix_str(writer.epoch(kept, silent=not epochs.disable))
+                    epochs.clear()  # the bar gives way to the epoch's line
+                    writer.epoch(kept)
 
         # Thresholds, learned on the training patients alone; the last files
         if args.folds:

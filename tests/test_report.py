@@ -272,7 +272,7 @@ def test_every_line_of_published_has_a_row_and_a_status(made):
     assert sum(map(len, rows_of(page, "runs"))) == (table["status"] != "not run").sum(), (
         "how each was run: only what was run"
     )
-    assert "33 experiments and 2 more runs" in " ".join(page.split())
+    assert "33 published experiments and 2 more runs" in " ".join(page.split())
 
 
 def test_damage_is_named_everywhere(made):
