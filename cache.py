@@ -30,9 +30,10 @@ def digest(*parts):
 
 
 def file_stamps(files):
-    """(path, bytes, time of change in ns) of every file: what an array made of them depends on."""
+    """(path, bytes, times of change in ns) of every file: what an array made of them depends on."""
     found = [(os.path.abspath(file), os.stat(file)) for file in files]
-    return [(path, status.st_size, status.st_mtime_ns) for path, status in found]
+    # The second time cannot be set: it tells of a file that was moved here, or whose first time was set back.
+    return [(path, status.st_size, status.st_mtime_ns, status.st_ctime_ns) for path, status in found]
 
 
 def file_names(names):

@@ -23,6 +23,10 @@ from cache import digest, file_stamps, replace_file
 from errors import InputError, reading
 
 FORMAT = 2
+REQUIRED = {"best": set("args model labels task family ordered split targets data prior epoch loss".split())}
+REQUIRED["best"] |= {"scores", "thresholds"}
+REQUIRED["last"] = set("args model trunk ema buffers optimizer scheduler scaler digest changes".split())
+REQUIRED["last"] |= {"epoch", "history", "best", "stale", "seconds"}
 
 
 def load_file(path):
@@ -46,6 +50,9 @@ def load_checkpoint(path, kind="best"):
         raise InputError(f"{path} is not a {kind}.pt of this repository")
     if state.get("format") != FORMAT:
         raise InputError(f"{path} has format {state.get('format')}, this code reads {FORMAT}")
+    missing = REQUIRED[kind].difference(state)
+    if missing or not isinstance(state["args"], dict):
+        raise InputError(f"{path} is incomplete: {', '.join(sorted(missing)) or 'args'}")
     return state
 
 
@@ -81,6 +88,10 @@ def state_digest(*modules):
     """Digest of all parameters and buffers of modules, or of the values of a state_dict."""
     states = [module if isinstance(module, dict) else module.state_dict() for module in modules]
     return digest(*[value.detach().cpu().numpy() for state in states for value in state.values()])
+
+
+def network_digest(weights, thresholds):
+    return digest(state_digest(weights), thresholds)
 
 
 def cpu_state(module, copy=False):

@@ -119,6 +119,8 @@ def main(argv=None):
         raise InputError(f"none of the {len(rows)} can be read: {shown}" if many else shown)
     chosen = net.chosen(probs, thresholds)
     name = f"{net.saved['args']['name']} ({net.args.dataset}, {net.args.model}, {net.precision})"
+    if len(net.members) > 1:
+        name = f"the mean of {len(net.members)} networks, the first {name}"
     readable, files = [row for row in range(len(rows)) if row not in faults], []
 
     # One: a table and a picture. Many: a sheet, and on request a picture each

@@ -39,6 +39,7 @@ def load(path, device="auto", precision=None, workers=None):
         if (other.labels, other.args.dataset) != (net.labels, net.args.dataset):
             raise InputError(f"{other.path} has other labels or another data set than {net.path}")
         net.members.append(other)
+        net.rendered |= other.rendered
         net.thresholds = None  # they belong to one network
     return net
 
@@ -64,7 +65,7 @@ class Predictor:
             self.model = models.build_model(self.args.model, len(self.labels), "none", size, trunk)
             models.load_strict(self.model, self.saved["model"], path)
         self.model.to(self.device)
-        self.digest = checkpoint.state_digest(self.saved["model"])
+        self.digest = checkpoint.network_digest(self.saved["model"], self.thresholds)
         self.per_row = PER_ROW.get(self.args.dataset, 1)
         # Whether its maps are of a trunk that has learned nothing.
         self.random_trunk = self.args.weights == "none" and not self.args.fine_tune
@@ -198,7 +199,7 @@ def decode_sources(sources, how, size, workers):
     """Paths, PIL images and arrays as the network sees them: uint8 (n, size, size, 3), why there is none."""
     for place, source in enumerate(sources):
         # A picture that Pillow opened and has not decoded is read from its file, as the command line does.
-        if isinstance(source, ImageFile.ImageFile) and source.tile and source.filename:
+        if isinstance(source, ImageFile.ImageFile) and source.tile and source.filename and not source.tell():
             sources[place] = source.filename
     decoded = decode_all([one for one in sources if isinstance(one, str | Path)], how, size, workers)
     array, reasons = np.zeros((len(sources), size, size, 3), np.uint8), [""] * len(sources)

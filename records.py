@@ -24,7 +24,7 @@ from cache import file_stamps, remove_leftovers, replace_file
 from errors import InputError
 
 SHARE = 20  # a checkpoint is written as often as costs less than a twentieth of the time
-NEW_STATE = {"epoch": 0, "history": [], "best": None, "stale": 0, "seconds": 0.0}
+NEW_STATE = {"epoch": 0, "history": [], "best": None, "stale": 0, "seconds": 0.0, "changes": []}
 
 
 def print_data(args, data, device, precision):
@@ -108,8 +108,7 @@ class RunRecords:
         replace_file(folder / "split.csv", functools.partial(table.to_csv, index=False), "w")
         if data.facts["repaired"]:
             (folder / "repaired.txt").write_text("\n".join(data.facts["repaired"]) + "\n")
-        began = str(checkpoint.run_facts(folder).get("command", "")).split(" ; ")[0]
-        commands = [began, shlex.join(["python", *sys.argv])]  # that began it, and that went on with it last
+        commands = [checkpoint.run_facts(folder).get("command"), shlex.join(["python", *sys.argv])]
         versions = {module.__name__: module.__version__ for module in (torch, torchvision, np)}
         versions["python"] = platform.python_version()
         about = {"name": folder.name, "dataset": args.dataset, "model": args.model, "args": vars(args)}
@@ -156,7 +155,12 @@ class RunRecords:
         origin = {name: facts[name] for name in ("rendered", "digest", "parts", "patients", "duplicates")}
         origin["root"] = str(Path(facts["root"]).resolve())
         found = {name: best[name] for name in ("epoch", "loss", "scores", "thresholds")}
-        about = {"args": vars(self.args), "digest": checkpoint.state_digest(weights), **found, **self.task}
+        about = {
+            "args": vars(self.args),
+            "digest": checkpoint.network_digest(weights, best["thresholds"]),
+            **found,
+            **self.task,
+        }
         about |= {"prior": data.prior(), "split": self.split, "targets": targets, "data": origin}
         self.save("best", model=weights, **about)
         self.best_digest = about["digest"]
@@ -217,6 +221,7 @@ class RunRecords:
         told = {"seconds": round(state["seconds"], 1), "epochs_run": state["epoch"]}
         told |= {"best_epoch": best.get("epoch"), "best_loss": best.get("loss"), "scores": best.get("scores")}
         told |= {"best_digest": self.best_digest, "thresholds": best.get("thresholds")}
+        told["changes"] = state["changes"]
         told["last_epoch"] = state["history"][-1] if state["history"] else None
         checkpoint.save_json(self.folder / "run.json", {**self.about, **told, **more})
 

@@ -44,7 +44,8 @@ def match(run, lines):
         return named, []
     if not {"dataset", "model", "lr", "batch", "epochs", "size"} <= run["args"].keys():
         return named, ["its flags are not known"] if named else []
-    differing = {name: arguments.differences(run["args"], line) for name, line in lines.items()}
+    changed = run["info"].get("changes") or []  # by a resume
+    differing = {name: arguments.differences(run["args"], line) + changed for name, line in lines.items()}
     same = [name for name, flags in differing.items() if not flags]
     if same and named not in same:
         named = same[0]
@@ -84,11 +85,13 @@ def counted(runs, problems):
     """The finished runs whose mean is shown: one part of one data set, each seed once. Names the others."""
     done, seeds = [], {}
     for run in sorted(runs, key=lambda run: (run["status"] != "finished", not run["tested"])):
-        seed = str(run["args"].get("seed"))
+        seed, network = str(run["args"].get("seed")), run["info"].get("best_digest")
         if run["status"] != "finished":
             problems += [f"{run['name']} is {run['status']}: not counted"] if done else []
         elif done and (run["part"], run["digest"]) != (done[0]["part"], done[0]["digest"]):
             problems.append(f"{run['name']} was scored on other data than {done[0]['name']}: not counted")
+        elif network in [one["info"].get("best_digest") for one in done]:
+            problems.append(f"{run['name']} holds the network of another run here: not counted twice")
         elif seed in seeds:
             problems.append(f"{run['name']} has the seed of {seeds[seed]}: not counted twice")
         else:

@@ -96,6 +96,7 @@ run() { # run NAME FLAGS...: train what is not finished, then test it
         [ "$number" -eq 42 ] || { full+="-seed$number"; seed=(--seed "$number"); }
         local folder="runs/$full"
         if grep -qs '"status": "finished"' "$folder/run.json"; then
+            [ ${#extra[@]} -eq 0 ] || echo "== $full: ${extra[*]} changes nothing, it keeps the flags and the data of $folder/run.json"
             is_tested "$folder" && { echo "== $full: finished before (delete $folder to run it again)"; continue; }
             echo "== $full: finished before, tested again"
         elif [ -f "$folder/last.pt" ]; then

@@ -66,7 +66,7 @@ def read_info(path, run):
     run["args"], run["study"] = dict(info.get("args") or {}), str(info["dataset"])
     run["data"], run["digest"] = "rendered" if data["rendered"] else "real", data.get("digest")
     run["rows"], run["patients"] = dict(data.get("parts") or {}), dict(data.get("patients") or {})
-    run["shuffled"] = run["shuffled"] or bool(info.get("shuffled_labels"))
+    run["shuffled"] = bool(info.get("shuffled_labels"))
     run["status"], run["info"] = info["status"].replace("running", "unfinished"), info
 
 
@@ -77,6 +77,8 @@ def read_tested(path, run):
         raise InputError("--split all scores the training patients too; val or test is needed")
     if tested["threshold"] != 0.5:
         raise InputError(f"tested at --threshold {tested['threshold']}; the published figures are for 0.5")
+    if tested["tta"] or len(tested["networks"]) > 1:
+        raise InputError("it is a mean of networks or of mirrored views, not this network's own answer")
     if not tested["data"]["own"]:
         raise InputError(f"it is of other data than the run's own ({tested['data']['root']})")
     for key in ("epoch", "loss", "digest"):

@@ -1,6 +1,7 @@
 """Sheets, .xlsx or .csv: how they are read and checked. A sheet's index holds the row numbers of its file."""
 
 import re
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +19,12 @@ def read_sheet(path, columns=(), header=0, dtype=None):
     with reading(path, "a table"):
         if path.suffix.lower() == ".xlsx":
             sheet = pd.read_excel(path, header=header, dtype=dtype)
-        else:  # blank lines are kept, so that row numbers stay those of the file
-            sheet = pd.read_csv(path, header=header, dtype=dtype, skip_blank_lines=False)
+        else:
+            with warnings.catch_warnings():
+                warnings.simplefilter("error", pd.errors.ParserWarning)  # a row with more fields than names
+                # Blank lines are kept, so that row numbers stay those of the file.
+                rules = {"skip_blank_lines": False, "index_col": False}
+                sheet = pd.read_csv(path, header=header, dtype=dtype, **rules)
     filled = np.flatnonzero(sheet.notna().any(axis=1))
     if not len(filled):
         raise InputError(f"{path} holds no row")

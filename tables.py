@@ -199,8 +199,10 @@ def read_dr(root, labels):
     for source, part in (("train", "train"), ("test", "val")):
         path, label_path = root / f"{source}_img.csv", root / f"{source}_label.csv"
         names = check_names(path, read_sheet(path, header=None, dtype=str)[0], "image")
-        levels = read_sheet(label_path, header=None)[0]
-        target = as_integers(label_path, levels, "a level (the file has no header)", grades)
+        levels = read_sheet(label_path, header=None)
+        if levels.shape[1] > 1:
+            raise InputError(f"{label_path}: {levels.shape[1]} columns; expected the levels alone, no header")
+        target = as_integers(label_path, levels[0], "a level (the file has no header)", grades)
         if len(names) != len(target):
             both = f"{path} has {len(names)} rows, {label_path} has {len(target)}"
             raise InputError(f"{both}: they belong together row by row")
@@ -359,7 +361,8 @@ def rows_of_table(name, path):
     if name == "odir":
         wrong = frame["files"].map(swapped)
         check_rows(path, wrong, "a right eye as LEFT and a left one as RIGHT, by their names,")
-        if not (folder / columns[0].iloc[0]).exists() and (folder / "images").is_dir():
+        beside = [(folder / name).exists() for name in columns[0]]
+        if not any(beside) and (folder / "images").is_dir():
             folder = folder / "images"
     frame["files"] = [tuple(str(folder / file) for file in files) for files in frame["files"]]
     return frame.reset_index(drop=True)
