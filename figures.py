@@ -126,7 +126,7 @@ def show(ax, picture, cam=None, aspect=None, place=(0, 0, 1)):
     `place` (left, top, side): the square, in the units of the axes, that holds it."""
     if cam is not None:  # mixed here: matplotlib would take twice as long
         cam = Image.fromarray(np.clip(cam, 0, 1)).resize(picture.shape[1::-1], Image.BILINEAR)
-        colours = colormaps["viridis"](np.asarray(cam), bytes=True)[:, :, :3]
+        colours = 255 * colormaps["viridis"](np.asarray(cam))[:, :, :3]
         opacity = 0.1 + 0.5 * np.asarray(cam)[:, :, None]
         picture = (opacity * colours + (1 - opacity) * np.atleast_3d(picture)).astype(np.uint8)
     left, top, side = place
@@ -232,8 +232,7 @@ def draw_answers(ax, labels, probs, threshold):
         box = {"fc": "white", "ec": "none", "pad": 0.6}
         ax.text(prob + 0.015, k, words, va="center", fontsize=9, color=colour, bbox=box)
     ax.set_yticks(places, [plain(label, 20) for label in labels], fontsize=9)
-    ax.set(xlim=(0, 1.2), xticks=(0, 0.25, 0.5, 0.75, 1), xlabel="probability")
-    ax.set_ylim(len(labels) - 0.4, -0.6)
+    ax.set(xlim=(0, 1.2), ylim=(len(labels) - 0.4, -0.6), xticks=np.arange(5) / 4, xlabel="probability")
     ax.set_title(title, fontsize=9, loc="left", pad=16)
     ax.spines[["top", "right"]].set_visible(False)
 

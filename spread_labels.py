@@ -38,8 +38,7 @@ def get_args_parser():
     add("--out", type=Path, help="folder for pseudo_labels.csv (default: the run's folder)")
     add("--kernel", choices=["knn", "rbf"], default="knn", help="who is near: knn needs no scale (ours)")
     add("--neighbors", type=int, default=7, help="knn: the picture itself and its nearest (scikit-learn's)")
-    text = "rbf: exp(-gamma d^2) (default: 1 / number of labels; LabelSpreading's own 20 reaches nobody)"
-    add("--gamma", type=float, help=text)
+    add("--gamma", type=float, help="rbf: exp(-gamma d^2) (default: 1 / labels; the usual 20 reaches nobody)")
     add("--alpha", type=float, default=0.2, help="share taken from the neighbours (scikit-learn's)")
     add_machine_flags(parser, precision=None)
     add("--cache", default="cache", help="folder of kept pictures and features")
