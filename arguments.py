@@ -44,6 +44,8 @@ FIXED = "dataset freeze_epochs model trunk labels size crop preprocess fine_tune
 FIXED += "scheduler trunk_lr ema keep split_seed val_fraction test_fraction calibration_fraction".split()
 FIXED += "pseudo_labels min_confidence shuffle_labels name runs seed batch augment views loss".split()
 FIXED += "weighted_loss weight_power sampler drop_last".split()
+# Where one of these is another after a resume, the schedule is as if it had been so from the start.
+SCHEDULE_FLAGS = ("lr", "momentum", "weight_decay", "schedule_epochs", "gamma", "max_lr", "warmup_epochs")
 LEAST = dict(size=16, batch=1, epochs=1, patience=1, freeze_epochs=0, views=0, seed=0, split_seed=0, lr=1e-12)
 LEAST |= dict(max_lr=1e-12, weight_decay=0, momentum=0, min_confidence=0, schedule_epochs=1, workers=0)
 LEAST |= dict(warmup_epochs=0, trunk_lr=0, ema=0, folds=0, weight_power=0, calibration_fraction=0)
@@ -173,8 +175,9 @@ def get_args(argv=None, description=None):
         if refused:
             kept = ", ".join(f"--{name.replace('_', '-')} {stored[name]}" for name in refused)
             raise InputError(f"a resumed run keeps its {kept}: start a new run to change it")
-        for change in differences(vars(args), argparse.Namespace(**stored)):
-            state["changes"] = [*state["changes"], f"after {state['epoch']} epochs: {change}"]
+        for name in (*SCHEDULE_FLAGS, "epochs") if args.scheduler == "cosine" else SCHEDULE_FLAGS:
+            if getattr(args, name) != stored[name]:  # told in run.json, and by the report
+                state["changes"].append(f"{name} was {stored[name]} for {state['epoch']} epochs")
     check_args(args)
     # What depends on other flags gets its value here, so that run.json says what was used.
     for name, value in (SCHEDULES[args.scheduler] | OPTIMIZERS[args.optimizer]).items():
@@ -294,8 +297,8 @@ def differences(args, line):
     told = []
     for name, asked in vars(line).items():
         used = args.get(name, asked)
-        # A path counts by its last parts, run and file: the folder of runs may be another.
-        same = "/" in str(asked) and Path(str(used)).parts[-2:] == Path(asked).parts[-2:]
+        # Of a path the folder of runs may be another, and the run's name may begin with demo-.
+        same = "/" in str(asked) and str(used).endswith(asked.partition("/")[2])
         if used != asked and not same and name not in WHERE:
             told.append(f"{name.replace('_', ' ')} {used} not {asked}")
     return told

@@ -19,6 +19,7 @@ from PIL import Image
 import tables
 from augment import draw
 from cache import digest
+from checkpoint import load_file
 from decode import Pictures
 from engine import local_rank, together
 from errors import InputError, reading
@@ -305,7 +306,10 @@ def load(args):
     repaired = {file for part in parts.values() if part.pictures for file in part.pictures.repaired}
     facts = dict(root=str(root), rendered=tables.is_rendered(root), notes=notes, left_out=left_out)
     facts |= dict(unreadable=unreadable, repaired=sorted(repaired), digest=data_digest(frames, labels))
-    facts["duplicates"] = count_duplicates(parts["train"], parts["val"], args)
+    facts["pictures"] = {name: row_digests(part) for name, part in parts.items()}
+    facts["digest"] = digest(facts["digest"], facts["pictures"])
+    facts["contents"] = seen_contents(parts["train"], args)
+    facts["duplicates"] = count_duplicates(parts["train"], parts["val"], facts["contents"], args)
     facts["parts"] = {name: len(frame) for name, frame in frames.items()}
     facts["patients"] = {name: frame["patient"].nunique() for name, frame in frames.items()}
     if args.shuffle_labels:
@@ -315,7 +319,17 @@ def load(args):
     return Data(parts, labels, about["task"], about["family"], table.ordered, facts, frames)
 
 
-def count_duplicates(train, val, args):
+def seen_contents(train, args):
+    """What the network saw in training, by digest: the training part, and what a file of --weights saw."""
+    seen = set().union(*row_contents(train, train.pictures))
+    if Path(args.weights).is_file():
+        state = load_file(args.weights)
+        if isinstance(state, dict) and state.get("kind") == "best":
+            seen.update(state["data"]["contents"])
+    return sorted(seen)
+
+
+def count_duplicates(train, val, seen, args):
     """Validation rows of which a picture is in training too: the same bytes, or the same decoded pixels.
 
     Raises InputError where there are some, unless --duplicates keep was given.
@@ -323,9 +337,8 @@ def count_duplicates(train, val, args):
     pictures = val.pictures
     if pictures is not None and val.size != train.size:  # pixels are compared at one size
         pictures = decode_files(val.table["files"], args, train.size)
-    known = set().union(*row_contents(train, train.pictures))
-    contents = zip(val.ids(), row_contents(val, pictures), strict=True)
-    found = [name for name, held in contents if not known.isdisjoint(held)]
+    contents, known = row_contents(val, pictures), set(seen)
+    found = [name for name, held in zip(val.ids(), contents, strict=True) if not known.isdisjoint(held)]
     if found and args.duplicates == "stop":
         problem = (
             f"{len(found)} validation row(s) hold a picture that is in training too: scores say too much"
@@ -344,6 +357,14 @@ def row_contents(part, pictures):
         volumes = [read_volume(file) for file in files]
         found.append({digest(volume[len(volume) // 2], volume.shape) for volume in volumes})
     return found
+
+
+def row_digests(part):
+    """Of each row the digest of its files, by their bytes; of a knee by each plane's middle slice."""
+    if part.pictures is None:
+        return [digest(sorted(held)) for held in row_contents(part, None)]
+    contents = part.pictures.contents  # of a file: [digest of its bytes, digest of its pixels]
+    return [digest([contents[place][0] for place in row]) for row in part.pictures.rows]
 
 
 def data_digest(frames, labels):
@@ -382,7 +403,19 @@ def load_part(args, saved, split, root=None, missing="stop"):
     frame = drop_missing({split: frame}, missing)[0][split]
     part, _ = open_part(frame, targets_of(frame, table.labels), args, eval_size(args), missing)
     part.expected = expected
+    drawn = {}  # ID -> digest of the pictures that the run had
+    for name, digests in saved["data"]["pictures"].items():
+        drawn.update(zip(saved["split"][name], digests, strict=True))
+    found = zip(part.ids(), row_digests(part), strict=True)
+    replaced = sum(drawn.get(i, one) != one for i, one in found)
+    if replaced:
+        table.notes.append(f"{replaced} row(s) have other pictures than in training")
+    # Fewer rows from another folder are no test of the run's own part.
+    own = own and not replaced and not (other and len(part) < expected)
+    seen = set(saved["data"]["contents"])
+    duplicates = sum(not seen.isdisjoint(held) for held in row_contents(part, part.pictures))
     facts = {"root": str(root), "rendered": tables.is_rendered(root), "notes": table.notes, "own": own}
+    facts["duplicates"] = duplicates
     return part, {**facts, "left_out": expected - len(part)}
 
 

@@ -15,13 +15,12 @@ import checkpoint
 import engine
 import models
 import samplers
+from arguments import SCHEDULE_FLAGS
 from augment import prepare_batch
 from dataset import FeatureSet, eval_size
 from errors import InputError
 from features import TrunkFeatures, compiled, fit_batchnorm, training_data
 
-# Where one of these is another after a resume, the schedule is as if it had been so from the start.
-SCHEDULE_FLAGS = ("lr", "momentum", "weight_decay", "schedule_epochs", "gamma", "max_lr")
 OPTIMIZERS = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 
 

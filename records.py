@@ -118,6 +118,7 @@ class RunRecords:
         about |= {"weights": {"given": args.weights, "trunk": learner.features.digest}}
         about |= {"trunk_name": learner.model.trunk_name, "shuffled_labels": args.shuffle_labels}
         about |= {"data": {**data.facts, "repaired": len(data.facts["repaired"])}}
+        del about["data"]["contents"], about["data"]["pictures"]  # best.pt has these
         about |= {"started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")}
         self.about = about  # what run.json says of how the run was made
         checkpoint.save_json(folder / "run.json", {**about, "status": "running"})
@@ -152,7 +153,10 @@ class RunRecords:
         weights = {**checkpoint.cpu_state(self.learner.model), **best["weights"]}
         targets = {part: tables.targets_of(frame, data.labels) for part, frame in data.frames.items()}
         targets = {part: torch.from_numpy(array) for part, array in targets.items()}
-        origin = {name: facts[name] for name in ("rendered", "digest", "parts", "patients", "duplicates")}
+        origin = {
+            name: facts[name]
+            for name in ("rendered", "digest", "parts", "patients", "duplicates", "contents", "pictures")
+        }
         origin["root"] = str(Path(facts["root"]).resolve())
         found = {name: best[name] for name in ("epoch", "loss", "scores", "thresholds")}
         about = {

@@ -77,7 +77,7 @@ def read_tested(path, run):
         raise InputError("--split all scores the training patients too; val or test is needed")
     if tested["threshold"] != 0.5:
         raise InputError(f"tested at --threshold {tested['threshold']}; the published figures are for 0.5")
-    if tested["tta"] or len(tested["networks"]) > 1:
+    if tested.get("tta") or len(tested.get("networks", [])) > 1:
         raise InputError("it is a mean of networks or of mirrored views, not this network's own answer")
     if not tested["data"]["own"]:
         raise InputError(f"it is of other data than the run's own ({tested['data']['root']})")
@@ -91,6 +91,8 @@ def read_tested(path, run):
     found["trivial"] = {name: flatten(answer) for name, answer in (tested.get("trivial") or {}).items()}
     for key, name, convert in (("by_label", "labels", figure), ("label_intervals", "label_intervals", pair)):
         found[key] = {score: flatten({"": one}, convert) for score, one in (tested.get(name) or {}).items()}
+    if tested.get("resamples", 1000) < 1000:
+        run["problems"].append(f"its intervals are of {tested['resamples']} resamples alone")
     if tested["rows"] != tested["expected_rows"]:
         run["problems"].append(f"scored {tested['rows']} of the {tested['expected_rows']} rows of its part")
     run |= found | {"tested": tested, "part": str(tested["split"])}

@@ -189,10 +189,10 @@ def main(argv=None):
     if args.resamples < 1:
         raise InputError(f"--resamples {args.resamples}: expected 1 or more")
     part, facts, loss, probs = evaluate(args, net)
-    patients, duplicates = len(set(part.patients())), net.saved["data"]["duplicates"]
+    patients, duplicates = len(set(part.patients())), facts["duplicates"]
     notes = facts["notes"]
     if duplicates:
-        notes.append(f"{duplicates} validation row(s) were trained on too (--duplicates keep)")
+        notes.append(f"{duplicates} row(s) hold a picture that the network was trained on")
     if args.split == "all" and facts["own"]:
         notes.append("all rows include those it was trained on: these scores are no measure of it")
     for note in notes:
@@ -212,6 +212,7 @@ def main(argv=None):
     result["data"]["digest"] = data_digest
     result |= {"split": args.split, "threshold": args.threshold, "tta": args.tta, "rows": len(part)}
     result |= {"expected_rows": part.expected, "patients": patients, "duplicates": duplicates}
+    result["resamples"] = args.resamples
     result |= {"precision": net.precision, "weights": net.args.weights, "thresholds": None}
     result["loss"] = loss if len(net.members) == 1 and not args.tta else None
     if net.thresholds:
@@ -224,6 +225,7 @@ def main(argv=None):
 
     # Files
     out = output_folder(args, net, facts)
+    (out / "test_scores.json").unlink(missing_ok=True)  # until all files are those of this test
     written = write_files(out, part, probs, net, text)
     for name, figure in draw_all(part, probs, chosen, net, args.threshold).items():
         if rendered:

@@ -102,6 +102,8 @@ def main(argv=None):
                     writer.epoch(kept)
 
         # Thresholds, learned on the training patients alone; the last files
+        if not args.calibration_fraction:
+            state["best"]["thresholds"] = None
         if args.folds:
             probs = learning.out_of_fold(args, data, learner, state["best"]["epoch"] + 1)
             state["best"]["thresholds"] = metrics.learned_thresholds(data.train.targets, probs).tolist()

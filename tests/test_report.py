@@ -881,11 +881,35 @@ def test_facts_of_a_run_stand_in_its_row(tmp_path, fact):
     plain = [other for other in FACTS if FACTS[other] and other != fact]
     edit(folder, "run.json", **FACTS[fact])
     if fact == "in bf16":
-        edit(folder, "test_scores.json", precision="bf16", tta="flips")
+        edit(folder, "test_scores.json", precision="bf16")
     assert main_of("--runs", tmp_path / "runs") == 0
     row = rows_of((tmp_path / "runs/report.html").read_text(), "results")[0][3][0]
     assert fact in row and not any(other in row for other in plain)
-    assert ("test-time views" in row) == (fact == "in bf16")
+
+
+@pytest.mark.parametrize("how", [{"tta": True}, {"networks": [{}, {}]}])
+def test_a_mean_of_views_or_of_networks_is_not_the_runs_own_score(tmp_path, how):
+    folder = fake_run(tmp_path / "runs", "odir-03")
+    edit(folder, "test_scores.json", **how)
+    assert main_of("--runs", tmp_path / "runs") == 0
+    assert "not this network's own answer" in (tmp_path / "runs/results.csv").read_text()
+
+
+def test_a_copy_under_another_seed_is_no_second_run_and_a_changed_flag_is_named(tmp_path):
+    for number, name in enumerate(("odir-03", "odir-03-seed43")):
+        folder = fake_run(tmp_path / "runs", name)
+        info = json.loads((folder / "run.json").read_text())
+        edit(folder, "run.json", args={**info["args"], "seed": 42 + number}, best_digest="the same")
+        scores = json.loads((folder / "test_scores.json").read_text())
+        edit(folder, "test_scores.json", checkpoint={**scores["checkpoint"], "digest": "the same"})
+    assert main_of("--runs", tmp_path / "runs") == 0
+    text = (tmp_path / "runs/results.csv").read_text()
+    assert "holds the network of another run here: not counted twice" in text
+    edit(tmp_path / "runs/odir-03", "run.json", changes=["lr was 0.01 for 3 epochs"])
+    shutil.rmtree(tmp_path / "runs/odir-03-seed43")
+    assert main_of("--runs", tmp_path / "runs") == 0
+    text = (tmp_path / "runs/results.csv").read_text()
+    assert "lr was 0.01 for 3 epochs" in text and "changed" in text
 
 
 def test_learned_thresholds_are_a_family_of_their_own(tmp_path):

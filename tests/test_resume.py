@@ -9,8 +9,10 @@ import time
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from forked import EYES, ONE, SIGNALS, SMALL, content, join, load, same, same_runs, scalars, train, wait_for
 from forked import start as begin
+from PIL import Image
 
 import checkpoint
 import engine
@@ -84,7 +86,9 @@ def check_best(folder):
         json.loads((folder / "run.json").read_text()),
         checkpoint.load_checkpoint(folder / "best.pt"),
     )
-    assert facts["best_digest"] == best["digest"] == checkpoint.state_digest(best["model"])
+    assert (
+        facts["best_digest"] == best["digest"] == checkpoint.network_digest(best["model"], best["thresholds"])
+    )
     assert (facts["best_epoch"], facts["best_loss"]) == (best["epoch"], best["loss"])
     stored = load(folder / "last.pt")["best"]
     same(stored["weights"], {name: best["model"][name] for name in stored["weights"]})
@@ -201,8 +205,8 @@ def test_resuming_a_finished_run_changes_nothing(tmp_path, flags):
     assert '"finished"' in (tmp_path / "runs/x/run.json").read_text()
     train(["--resume", "runs/x", "--epochs", "9"], tmp_path)
     train(["--resume", "runs/x", "--epochs", "10"], tmp_path)
-    _, *last = json.loads((tmp_path / "runs/x/run.json").read_text())["command"].split(" ; ")
-    assert len(last) == 1, "the command that began it and the last one that went on"
+    commands = json.loads((tmp_path / "runs/x/run.json").read_text())["command"].split(" ; ")
+    assert [words.split()[-1] for words in commands[-2:]] == ["9", "10"]
 
 
 def test_a_finished_run_can_learn_its_thresholds_later(tmp_path, flags):
@@ -243,7 +247,24 @@ def test_other_data_or_another_trunk_is_refused(tmp_path, flags, rendered):
     sheet.to_csv(other / "train.csv", index=False)
     go_on = ["--resume", "runs/x", "--epochs", "2"]
     assert "are not those of" in train([*go_on, "--data", other], tmp_path, 2)
-    assert "frozen trunk is not the one" in train([*go_on, "--seed", "7"], tmp_path, 2)
+    noise = tmp_path / "noise"
+    shutil.copytree(rendered("aptos"), noise)
+    for file in (noise / "train_images").iterdir():
+        Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)).save(file)
+        break
+    said = train([*go_on, "--data", noise, "--missing", "drop"], tmp_path, 2)
+    assert "are not those of" in said, "other pictures under the same names"
+    last = load(tmp_path / "runs/x/last.pt")
+    torch.save({**last, "trunk": "another"}, tmp_path / "runs/x/last.pt")
+    assert "frozen trunk is not the one" in train(go_on, tmp_path, 2)
+
+
+def test_what_a_resume_changes_is_told_and_what_would_rename_the_run_is_refused(tmp_path, flags):
+    train([*flags(CASES["kept features"]), "--epochs", "1"], tmp_path)
+    for words in (["--seed", "7"], ["--sampler", "balanced"], ["--batch", "7"], ["--augment", "lab"]):
+        assert f"a resumed run keeps its {words[0]}" in train(["--resume", "runs/x", *words], tmp_path, 2)
+    train(["--resume", "runs/x", "--epochs", "2", "--lr", "0.2"], tmp_path)
+    assert json.loads((tmp_path / "runs/x/run.json").read_text())["changes"] == ["lr was 0.01 for 1 epochs"]
 
 
 @pytest.mark.parametrize("case", ["fine-tuned", "kept features"])

@@ -106,7 +106,7 @@ def test_scores_say_what_they_are_of(trained, run, tmp_path):
     found, saved = scores_of(folder), checkpoint.load_checkpoint(folder / "best.pt")
     info = json.loads((folder / "run.json").read_text())
     expected = {
-        "digest": checkpoint.state_digest(saved["model"]),
+        "digest": checkpoint.network_digest(saved["model"], saved["thresholds"]),
         "epoch": saved["epoch"],
         "loss": saved["loss"],
     }
