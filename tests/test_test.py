@@ -16,7 +16,7 @@ import figures
 import metrics
 import predictor
 import test
-from errors import guard
+from errors import InputError, guard
 
 REAL = Path(os.environ.get("REAL_DATA", "absent"))
 SHEETS = ["probs.xlsx", "ground_truth.xlsx", "classification_report.txt", "test_scores.json"]
@@ -497,3 +497,71 @@ def test_real_photographs(train_here, run, tmp_path):
         and not found["data"]["rendered"]
         and found["duplicates"] >= 0
     )
+
+
+# ---------------------------------------------------------------- whose pictures these are
+
+
+def test_pictures_that_were_trained_on_are_counted_in_any_part(trained, rendered, run, tmp_path):
+    """A validation patient whose photographs are now copies of a training patient's."""
+    root, folder = tmp_path / "copy", copied(trained("odir"), tmp_path / "run")
+    shutil.copytree(rendered("odir"), root)
+    saved = checkpoint.load_checkpoint(folder / "best.pt")
+    for side in ("left", "right"):
+        source = root / "images" / f"{saved['split']['train'][0]}_{side}.jpg"
+        shutil.copyfile(source, root / "images" / f"{saved['split']['val'][0]}_{side}.jpg")
+    assert run("--ckpt", folder, "--data", root) == 0
+    assert not (folder / "test_scores.json").exists(), "other pictures: no score of the run's own part"
+    (found,) = [scores_of(place) for place in folder.glob("test-val-*")]
+    assert found["duplicates"] == 1 and not found["data"]["own"]
+
+
+def test_the_same_pictures_in_another_folder_are_the_runs_own(trained, rendered, run, tmp_path):
+    root, folder = tmp_path / "copy", copied(trained("odir"), tmp_path / "run")
+    shutil.copytree(rendered("odir"), root)
+    assert run("--ckpt", folder, "--data", root) == 0
+    found = scores_of(folder)
+    assert found["data"]["own"] and found["duplicates"] == 0 and found["resamples"] == 20
+    saved = checkpoint.load_checkpoint(folder / "best.pt")
+    (root / "images" / f"{saved['split']['val'][0]}_left.jpg").unlink()
+    (folder / "test_scores.json").unlink()
+    assert run("--ckpt", folder, "--data", root, "--missing", "drop") == 0
+    assert not (folder / "test_scores.json").exists(), "a part of the part does not replace the whole"
+
+
+def test_a_test_that_is_stopped_leaves_no_scores_of_an_earlier_one(trained, run, tmp_path, monkeypatch):
+    folder = copied(trained("odir"), tmp_path / "run")
+    assert run("--ckpt", folder) == 0 and (folder / "test_scores.json").exists()
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(test, "write_files", stop)
+    assert run("--ckpt", folder) == 130
+    assert not (folder / "test_scores.json").exists()
+
+
+def test_an_incomplete_checkpoint_is_refused(trained, run, tmp_path, capsys):
+    saved = checkpoint.load_checkpoint(trained("odir") / "best.pt")
+    for name in ("split", "targets", "thresholds"):
+        rest = {key: value for key, value in saved.items() if key != name}
+        checkpoint.save_checkpoint(tmp_path / "less.pt", **rest)
+        assert run("--ckpt", tmp_path / "less.pt") == 2
+        assert f"is incomplete: {name}" in capsys.readouterr().err
+
+
+def test_weights_that_saw_the_validation_patients_stop_the_run(trained, rendered, train_here, tmp_path):
+    weights = trained("odir") / "best.pt"
+    args = checkpoint.load_checkpoint(weights)["args"]
+    given = [
+        "--data",
+        rendered("odir"),
+        "--size",
+        args["size"],
+        "--trunk",
+        args["trunk"],
+        "--weights",
+        weights,
+    ]
+    with pytest.raises(InputError, match="hold a picture that is in training too"):
+        train_here(tmp_path, *given, "--split-seed", 7)
