@@ -777,3 +777,26 @@ def test_an_official_sheet_names_pictures_beside_it(tmp_path):
     images = tmp_path / "images"
     assert many and frame["ID"].tolist() == ["0", "3"]
     assert frame["files"][1] == (str(images / "3_left.jpg"), str(images / "3_right.jpg"))
+
+
+def test_a_row_with_more_fields_than_the_header_is_refused(tmp_path):
+    """pandas would take the first column for an index, and every label for its neighbour's."""
+    (tmp_path / "train.csv").write_text("id_code,diagnosis,site\na,0,1,x\nb,1,2,x\n")
+    with pytest.raises(InputError, match="cannot be read as a table"):
+        tables.read("aptos", tmp_path)
+
+
+def test_the_labs_label_file_has_one_column(tmp_path):
+    (tmp_path / "train_img.csv").write_text("a\nb\n")
+    (tmp_path / "train_label.csv").write_text("0,3\n1,4\n")
+    with pytest.raises(InputError, match="2 columns; expected the levels alone"):
+        tables.read("dr", tmp_path)
+
+
+def test_a_csv_of_pairs_is_read_beside_it_where_any_row_is_there(tmp_path):
+    (tmp_path / "images").mkdir()
+    for file in ("1_left.jpg", "1_right.jpg", "images/1_left.jpg", "images/1_right.jpg"):
+        (tmp_path / file).write_bytes(b"")
+    (tmp_path / "x.csv").write_text("LEFT,RIGHT\n0_left.jpg,0_right.jpg\n1_left.jpg,1_right.jpg\n")
+    frame, many = tables.given_rows("odir", [tmp_path / "x.csv"])
+    assert many and frame["files"][1] == (str(tmp_path / "1_left.jpg"), str(tmp_path / "1_right.jpg"))
