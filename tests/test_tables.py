@@ -3,7 +3,6 @@
 import os
 import re
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -686,29 +685,6 @@ def test_kaggles_eyes_with_different_file_names(tmp_path):
     refused(
         lambda: read("odir", write(tmp_path, sheet, "full_df.csv")), "file names", "in 1 row(s)", "row(s) 27"
     )
-
-
-def test_a_long_sheet_is_read_in_the_time_of_a_few_plain_reads(tmp_path):
-    n = 50_000
-    sheet = odir_sheet(8).sample(n, replace=True, random_state=0, ignore_index=True)
-    sheet["ID"] = np.arange(n)
-    sheet["Left-Fundus"] = [f"{i}_left.jpg" for i in range(n)]
-    sheet["Right-Fundus"] = [f"{i}_right.jpg" for i in range(n)]
-    write(tmp_path, sheet, "full_df.csv")
-
-    def seconds(function):
-        found = []
-        for _ in range(3):
-            start = time.process_time()
-            function()
-            found.append(time.process_time() - start)
-        return min(found)
-
-    plain = seconds(lambda: pd.read_csv(tmp_path / "full_df.csv"))
-    ours = seconds(lambda: read("odir", tmp_path))
-    assert ours < 6 * plain, (
-        f"{ours:.2f} s against {plain:.2f} s"
-    )  # 3 where this was written; 12 in a loop over rows
 
 
 def test_a_data_set_of_ones_own_takes_a_reader_and_an_entry(tmp_path, monkeypatch):
