@@ -453,6 +453,9 @@ def test_shuffled_labels_are_those_of_the_training_part_alone(retina):
     _, load = retina
     plain, control = load(), load("--shuffle-labels")
     assert not np.array_equal(plain.train.targets, control.train.targets)
+    assert np.array_equal(plain.train.targets, plain.train.table["target"]), (
+        "shuffled only where it is asked for"
+    )
     assert np.array_equal(np.sort(plain.train.targets), np.sort(control.train.targets))
     assert np.array_equal(plain.val.targets, control.val.targets)
     assert plain.facts["digest"] == control.facts["digest"]  # of the data as they are
