@@ -40,6 +40,7 @@ done
 [ ${#control[@]} -eq 0 ] || prefix="control-$prefix"
 . ./setup.sh
 failed=() absent=() testing="" tested=""
+export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive} # a test runs beside the next training: threads that spin would slow both
 export END_WITH_PARENT=$$ # a script that loses this one ends, and says how to go on
 trap 'kill $(jobs -p) 2>/dev/null; wait; exit 143' TERM HUP
 trap 'kill $(jobs -p) 2>/dev/null; wait; exit 130' INT
@@ -55,17 +56,17 @@ is_tested() { # is the test in folder $1 one of its best checkpoint, by content?
     grep -qsF "\"digest\": ${digest:-none}" "$1/test_scores.json"
 }
 
-demo_flags() { # what makes line $1 small; later flags win over its own. Real weights, but for a few ResNets with random ones
+demo_flags() { # what makes line $1 small; later flags win over its own. Lite0's real weights, where the line does not say none
     echo "--data data/demo/${1%%-*}"
     case "$1" in
-        odir-10)     echo --weights none --size 64 --epochs 8 ;;
-        odir-1[3-7]) echo --trunk efficientnet-lite0 --size 64 --epochs 3 --batch 16 --lr 0.004
-                     [[ "$*" != *" --crop "* ]] || echo --crop 56 ;;
-        odir-best)   echo --size 64 --crop 56 --epochs 4 --warmup-epochs 1 ;;
+        odir-10)     echo --trunk efficientnet-lite0 --size 128 --epochs 8 ;;
+        odir-1[3-7]) echo --trunk efficientnet-lite0 --size 96 --epochs 4 --batch 8 --lr 0.01 --precision fp32
+                     [[ "$*" != *" --crop "* ]] || echo --crop 84 ;;
+        odir-best)   echo --size 64 --crop 56 --epochs 5 --batch 8 --ema 0.9 --precision fp32 ;;
         odir-*)      echo --trunk efficientnet-lite0 --size 96 --epochs 8 ;;
-        aptos-*)     echo --model efficientnet-lite0 --size 64 --epochs 5 --batch 8 --lr 0.0005 --gamma 0.9 ;;
+        aptos-*)     echo --model efficientnet-lite0 --size 64 --epochs 5 --batch 8 --lr 0.0005 --gamma 0.9 --precision fp32 ;;
         dr-*-scratch) echo --size 64 --crop 56 --epochs 4 --freeze-epochs 0 --batch 8 ;;
-        dr-*)        echo --model efficientnet-lite0 --size 64 --crop 56 --epochs 4 --freeze-epochs 1 --batch 8 --lr 0.003 ;;
+        dr-*)        echo --model efficientnet-lite0 --size 64 --crop 56 --epochs 4 --freeze-epochs 1 --batch 8 --lr 0.003 --precision fp32 ;;
         retina-*)    echo --size 96 --epochs 6 ;;
         mrnet-*)     echo --weights none --preprocess none --size 64 --epochs 2 --lr 0.0001 ;;
     esac
