@@ -80,7 +80,10 @@ def end_with_parent(*_):
 
 
 def exit_after_parent():
-    multiprocessing.parent_process().join()  # of workers from a fork server os.getppid() is that server
+    try:
+        multiprocessing.parent_process().join()  # of workers from a fork server os.getppid() is that server
+    except OSError:  # this process ends itself
+        return
     os._exit(1)
 
 

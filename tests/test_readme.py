@@ -40,8 +40,9 @@ SHORT = {
     "python heatmap.py --ckpt runs/first --split val --per-label 2": (
         "python heatmap.py --ckpt runs/first --split val --per-label 1"
     ),
-    "python train.py --dataset clinic": "python train.py --dataset clinic --size 32 --epochs 2",
-    "python train.py --trunk tiny --weights none": f"python train.py --trunk tiny --weights none {SMALL}",
+    "python train.py --dataset clinic --name clinic": "python train.py --dataset clinic --name clinic --size 32 --epochs 2",
+    "python test.py --ckpt runs/clinic": None,
+    "python train.py --trunk tiny --weights none --fine-tune": f"python train.py --trunk tiny --weights none --fine-tune {SMALL}",
     "python train.py --trunk mobilenet_v3_small --weights none --fine-tune --lr 0.01": (
         f"python train.py --trunk mobilenet_v3_small --weights none --fine-tune --lr 0.01 {SMALL}"
     ),
@@ -230,7 +231,7 @@ def test_every_command_and_block_of_the_pages_runs(checkout):
     made += " runs/idrid/probs.xlsx"
     for file in made.split():
         assert (checkout / file).stat().st_size > 0, file
-    clinic = next((checkout / "runs").glob("clinic-*/run.json"))
+    clinic = checkout / "runs/clinic/run.json"
     assert json.loads(clinic.read_text())["labels"] == ["0", "1", "2"]
 
 
