@@ -64,9 +64,9 @@ demo_flags() { # what makes line $1 small; later flags win over its own. Lite0's
                      [[ "$*" != *" --crop "* ]] || echo --crop 84 ;;
         odir-best)   echo --size 64 --crop 56 --epochs 5 --batch 8 --ema 0.9 --precision fp32 ;;
         odir-*)      echo --trunk efficientnet-lite0 --size 96 --epochs 8 ;;
-        aptos-*)     echo --model efficientnet-lite0 --size 64 --epochs 5 --batch 8 --lr 0.0005 --gamma 0.9 --precision fp32 ;;
+        aptos-*)     echo --model efficientnet-lite0 --size 64 --epochs 5 --batch 8 --lr 0.0005 --gamma 0.9 ;;
         dr-*-scratch) echo --size 64 --crop 56 --epochs 4 --freeze-epochs 0 --batch 8 ;;
-        dr-*)        echo --model efficientnet-lite0 --size 64 --crop 56 --epochs 4 --freeze-epochs 1 --batch 8 --lr 0.003 --precision fp32 ;;
+        dr-*)        echo --model efficientnet-lite0 --size 64 --crop 56 --epochs 4 --freeze-epochs 1 --batch 8 --lr 0.003 ;;
         retina-*)    echo --size 96 --epochs 6 ;;
         mrnet-*)     echo --weights none --preprocess none --size 64 --epochs 2 --lr 0.0001 ;;
     esac
