@@ -49,7 +49,6 @@ SCHEDULE_FLAGS = ("lr", "momentum", "weight_decay", "schedule_epochs", "gamma", 
 LEAST = dict(size=16, batch=1, epochs=1, patience=1, freeze_epochs=0, views=0, seed=0, split_seed=0, lr=1e-12)
 LEAST |= dict(max_lr=1e-12, weight_decay=0, momentum=0, min_confidence=0, schedule_epochs=1, workers=0)
 LEAST |= dict(warmup_epochs=0, trunk_lr=0, ema=0, folds=0, weight_power=0, calibration_fraction=0)
-# 4,096 pixels a side are more than any fundus camera's; one such picture takes 50 MB, in training 0.2 GB.
 MOST = dict(momentum=1, min_confidence=1, ema=0.99999, calibration_fraction=0.5)
 # Two runs that differ in these alone are one experiment.
 WHERE = "seed name resume runs cache workers device precision compile deterministic data".split()
@@ -175,7 +174,10 @@ def get_args(argv=None, description=None):
         if refused:
             kept = ", ".join(f"--{name.replace('_', '-')} {stored[name]}" for name in refused)
             raise InputError(f"a resumed run keeps its {kept}: start a new run to change it")
-        for name in (*SCHEDULE_FLAGS, "epochs") if args.scheduler == "cosine" else SCHEDULE_FLAGS:
+        shaping = SCHEDULE_FLAGS
+        if args.scheduler == "cosine":  # which falls to zero at the last epoch
+            shaping += ("epochs",)
+        for name in shaping:
             if getattr(args, name) != stored[name]:  # told in run.json, and by the report
                 state["changes"].append(f"{name} was {stored[name]} for {state['epoch']} epochs")
     check_args(args)

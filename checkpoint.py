@@ -22,7 +22,7 @@ import torch
 from cache import digest, file_stamps, replace_file
 from errors import InputError, reading
 
-FORMAT = 2
+FORMAT = 3
 REQUIRED = {"best": set("args model labels task family ordered split targets data prior epoch loss".split())}
 REQUIRED["best"] |= {"scores", "thresholds"}
 REQUIRED["last"] = set("args model trunk ema buffers optimizer scheduler scaler digest changes".split())
@@ -91,6 +91,7 @@ def state_digest(*modules):
 
 
 def network_digest(weights, thresholds):
+    """What a result belongs to: a network's weights and its learned thresholds."""
     return digest(state_digest(weights), thresholds)
 
 

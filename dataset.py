@@ -19,7 +19,7 @@ from PIL import Image
 import tables
 from augment import draw
 from cache import digest
-from checkpoint import load_file
+from checkpoint import load_checkpoint, load_file
 from decode import Pictures
 from engine import local_rank, together
 from errors import InputError, reading
@@ -308,7 +308,8 @@ def load(args):
     facts |= dict(unreadable=unreadable, repaired=sorted(repaired), digest=data_digest(frames, labels))
     facts["pictures"] = {name: row_digests(part) for name, part in parts.items()}
     facts["digest"] = digest(facts["digest"], facts["pictures"])
-    facts["contents"] = seen_contents(parts["train"], args)
+    with together():  # the file of --weights may be damaged on one machine alone
+        facts["contents"] = seen_contents(parts["train"], args)
     facts["duplicates"] = count_duplicates(parts["train"], parts["val"], facts["contents"], args)
     facts["parts"] = {name: len(frame) for name, frame in frames.items()}
     facts["patients"] = {name: frame["patient"].nunique() for name, frame in frames.items()}
@@ -324,8 +325,8 @@ def seen_contents(train, args):
     seen = set().union(*row_contents(train, train.pictures))
     if Path(args.weights).is_file():
         state = load_file(args.weights)
-        if isinstance(state, dict) and state.get("kind") == "best":
-            seen.update(state["data"]["contents"])
+        if isinstance(state, dict) and state.get("kind") == "best":  # else a trunk's own state_dict
+            seen.update(load_checkpoint(args.weights)["data"]["contents"])
     return sorted(seen)
 
 
@@ -340,11 +341,9 @@ def count_duplicates(train, val, seen, args):
     contents, known = row_contents(val, pictures), set(seen)
     found = [name for name, held in zip(val.ids(), contents, strict=True) if not known.isdisjoint(held)]
     if found and args.duplicates == "stop":
-        problem = (
-            f"{len(found)} validation row(s) hold a picture that is in training too: scores say too much"
-        )
+        problem = f"{len(found)} validation row(s) hold a picture that is in training too"
         advice = "Remove one of each, or go on with --duplicates keep, which outputs say"
-        raise InputError(f"{problem}. {advice}. The first: {', '.join(found[:5])}")
+        raise InputError(f"{problem}, first {', '.join(found[:5])}: scores say too much. {advice}")
     return len(found)
 
 

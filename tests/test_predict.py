@@ -254,9 +254,7 @@ def test_right_before_left_is_noticed(trained, rendered, tmp_path, capsys):
 def test_learned_thresholds_are_those_of_the_checkpoint(trained, rendered, tmp_path, capsys):
     state = checkpoint.load_checkpoint(trained("mrnet") / "best.pt")
     (tmp_path / "a").mkdir()
-    checkpoint.save_checkpoint(
-        tmp_path / "a/best.pt", **{**state, "thresholds": [0.0, 1.0, 0.25]} | {"format": 2}
-    )
+    checkpoint.save_checkpoint(tmp_path / "a/best.pt", **{**state, "thresholds": [0.0, 1.0, 0.25]})
     valid = rendered("mrnet") / "valid"
     assert run("--ckpt", tmp_path / "a", valid, "--out", tmp_path, "--learned") == 0
     found = pd.read_csv(tmp_path / "predictions.csv")
