@@ -217,6 +217,8 @@ def finetune(args, device):
     batch["targets"] = torch.zeros(len(keys), 8)
     slow = models.build_model("v0", 8, "none", args.size, args.trunk).to(device).train()
     fast = copy.deepcopy(slow).to(memory_format=torch.channels_last)
+    if device.type == "cpu":
+        models.depthwise_in_float32(fast)
     precision = engine.pick_precision("auto", device)
     sides = [partial(plain_epoch, slow, slow, files, args.size, device)]
     sides += [partial(step, fast, prepare_batch(batch, device)[0], precision)]

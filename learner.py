@@ -169,6 +169,8 @@ def build_learner(args, data, precision, device, stored=None):
         criterion = build_criterion(args, data, data.train.targets, device)
         if stored:
             model.backbone.load_state_dict(stored["buffers"], strict=False)
+    if device.type == "cpu" and args.fine_tune:
+        models.depthwise_in_float32(model)
     if args.bn == "fitted" and data.train.pictures is not None and not stored:
         fit_batchnorm(model, data.train.pictures, args, precision, device)
     frozen = not args.fine_tune and args.bn != "batch"

@@ -78,6 +78,21 @@ class BothEyes(nn.Module):
         return torch.cat([torch.maximum(left, right), (left + right) / 2], 1)
 
 
+class FloatDepthwise(nn.Module):
+    """Mixed into a depthwise convolution: it computes in its weights' type, outside of autocast."""
+
+    def forward(self, images):
+        with torch.autocast("cpu", enabled=False):
+            return super().forward(images.to(self.weight.dtype)).to(images.dtype)
+
+
+def depthwise_in_float32(model):
+    """On a CPU the gradient of a depthwise convolution takes three times as long in bf16 as in float32."""
+    for layer in model.modules():
+        if isinstance(layer, nn.Conv2d) and 1 < layer.groups == layer.in_channels:
+            layer.__class__ = type("Depthwise", (FloatDepthwise, type(layer)), {})
+
+
 def build_head(head, width, num_labels):
     """v0 linear; v1 dropout 0.2 first; v2 three layers, ReLU, dropout 0.5; v3 (ours) on BothEyes."""
     if head == "v0":

@@ -1,5 +1,6 @@
 """The networks against the published counts, the libraries and plain loops; where weights come from."""
 
+import copy
 import json
 import re
 import shutil
@@ -20,6 +21,7 @@ sys.path.insert(0, str(ROOT))
 
 import engine  # noqa: E402
 import features  # noqa: E402
+import models  # noqa: E402
 import train  # noqa: E402
 from augment import IMAGENET_MEAN, IMAGENET_STD, prepare_batch  # noqa: E402
 from checkpoint import state_digest  # noqa: E402
@@ -506,3 +508,20 @@ def test_imagenet_on_real_data_stops_on_rendered_goes_on_loudly(
     assert "!! RANDOM WEIGHTS" in capsys.readouterr().out
     facts = json.loads((run / "run.json").read_text())
     assert facts["args"]["weights"] == "none" and facts["data"]["rendered"] is True
+
+
+def test_depthwise_convolutions_compute_in_float32_on_a_cpu():
+    """In the network that trains: its bf16 result is the float32 one, rounded. Every other number stays."""
+    torch.manual_seed(0)
+    net = models.build_model("efficientnet-lite0", 2, size=32).eval()
+    changed = copy.deepcopy(net)
+    models.depthwise_in_float32(changed)
+    layers = {name: layer for name, layer in changed.named_modules() if type(layer).__name__ == "Depthwise"}
+    assert len(layers) == 16
+    assert changed.state_dict().keys() == net.state_dict().keys()
+    for name, layer in layers.items():
+        images = torch.rand(2, layer.in_channels, 8, 8)
+        expected = net.get_submodule(name)(images.bfloat16().float())
+        with torch.autocast("cpu", torch.bfloat16):
+            torch.testing.assert_close(layer(images.bfloat16()), expected.bfloat16(), rtol=0, atol=0)
+        torch.testing.assert_close(layer(images), net.get_submodule(name)(images), rtol=0, atol=0)
