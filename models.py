@@ -174,9 +174,10 @@ def build_trunk(name, size, from_scratch):
     network of torchvision. Raises InputError for one that is unknown, left out, or does not take this size.
     """
     if name in EFFICIENTNETS:
-        # Its BatchNorm remembers 100 steps, ten times torch's: a short run from random weights would be
-        # validated on what it began with.
-        changed = {"batch_norm_momentum": 0.9 if from_scratch else 0.99}
+        # As published B1's BatchNorm remembers 100 steps, ten times torch's. A short run, or one from random
+        # weights, would be validated on what it began with.
+        published = name == "efficientnet-b1" and not from_scratch
+        changed = {"batch_norm_momentum": 0.99 if published else 0.9}
         if name == "efficientnet-b1":
             network = EfficientNet.from_name(name, **changed)
             network.set_swish(memory_efficient=False)  # the same numbers, and it can be compiled
