@@ -7,9 +7,7 @@ contiguous; it decodes every picture in every epoch and pushes it through the tr
 """
 
 import copy
-import json
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -18,12 +16,10 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import torch
 from PIL import Image
 
 import engine
-import metrics
 import models
 import preprocess
 import samplers
@@ -31,16 +27,14 @@ import split
 import tables
 from augment import draw, prepare_batch
 from checkpoint import describe_machine
-from dataset import FeatureSet, VolumeSet
+from dataset import VolumeSet
 from errors import Parser, guard
 from features import EXTRACT_BATCH, FastTrunk
-from learner import Learner
 
 HERE = Path(__file__).parent
 MATRIX = {"cpu": 4096, "cuda": 8192}  # rows of the matrices whose product is the machine's own limit
 # Published epochs of the experiments with a frozen trunk whose pictures stay the same.
 EPOCHS = {"00": 36, "01": 32, "02": 47, "03": 59, "04": 59, "05": 59, "06": 42, "07": 100, "11": 47, "12": 30}
-POWERS, RUNS = (10**3, 10**4, 10**5, 10**6), 200  # rows of growth and head; copies of report
 
 
 def get_args_parser():
@@ -51,12 +45,11 @@ def get_args_parser():
     add("--data", type=Path, default=Path("data/odir"), help="eye pairs")
     add("--fullsize", type=Path, default=Path("data/fullsize"), help="photographs as the camera left them")
     add("--mrnet", type=Path, default=Path("data/rendered/mrnet"), help="knees")
-    add("--run", type=Path, default=Path("runs/odir-03"), help="of report: a tested run, which it multiplies")
     add("--trunk", choices=["resnet50", *models.EFFICIENTNETS], default="resnet50", help="network")
     add("--pictures", type=int, default=128, help="pictures of one measurement")
     add("--size", type=int, default=224, help="pixels a side")
     add("--repeats", type=int, default=3, help="measurements of each side")
-    add("--rows", type=int, default=10**6, help="of sampler, growth and head, at most")
+    add("--rows", type=int, default=10**6, help="of the sampler")
     return parser
 
 
@@ -248,72 +241,8 @@ def mrnet(args, device):
         show(f"MRNet, {precision}, batch {batch}", *seconds, "knees/s", len(data))
 
 
-def anonymous():
-    """GiB of this process's memory that no file backs (Linux)."""
-    return int(Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0]) / 2**20
-
-
-def growth(args, device):
-    """Sheets of 10^3 patients and more: read, split, drawn from, scored."""
-    rng = np.random.default_rng(0)
-    for n in POWERS[: int(np.log10(args.rows)) - 2]:
-        sheet = pd.DataFrame((rng.random((n, 8)) < 0.2).astype(int), columns=tables.ODIR_LABELS)
-        sheet["ID"] = np.arange(n) + 10_000
-        for side in ("left", "right"):
-            sheet[f"{side.title()}-Fundus"] = [f"{i}_{side}.jpg" for i in range(n)]
-        with tempfile.TemporaryDirectory() as folder:
-            sheet.to_csv(Path(folder, "full_df.csv"), index=False)
-            table, read = timed(tables.read, "odir", folder)
-        parts, cut = timed(split.split, "odir", table.frame)
-        targets = tables.targets_of(parts["train"], table.labels)
-        _, drawn = timed(samplers.epoch_order, "balanced", targets, 0, 0)
-        _, scored = timed(metrics.scores, "per label", targets, rng.random(targets.shape))
-        told = f"read {read:.2f} s, split {cut:.2f} s, sample {drawn:.2f} s, score {scored:.2f} s"
-        print(f"{n:>8} patients: {told}; {anonymous():.2f} GiB of memory", flush=True)
-
-
-def watched(batch, device, memory):
-    memory.append(anonymous())
-    return prepare_batch(batch, device)
-
-
-def head(args, device):
-    """An epoch of a linear head on 10^3 and more kept rows of 2048 features (10^6: 8 GB of disk)."""
-    for n in POWERS[: int(np.log10(args.rows)) - 2]:
-        net, memory = torch.nn.Linear(2048, 8).to(device), [0.0]
-        rules = dict(optimizer=torch.optim.SGD(net.parameters(), lr=0.05), scheduler=None, features=None)
-        rules |= dict(criterion=engine.Criterion("multilabel"), scaler=torch.amp.GradScaler(enabled=False))
-        own = Learner(net, None, ema=None, cosine=None, seed=0, precision="fp32", device=device, **rules)
-        batches = samplers.Batches(samplers.epoch_order("shuffle", np.zeros(n), 0, 0), 32)
-        with tempfile.TemporaryDirectory(dir=".") as folder:  # not /tmp, which may lie in memory
-            rows = np.lib.format.open_memmap(Path(folder, "rows.npy"), "w+", np.float32, (n, 2048))
-            for start in range(0, n, 1000):
-                rows[start : start + 1000] = np.random.default_rng(start).random((1000, 2048), np.float32)
-            data = FeatureSet(torch.from_numpy(rows), np.zeros((n, 8), np.float32))
-            prepare = partial(watched, device=device, memory=memory)
-            loader = engine.make_loader(data, batches)
-            _, seconds = timed(engine.train_one_epoch, net, loader, prepare, own, 0, "fp32")
-        print(f"{n:>8} rows: {seconds:.2f} s an epoch, {max(memory):.2f} GiB of memory at most", flush=True)
-
-
-def report(args, device):
-    """The report of many copies of a tested run, with other seeds."""
-    facts = json.loads((args.run / "run.json").read_text())
-    with tempfile.TemporaryDirectory() as folder:
-        for number in range(RUNS):
-            copied = Path(folder, "runs", f"odir-{number % 13:02d}-seed{42 + number}")
-            shutil.copytree(args.run, copied, ignore=shutil.ignore_patterns("*.pt", ".*"))
-            facts["name"], facts["args"]["seed"] = copied.name, 42 + number
-            (copied / "run.json").write_text(json.dumps(facts))
-        for when in ("first", "again"):
-            _, seconds = timed(partial(script, "report.py", cwd=folder))
-            size = Path(folder, "runs", "report.html").stat().st_size / 1e6
-            print(f"report of {RUNS} runs, {when}: {seconds:.1f} s, {size:.1f} MB", flush=True)
-
-
 BENCHMARKS = {"extraction": extraction, "run": run, "study": partial(run, experiments=tuple(EPOCHS))}
 BENCHMARKS |= {"preprocessing": preprocessing, "sampler": sampler, "mrnet": mrnet, "finetune": finetune}
-BENCHMARKS |= {"growth": growth, "head": head, "report": report}
 
 
 def main(argv=None):

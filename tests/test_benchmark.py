@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 import benchmark
-import report
 import train
 
 SMALL = [
@@ -28,8 +27,6 @@ RATIO = r"plain [\d.e+-]+, ours [\d.e+-]+ {}, ratio [\d.]+ \([\d.]+ to [\d.]+, n
 PRINTED = {
     "preprocessing": ["preprocessing: " + RATIO.format("pictures/s")],
     "sampler": ["an epoch of 1000 rows: " + RATIO.format("s")],
-    "growth": [r"1000 patients: read [\d.]+ s, split [\d.]+ s, sample [\d.]+ s, score [\d.]+ s; [\d.]+ GiB"],
-    "head": [r"1000 rows: [\d.]+ s an epoch, [\d.]+ GiB"],
     "finetune": [
         "batch 4, (fp32|bf16|fp16): " + RATIO.format("pictures/s"),
         r"preparing a batch takes [\d.]+% of the step on it, with --augment pair [\d.]+%",
@@ -61,8 +58,7 @@ def here(name, *flags, cwd):
     flags = [str(flag) for flag in flags]
     with contextlib.chdir(cwd), pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [name, *flags])
-        mains = {"train.py": train.main, "report.py": report.main}
-        assert not mains[name]()
+        assert name == "train.py" and not train.main()
 
 
 def assert_printed(text, patterns):
@@ -121,12 +117,6 @@ def test_every_experiment_of_the_study_stands_in_run_all():
     lines = (benchmark.HERE / "run_all.sh").read_text()
     for number in benchmark.EPOCHS:
         assert len(re.findall(f"^run odir-{number} ", lines, re.M)) == 1
-
-
-def test_the_report_of_many_runs(printed, trained, monkeypatch):
-    monkeypatch.setattr(benchmark, "RUNS", 15)
-    text = printed("report", "--run", str(trained("odir")))
-    assert_printed(text, [rf"report of 15 runs, {when}: [\d.]+ s, [\d.]+ MB" for when in ("first", "again")])
 
 
 def test_the_plain_sampler_draws_the_least_sampled_label():
