@@ -53,20 +53,20 @@ def get_args_parser():
     return parser
 
 
-def timed(function, *args):
-    """(what a call returns, its seconds); a GPU's queue is emptied."""
+def timed(function):
+    """The seconds of a call; a GPU's queue is emptied."""
     start = time.perf_counter()
-    result = function(*args)
+    function()
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
-    return result, time.perf_counter() - start
+    return time.perf_counter() - start
 
 
 def in_turn(repeats, *sides):
     """Seconds (sides, repeats): A B A B ... after a round to warm up."""
     rounds = []
     for _ in range(repeats + 1):
-        rounds.append([timed(side)[1] for side in sides])
+        rounds.append([timed(side) for side in sides])
     return np.array(rounds[1:]).T
 
 
@@ -118,17 +118,8 @@ def plain_epoch(net, trained, files, size, device):
 
 
 def plain_preprocess(file):
-    """What a notebook does: decode in full, mask by arrays, crop, black out, crop, resize."""
-    picture = np.array(Image.open(file).convert("RGB"))
-    for once in (True, False):
-        mask = np.array(Image.fromarray(picture).convert("L")) > 7
-        picture = picture[np.ix_(mask.any(1), mask.any(0))]
-        if once:
-            height, width = picture.shape[:2]
-            y, x = np.mgrid[:height, :width]
-            inside = (y - height // 2) ** 2 + (x - width // 2) ** 2 <= (min(height, width) // 2) ** 2
-            picture = picture * inside[:, :, None].astype(np.uint8)
-    return np.array(Image.fromarray(picture).resize((224, 224), Image.Resampling.BILINEAR))
+    """The same steps on the picture as it was taken, decoded in full."""
+    return preprocess.prepare(Image.open(file).convert("RGB"), "fov", 224)
 
 
 def plain_draws(labels, draws):
@@ -170,22 +161,21 @@ def run(args, device, experiments=("03",)):
     factor = pictures / len(files) * sum(EPOCHS[one] for one in experiments)
     common = ["--data", args.data.resolve(), "--missing", "drop", "--trunk", args.trunk, "--patience", 1000]
     common += ["--weights", "imagenet" if args.trunk == "efficientnet-lite0" else "none", "--size", args.size]
-    before = in_turn(1, plain)[0, 0]
+    plains = [in_turn(1, plain)[0, 0]]
     with tempfile.TemporaryDirectory() as folder:
         for state in ("from nothing", "kept"):
             taken = 0
             for one in experiments:
                 flags = re.search(f"^run odir-{one} (.*)", lines, re.M)[1].split()
                 flags += [*common, "--epochs", EPOCHS[one], "--name", f"{one} {state}"]
-                taken += timed(partial(script, "train.py", *flags, cwd=folder))[1]
-            after = timed(plain)[1]
+                taken += timed(partial(script, "train.py", *flags, cwd=folder))
+            plains.append(timed(plain))
             name = f"{args.trunk}, experiments {' '.join(experiments)} {state}, whole processes"
-            show(name, np.array([before, after]) * factor, np.array([taken, taken]))
-            before = after
+            show(name, np.array(plains[-2:]) * factor, np.array([taken, taken]))
 
 
 def preprocessing(args, device):
-    """Full-size arrays against reduced-scale decoding, to 224 pixels on one core."""
+    """Decoding in full against decoding at a reduced scale, to 224 pixels on one core."""
     files = sorted(args.fullsize.glob("*.jpg"))
     ours = partial(preprocess.load_picture, kind="fov", size=224)
     seconds = in_turn(args.repeats, partial(each, plain_preprocess, files), partial(each, ours, files))

@@ -124,12 +124,6 @@ def test_the_plain_sampler_draws_the_least_sampled_label():
     assert sorted(counts) == [2, 2, 3, 3]
 
 
-def test_the_plain_preprocessing_is_close_to_ours(rendered):
-    file = min((rendered("odir") / "images").glob("*.jpg"))
-    ours = benchmark.preprocess.load_picture(file, "fov", 224)[0]
-    assert np.abs(benchmark.plain_preprocess(file) - ours.astype(float)).mean() < 3
-
-
 def test_an_unknown_benchmark_is_refused(capsys):
     with pytest.raises(SystemExit):
         benchmark.main(["speed"])
