@@ -6,7 +6,6 @@ import functools
 import hashlib
 import json
 import math
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +13,8 @@ import torch
 
 from cache import digest, file_stamps, is_whole, kept_array, replace_file
 from engine import progress
-from errors import InputError, end_with_parent, reading
-from preprocess import default_workers, load_picture
+from errors import InputError, reading
+from preprocess import in_processes, load_picture
 
 
 def decode(file, kind, size):
@@ -33,17 +32,9 @@ def decode(file, kind, size):
 
 
 def decode_all(files, kind, size, workers=None):
-    """Yields `decode` of every file, in order, by all cores."""
+    """Yields `decode` of every file, in order, by all cores; a few are not worth the processes."""
     work = functools.partial(decode, kind=kind, size=size)
-    workers = default_workers() if workers is None else workers
-    if workers < 2 or len(files) <= 64:
-        yield from map(work, files)
-        return
-    pool = ProcessPoolExecutor(workers, initializer=end_with_parent)
-    try:
-        yield from pool.map(work, files, chunksize=8)
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+    return in_processes(work, files, workers if len(files) > 64 else 1)
 
 
 class Pictures:

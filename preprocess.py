@@ -62,9 +62,8 @@ def decode(data, side=0):
 def repair(data):
     """A JPEG without end marker -> the whole JPEG. Raises ValueError where more is missing."""
     data = data.rstrip(b"\xff")  # half an end marker
-    foreign_marker = re.search(rb"\xff[^\x00\xff\xd0-\xd7]", data[data.rfind(SOS) + 2 :])
     never_written = data.endswith(b"\0\0")  # as in a broken download; a scan's last byte is filled with ones
-    if foreign_marker or never_written or depends_on_filler(data) or not holds_all_scans(data):
+    if never_written or depends_on_filler(data) or not holds_all_scans(data):
         raise ValueError("a truncated JPEG: its end is missing. Copy or download it again")
     return data + EOI
 
@@ -158,7 +157,20 @@ def default_workers():
     if limit.exists() and not limit.read_text().startswith("max"):
         quota, period = map(int, limit.read_text().split())
         cores = min(cores, math.ceil(quota / period))
-    return max(1, min(16, cores))
+    return min(16, cores)
+
+
+def in_processes(function, items, workers=None):
+    """Yields `function` of every item, in order, by so many processes (None: all cores; 0, 1: this one)."""
+    workers = default_workers() if workers is None else workers
+    if workers < 2:
+        yield from map(function, items)
+        return
+    pool = ProcessPoolExecutor(workers, initializer=end_with_parent)
+    try:
+        yield from pool.map(function, items, chunksize=4)
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def get_args_parser():
@@ -198,9 +210,8 @@ def is_finished(job, settings_file):
 
 def main(argv=None):
     args = get_args_parser().parse_args(argv)
-    workers = default_workers() if args.workers is None else args.workers
-    if args.size < SHORTEST or workers < 1:
-        raise InputError(f"--size {args.size} --workers {workers}: expected {SHORTEST} and 1 at least.")
+    if args.size < SHORTEST:
+        raise InputError(f"--size {args.size}: expected at least {SHORTEST}.")
     src, dst = args.src.resolve(), args.dst.resolve()
     if src.is_relative_to(dst) or dst.is_relative_to(src):
         raise InputError(f"SRC {src} and DST {dst}: the same, or one inside the other. Choose another DST.")
@@ -216,12 +227,8 @@ def main(argv=None):
     for folder in {target.parent for _, target in jobs}:
         cache.remove_leftovers(folder)
     todo = [job for job in jobs if not is_finished(job, settings_file)]
-    pool = ProcessPoolExecutor(workers, initializer=end_with_parent)
-    try:
-        reasons = pool.map(partial(make_picture, kind=args.kind, size=args.size), todo, chunksize=4)
-        failures = list(filter(None, tqdm(reasons, total=len(todo), unit="picture", disable=None)))
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+    reasons = in_processes(partial(make_picture, kind=args.kind, size=args.size), todo, args.workers)
+    failures = list(filter(None, tqdm(reasons, total=len(todo), unit="picture", disable=None)))
     failed, skipped = len(failures), len(jobs) - len(todo)
     print(f"{len(todo) - failed} written to {args.dst}, {skipped} skipped as finished, {failed} failed")
     if failures:
