@@ -6,6 +6,7 @@ Kept arrays are .npy files named by a digest of all that they depend on; their f
 import contextlib
 import hashlib
 import json
+import math
 import os
 import platform
 import re
@@ -85,7 +86,7 @@ def is_whole(path, shape, dtype):
             array = np.load(path, mmap_mode="r", allow_pickle=False)
     except InputError:  # missing, cut short, or a damaged header
         return False
-    return array.shape == tuple(shape) and array.dtype == dtype
+    return array.shape == shape and array.dtype == dtype
 
 
 def kept_array(path, shape, dtype, fill):
@@ -93,12 +94,11 @@ def kept_array(path, shape, dtype, fill):
 
     `fill(array)` makes it where it is missing or cut short. InputError: the folder cannot be written.
     """
-    path, shape, dtype = Path(path), tuple(int(n) for n in shape), np.dtype(dtype)
     if not is_whole(path, shape, dtype):
         try:
             with replacing(path) as temporary:
                 remove_leftovers(path.parent, path.name)
-                reserve(temporary, int(np.prod(shape)) * dtype.itemsize)
+                reserve(temporary, math.prod(shape) * np.dtype(dtype).itemsize)
                 array = np.lib.format.open_memmap(temporary, "w+", dtype, shape)
                 fill(array)
                 array.flush()

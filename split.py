@@ -11,9 +11,8 @@ from tables import DATASETS, PARTS
 PRETREATED = [*range(2174, 2183), 2957]  # ODIR patients whose backgrounds were already blacked out
 
 
-def permuted(count, share, seed):
-    """scikit-learn's train_test_split without scikit-learn: positions (rest, taken), `share` rounded up."""
-    taken = math.ceil(share * count) if isinstance(share, float) else share
+def permuted(count, taken, seed):
+    """scikit-learn's train_test_split without scikit-learn: positions (rest, taken) of `count` rows."""
     order = np.random.RandomState(seed).permutation(count)
     return order[taken:], order[:taken]
 
@@ -27,7 +26,7 @@ def split_patients(annotations, val_fraction=0.2, seed=42):
     kept = annotations[~annotations["ID"].isin(PRETREATED)].sort_values("ID", kind="stable")
     if len(kept) < 2:
         raise InputError(f"{len(kept)} patient(s) cannot be split into a training and a validation part")
-    train, val = permuted(len(kept), float(val_fraction), seed)
+    train, val = permuted(len(kept), math.ceil(val_fraction * len(kept)), seed)
     return kept.iloc[train], kept.iloc[val]
 
 
@@ -36,18 +35,14 @@ def split_grouped(table, val, test, seed):
     from sklearn.model_selection import train_test_split  # here, because eye pairs do without it
 
     grade = table.groupby("patient", sort=False)["target"].max()
-    sizes = round(val * len(grade)), round(test * len(grade))
-    if not sizes[0]:
-        problem = f"{len(grade)} patient(s) leave none for validation at a share of {val:.3g}"
-        raise InputError(f"{problem}: more pictures or a larger --val-fraction")
     rest, parts = grade, []
-    for size in sizes:
-        taken = rest[:0]
+    for share in (val, test):
+        taken, size = rest[:0], round(share * len(grade))
         try:
-            if size:
+            if share:
                 rest, taken = train_test_split(rest, test_size=size, random_state=seed, stratify=rest)
         except ValueError as error:
-            problem = f"{len(grade)} patients cannot be split into parts of {sizes} with every class in each"
+            problem = f"{size} of {len(grade)} patients cannot be split off with every class in each part"
             raise InputError(f"{problem}: {error} More pictures, or a larger --val-fraction") from error
         parts.append(taken)
     return [table[table["patient"].isin(part.index)] for part in (rest, *parts)]
@@ -98,6 +93,7 @@ def drop_missing(parts, missing):
 def set_aside(train, args):
     """(train, calibration): a share of the training patients that no gradient sees, by the split's seed."""
     patients = train["patient"].unique()
-    _, taken = permuted(len(patients), float(args.calibration_fraction), args.split_seed)
+    count = math.ceil(args.calibration_fraction * len(patients))
+    _, taken = permuted(len(patients), count, args.split_seed)
     aside = train["patient"].isin(patients[taken])
     return train[~aside], train[aside]

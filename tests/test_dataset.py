@@ -194,11 +194,11 @@ def test_too_few_of_a_class_to_split(tmp_path):
     text = "id_code,diagnosis\n" + "".join(f"{i},{int(i == 0)}\n" for i in range(30))
     refused(
         lambda: split("aptos", frame_of("aptos", write(tmp_path, text, "train.csv"))),
-        "cannot be split",
+        "6 of 30 patients cannot be split",
         "every class",
     )
     two = "id_code,diagnosis\na,0\nb,1\n"
-    refused(lambda: split("aptos", frame_of("aptos", write(tmp_path, two, "train.csv"))), "leave none")
+    refused(lambda: split("aptos", frame_of("aptos", write(tmp_path, two, "train.csv"))), "0 of 2 patients")
 
 
 def test_missing_files_stop_or_cost_their_rows(tmp_path):
