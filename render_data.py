@@ -76,11 +76,13 @@ def paint(pixels, shapes, colour, blur=0.0):
     return pixels + alpha * colour[3] * (np.asarray(colour[:3], np.float32) - pixels)
 
 
-def blots(rng, centres, radii):
-    """The shapes of round blots; centres (n, 2) and radii (n,) in units of the picture's side."""
-    halves = [radius * rng.uniform(0.8, 1.25, 2) for radius in radii]
-    pairs = zip(np.asarray(centres), halves, strict=True)
-    return [("ellipse", (centre - half, centre + half), 255) for centre, half in pairs]
+def blots(pixels, rng, centres, radii, colour, blur=0.0):
+    """`paint` of round blots; centres (n, 2) and radii (n,) in units of the picture's side."""
+    shapes = []
+    for centre, radius in zip(np.asarray(centres), radii, strict=True):
+        half = radius * rng.uniform(0.8, 1.25, 2)
+        shapes.append(("ellipse", (centre - half, centre + half), 255))
+    return paint(pixels, shapes, colour, blur)
 
 
 def vessels(rng, big, disc, narrow, wavy):
@@ -119,16 +121,15 @@ def draw_fundus(rng, size, signs=(), grade=0, right=False):
     if "M" in signs:  # the choroid's vessels, where noise crosses zero, and a large pale crescent at the disc
         stripes = np.exp(-((smooth_noise(rng, 24, size) / 0.3) ** 2))[..., None]
         pixels = pixels * 1.12 + np.float32([28, 34, 18]) - stripes * np.float32([6, 32, 22])
-        crescent = blots(rng, [(disc[0] + 0.05, disc[1])], [0.105])
-        pixels = paint(pixels, crescent, (250, 232, 190, 0.85), 0.006)
+        pixels = blots(pixels, rng, [(disc[0] + 0.05, disc[1])], [0.105], (250, 232, 190, 0.85), 0.006)
     gaussian = np.exp(-((x - macula[0]) ** 2 + (y - macula[1]) ** 2) / (2 * 0.05**2))
     pixels *= 1 - 0.38 * gaussian[..., None]
     radius = rng.uniform(0.05, 0.06) * (1.2 if "G" in signs else 1)
     cup = radius * (rng.uniform(0.78, 0.88) if "G" in signs else rng.uniform(0.3, 0.42))
-    pixels = paint(pixels, blots(rng, [disc], [radius]), (242, 186, 112, 0.9), 0.004)
+    pixels = blots(pixels, rng, [disc], [radius], (242, 186, 112, 0.9), 0.004)
     tree = vessels(rng, 2 * size, disc, *((0.5, 0.75) if "H" in signs else (1, 0.05)))
     pixels = paint(pixels, tree, (*(base * (0.62, 0.38, 0.5)), 0.8), 0.0012)
-    pixels = paint(pixels, blots(rng, [disc], [cup]), (255, 244, 206, 0.92), 0.003)
+    pixels = blots(pixels, rng, [disc], [cup], (255, 244, 206, 0.92), 0.003)
     if "H" in signs:  # flame-shaped haemorrhages run out from the disc along the nerve fibres
         flames = []
         for angle in rng.uniform(0, 2 * np.pi, rng.integers(9, 14)):
@@ -138,21 +139,21 @@ def draw_fundus(rng, size, signs=(), grade=0, right=False):
             flames.append(("polygon", (near, (near + far) / 2 + across, far, (near + far) / 2 - across), 255))
         pixels = paint(pixels, flames, (128, 14, 12, 0.9), 0.002)
     if "A" in signs:  # drusen, some of them run together
-        n = rng.integers(35, 55)
-        drusen = blots(rng, scatter(rng, n, macula, 0, 0.13), rng.uniform(0.007, 0.016, n))
-        pixels = paint(pixels, drusen, (246, 220, 130, 0.85), 0.002)
+        drusen = scatter(rng, rng.integers(35, 55), macula, 0, 0.13)
+        sizes = rng.uniform(0.007, 0.016, len(drusen))
+        pixels = blots(pixels, rng, drusen, sizes, (246, 220, 130, 0.85), 0.002)
     if "O" in signs:
-        naevus = blots(rng, scatter(rng, 1, macula, 0.15, 0.24), rng.uniform(0.075, 0.105, 1))
-        pixels = paint(pixels, naevus, (52, 34, 32, 0.85), 0.008)
+        naevus, sizes = scatter(rng, 1, macula, 0.15, 0.24), rng.uniform(0.075, 0.105, 1)
+        pixels = blots(pixels, rng, naevus, sizes, (52, 34, 32, 0.85), 0.008)
     grade = rng.integers(2, 4) if "D" in signs else grade
     if grade:  # microaneurysms and haemorrhages, then clusters of hard exudates
         spots = scatter(rng, int((0, 7, 16, 30, 46)[grade] * rng.uniform(0.85, 1.15)))
-        bleedings = blots(rng, spots, rng.uniform(0.006, 0.009 + 0.002 * grade, len(spots)))
-        pixels = paint(pixels, bleedings, (112, 12, 10, 0.9), 0.001)
+        sizes = rng.uniform(0.006, 0.009 + 0.002 * grade, len(spots))
+        pixels = blots(pixels, rng, spots, sizes, (112, 12, 10, 0.9), 0.001)
         for centre in scatter(rng, (0, 0, 2, 3, 4)[grade], inner=0.12, outer=0.28):
             spots = scatter(rng, rng.integers(6, 11), centre, 0, 0.05)
-            exudates = blots(rng, spots, rng.uniform(0.005, 0.012, len(spots)))
-            pixels = paint(pixels, exudates, (255, 226, 96, 0.95))
+            sizes = rng.uniform(0.005, 0.012, len(spots))
+            pixels = blots(pixels, rng, spots, sizes, (255, 226, 96, 0.95))
     if grade == 4:  # preretinal haemorrhage: a boat with a level top
         place, width = scatter(rng, 1, inner=0.15, outer=0.25)[0], rng.uniform(0.09, 0.13)
         boat = [("pieslice", (place - width, place + width), 0, 180, 255)]
