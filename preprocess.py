@@ -52,7 +52,7 @@ def decode(data, side=0):
             raise ValueError(f"not a picture; its {len(data)} bytes are no JPEG, PNG, TIFF or BMP") from None
         if min(image.size) < SHORTEST:
             raise ValueError(f"{image.width} x {image.height} pixels; at least {SHORTEST} were expected")
-        if side and image.format in ("JPEG", "MPO"):
+        if side:  # other formats than JPEG are decoded in full all the same
             image.draft(None, (math.ceil(1.5 * side),) * 2)
         image.load()
     return image

@@ -160,8 +160,6 @@ def test_weights_of_what_nobody_has_are_refused():
         class_counts(np.array([0, 2]))
     with pytest.raises(InputError, match=r"pictures per class: \[1, 1, 0\]"):
         class_weights(np.array([0, 1]), 3)
-    with pytest.raises(InputError, match="0 to 1"):
-        class_weights(np.array([0, 1, 2]), 2)
     with pytest.raises(InputError, match="class numbers"):
         class_counts(np.zeros((3, 2)), 2)
 
