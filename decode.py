@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from cache import digest, file_stamps, is_whole, kept_array, replace_file
+from cache import digest, file_stamps, kept_array, replace_file
 from engine import progress
 from errors import InputError, reading
 from preprocess import in_processes, load_picture
@@ -52,10 +52,9 @@ class Pictures:
         self.path = Path(cache) / f"pictures-{self.key[:20]}.npy"
         self.shape = (len(self.files), size, size, 3)
         self.mapped, self.resident = None, None
-        if not self.read_facts() or not is_whole(self.path, self.shape, np.uint8):
+        if not self.read_facts():
             self.path.unlink(missing_ok=True)
-            kept_array(self.path, self.shape, np.uint8, self.fill)
-            self.read_facts()
+        kept_array(self.path, self.shape, np.uint8, self.fill)
 
     def read_facts(self):
         """Take what was found when they were decoded -> whether that is there, and whole."""
@@ -67,21 +66,23 @@ class Pictures:
         return False
 
     def fill(self, array):
-        facts, refused = {"failed": {}, "repaired": [], "contents": []}, []
+        """Decode into `array`, and keep what was found beside it."""
+        self.failed, self.repaired, self.contents, refused = {}, [], [], []
         found = decode_all(self.files, self.kind, self.size, self.workers)
         bar = progress(found, f"pictures {self.kind} {self.size}", total=len(self.files))
         for number, (picture, repaired, reason, content, system) in enumerate(bar):
             array[number] = picture
-            facts["contents"].append(content)
+            self.contents.append(content)
             if reason:
-                facts["failed"][self.files[number]] = reason
+                self.failed[self.files[number]] = reason
             if repaired:
-                facts["repaired"].append(self.files[number])
+                self.repaired.append(self.files[number])
             if system:
                 refused.append(system)
         if refused:
             problem = f"the system refuses to read {len(refused)} file(s)"
             raise InputError(f"{problem}: {'; '.join(refused[:3])}. Mend it, then run again")
+        facts = {"failed": self.failed, "repaired": self.repaired, "contents": self.contents}
         replace_file(self.path.with_suffix(".json"), lambda stream: json.dump(facts, stream), "w")
 
     def array(self):
