@@ -222,20 +222,6 @@ def test_a_hundred_thousand_rows(tmp_path):
     assert len(parts["val"]) == n // 5 and left_out == n and sum(map(len, kept.values())) == 0
 
 
-def test_digest_changes_with_rows_labels_and_parts(rendered):
-    table = tables.read("odir", rendered("odir"))
-    frame, labels = table.frame, table.labels
-    parts = split("odir", frame)
-    found = [
-        dataset.data_digest(parts, labels),
-        dataset.data_digest(split("odir", frame, seed=1), labels),
-        dataset.data_digest(split("odir", frame, test=0.2), labels),
-        dataset.data_digest({part: rows.assign(N=1 - rows["N"]) for part, rows in parts.items()}, labels),
-    ]
-    assert len(set(found)) == 4
-    assert dataset.data_digest(split("odir", frame), labels) == found[0]
-
-
 # ---------------------------------------------------------------- the data sets, as torch users expect them
 
 
@@ -403,7 +389,7 @@ def retina(rendered, tmp_path):
 def test_what_load_says_of_its_parts(retina):
     root, load = retina
     data = load("--test-fraction", 0.2)
-    sizes = {part: len(frame) for part, frame in data.frames.items()}
+    sizes = {part: len(rows) for part, rows in data.rows.items()}
     assert (
         data.facts["parts"] == sizes
         and set(sizes) == {"train", "val", "test"}
@@ -418,7 +404,18 @@ def test_what_load_says_of_its_parts(retina):
     assert [part.expected for part in data.parts.values()] == [sizes["train"], sizes["val"]]
     counts = np.bincount(data.train.targets, minlength=3)
     assert data.prior() == pytest.approx(counts / counts.sum())
-    assert not set(data.frames["train"]["patient"]) & set(data.frames["val"]["patient"])
+    assert not set(data.train.patients()) & set(data.val.patients())
+
+
+def test_digest_changes_with_rows_labels_pictures_and_parts(retina):
+    root, load = retina
+    digests = [load(*more).facts["digest"] for more in ([], ["--split-seed", 1], ["--test-fraction", 0.2])]
+    relabel(root, turn)
+    digests.append(load().facts["digest"])
+    file = load().train.table["files"].iloc[0][0]
+    Image.open(file).rotate(90).save(file)
+    digests.append(load().facts["digest"])
+    assert len(set(digests)) == 5 and load().facts["digest"] == digests[-1]
 
 
 def test_missing_and_unreadable_rows_are_counted_beside_what_should_be_there(retina):
@@ -559,11 +556,11 @@ def finished(trained, rendered, tmp_path):
 def test_a_part_comes_back_as_the_run_had_it(finished):
     saved, copy, load = finished
     part, facts = load()
-    assert part.ids() == saved["split"]["val"] and part.expected == len(part)
-    assert part.targets.tolist() == saved["targets"]["val"].tolist()
+    assert part.ids() == list(saved["rows"]["val"]) and part.expected == len(part)
+    assert part.targets.tolist() == [target for target, _ in saved["rows"]["val"].values()]
     assert facts["own"] and facts["rendered"] and not facts["left_out"]
     whole, facts = load("all")
-    assert len(whole) == sum(map(len, saved["split"].values())) and facts["own"]
+    assert len(whole) == sum(map(len, saved["rows"].values())) and facts["own"]
     moved, facts = load(root=copy)  # the same rows and labels in another folder
     assert moved.ids() == part.ids() and facts["own"] and "are the run's" in facts["notes"][-1]
     refused(lambda: load("test"), "no test part", "--test-fraction")
@@ -587,21 +584,21 @@ def test_edited_labels_stop_the_evaluation(finished):
     saved["data"]["root"] = str(copy)
     assert load()[1]["own"]
     relabel(copy, turn)
-    wanted = len(saved["split"]["val"])
+    wanted = len(saved["rows"]["val"])
     message = refused(load, f"{wanted} row(s)", "other labels than in training", "--data")
-    assert saved["split"]["val"][0] in message
+    assert list(saved["rows"]["val"])[0] in message
     refused(lambda: load("all"), "other labels than in training")
     refused(lambda: load(root=copy), "other labels than in training")  # the run's own folder by name
     saved["data"]["root"] = str(copy.parent / "elsewhere")
     part, facts = load(root=copy)
     assert not facts["own"] and "other rows or labels" in facts["notes"][-1]
-    assert part.targets.tolist() != saved["targets"]["val"].tolist()
+    assert part.targets.tolist() != [target for target, _ in saved["rows"]["val"].values()]
 
 
 def test_one_edited_label_is_enough(finished):
     saved, copy, load = finished
     saved["data"]["root"] = str(copy)
-    name = saved["split"]["val"][3]
+    name = list(saved["rows"]["val"])[3]
 
     def change(sheet):
         row = sheet["filename"] == name
@@ -620,7 +617,7 @@ def test_other_patients_in_another_folder(finished):
     refused(lambda: load(root=copy), "are not in this data set", "--split all")
     refused(lambda: load(root=copy, missing="drop"), "are not in this data set")  # not one of them is there
     part, facts = load("all", copy)
-    assert len(part) == sum(map(len, saved["split"].values())) and not facts["own"]
+    assert len(part) == sum(map(len, saved["rows"].values())) and not facts["own"]
     assert all(name.startswith("new_") for name in part.ids())
     saved["data"]["root"] = str(copy)
     refused(load, "They have changed since training")
@@ -639,7 +636,7 @@ def test_what_is_missing_at_test_time_is_counted(finished):
     files[2].rename(files[2].with_name("another.jpg"))
     part, facts = load(missing="drop")
     assert len(part) == wanted - 3 and part.expected == wanted and facts["left_out"] == 3
-    assert part.ids() == saved["split"]["val"][3:]
+    assert part.ids() == list(saved["rows"]["val"])[3:]
     for file in files:
         file.unlink(missing_ok=True)
     refused(lambda: load(missing="drop"), "no row is left")
