@@ -217,9 +217,10 @@ class Part:
 
 @dataclass
 class Data:
-    """The parts of a run that were asked for, and what is known of all its parts."""
+    """What a run trains and validates on, and what is known of all its parts."""
 
-    parts: dict  # name -> Part
+    train: Part
+    val: Part
     labels: list
     task: str  # multilabel, multiclass
     family: str  # of its scores
@@ -227,14 +228,7 @@ class Data:
     facts: dict  # for run.json
     rows: dict  # name of every part, opened or not -> {ID: [target, digest of its pictures or ""]}
     seen: set  # digests of what the network saw in training
-
-    @property
-    def train(self):
-        return self.parts["train"]
-
-    @property
-    def val(self):
-        return self.parts["val"]
+    calibration: Part | None = None  # of --calibration-fraction
 
     def prior(self):
         """Share of the training rows that carry each label."""
@@ -331,17 +325,17 @@ def load(args):
     rows = {name: part.rows() for name, part in parts.items()}
     closed = zip(frames["test"]["ID"], targets_of(frames["test"], labels).tolist(), strict=True)
     rows["test"] = {str(name): [target, ""] for name, target in closed}
-    seen = seen_in_training(parts["train"], args)
+    train, val = parts["train"], parts["val"]
+    seen = seen_in_training(train, args)
     facts = dict(root=str(root), rendered=tables.is_rendered(root), notes=notes, left_out=left_out)
     facts |= dict(unreadable=unreadable, repaired=sorted(repaired), digest=digest(rows))
-    facts["duplicates"] = count_duplicates(parts["train"], parts["val"], seen, args)
+    facts["duplicates"] = count_duplicates(train, val, seen, args)
     facts["parts"] = {name: len(frame) for name, frame in frames.items()}
     facts["patients"] = {name: frame["patient"].nunique() for name, frame in frames.items()}
     if args.shuffle_labels:
-        order = np.random.default_rng(args.seed).permutation(len(parts["train"]))
-        parts["train"].targets = parts["train"].targets[order]
-    about = DATASETS[args.dataset]
-    return Data(parts, labels, about["task"], about["family"], table.ordered, facts, rows, seen)
+        train.targets = train.targets[np.random.default_rng(args.seed).permutation(len(train))]
+    task, family = DATASETS[args.dataset]["task"], DATASETS[args.dataset]["family"]
+    return Data(train, val, labels, task, family, table.ordered, facts, rows, seen, parts.get("calibration"))
 
 
 def seen_in_training(train, args):

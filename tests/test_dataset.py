@@ -390,18 +390,12 @@ def test_what_load_says_of_its_parts(retina):
     root, load = retina
     data = load("--test-fraction", 0.2)
     sizes = {part: len(rows) for part, rows in data.rows.items()}
-    assert (
-        data.facts["parts"] == sizes
-        and set(sizes) == {"train", "val", "test"}
-        and set(data.parts)
-        == {
-            "train",
-            "val",
-        }
-    )
+    assert data.facts["parts"] == sizes and set(sizes) == {"train", "val", "test"}
+    opened = {part: {bool(digest) for _, digest in rows.values()} for part, rows in data.rows.items()}
+    assert opened == {"train": {True}, "val": {True}, "test": {False}}
     assert data.facts["rendered"] and data.facts["root"] == str(root) and data.facts["duplicates"] == 0
     assert data.facts["left_out"] == data.facts["unreadable"] == 0
-    assert [part.expected for part in data.parts.values()] == [sizes["train"], sizes["val"]]
+    assert [part.expected for part in (data.train, data.val)] == [sizes["train"], sizes["val"]]
     counts = np.bincount(data.train.targets, minlength=3)
     assert data.prior() == pytest.approx(counts / counts.sum())
     assert not set(data.train.patients()) & set(data.val.patients())
@@ -421,8 +415,8 @@ def test_digest_changes_with_rows_labels_pictures_and_parts(retina):
 def test_missing_and_unreadable_rows_are_counted_beside_what_should_be_there(retina):
     root, load = retina
     data = load()
-    train, val = (part.table["files"].iloc[0][0] for part in data.parts.values())
-    sizes = [len(part) for part in data.parts.values()]
+    train, val = (part.table["files"].iloc[0][0] for part in (data.train, data.val))
+    sizes = [len(part) for part in (data.train, data.val)]
     Path(train).unlink()
     Path(val).write_bytes(b"no picture")
     refused(load, "1 row(s) have no picture", Path(train).name)
@@ -431,8 +425,8 @@ def test_missing_and_unreadable_rows_are_counted_beside_what_should_be_there(ret
     refused(load, "1 file(s) cannot be read", Path(val).name, "--missing drop")
     Path(train).unlink()
     less = load("--missing", "drop")
-    assert [len(part) for part in less.parts.values()] == [sizes[0] - 1, sizes[1] - 1]
-    assert [part.expected for part in less.parts.values()] == sizes
+    assert [len(part) for part in (less.train, less.val)] == [sizes[0] - 1, sizes[1] - 1]
+    assert [part.expected for part in (less.train, less.val)] == sizes
     assert less.facts["left_out"] == 1 and less.facts["unreadable"] == 1
     assert less.facts["parts"]["val"] == sizes[1] - 1
     assert less.val.table["ID"].tolist() == data.val.table["ID"].tolist()[1:]
@@ -462,9 +456,9 @@ def test_a_calibration_part_is_cut_from_the_training_patients(rendered, tmp_path
     flags = ["--data", str(rendered("odir")), "--size", "32", "--workers", "0", "--cache", str(tmp_path)]
     plain = dataset.load(arguments.parse(flags))
     three = dataset.load(arguments.parse([*flags, "--calibration-fraction", "0.25"]))
-    assert three.val.ids() == plain.val.ids() and len(three.parts["calibration"]) == 8
-    assert {*three.train.ids(), *three.parts["calibration"].ids()} == set(plain.train.ids())
-    assert not set(three.train.ids()) & set(three.parts["calibration"].ids())
+    assert three.val.ids() == plain.val.ids() and len(three.calibration) == 8
+    assert {*three.train.ids(), *three.calibration.ids()} == set(plain.train.ids())
+    assert not set(three.train.ids()) & set(three.calibration.ids())
 
 
 def test_without_data_stand_ins_are_drawn_and_named_once(tmp_path, monkeypatch, capfd):
@@ -506,7 +500,7 @@ def test_a_validation_picture_that_is_in_training_stops_the_run(retina, copy, cr
     """Known by its content, not its name; with --crop the parts are decoded at two sizes (issue 12: 7)."""
     _, load = retina
     data = load(*crop)
-    train, val = (data.parts[part].table["files"] for part in ("train", "val"))
+    train, val = (part.table["files"] for part in (data.train, data.val))
     for number in range(2):
         copy(train.iloc[number][0], val.iloc[number][0])
     refused(lambda: load(*crop), "2 validation row(s)", "--duplicates keep")
