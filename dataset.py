@@ -268,8 +268,9 @@ def open_part(table, targets, args, size, missing):
     with together():  # a file may be damaged on one machine alone
         if faults and missing == "stop":
             shown = "; ".join(list(faults.values())[:3])
-            advice = "Replace them, or leave these rows out with --missing drop"
-            raise InputError(f"{len(faults)} file(s) cannot be read, the first: {shown}. {advice}")
+            raise InputError(
+                f"{len(faults)} file(s) cannot be read: {shown}. Replace them, or give --missing drop"
+            )
     if not good.any():
         raise InputError(nothing)
     part = Part(table, pictures, targets, len(table), size, args.preprocess)
@@ -356,18 +357,16 @@ def count_duplicates(train, val, seen, args):
         val = replace(val, pictures=decode_files(val.table["files"], args, train.size))
     found = val.trained_on(seen)
     if found and args.duplicates == "stop":
-        problem = f"{len(found)} validation row(s) hold a picture that is in training too"
-        advice = "Remove one of each, or go on with --duplicates keep, which outputs say"
-        raise InputError(f"{problem}, first {', '.join(found[:5])}: scores say too much. {advice}")
+        problem = f"{len(found)} validation row(s) hold a picture that is in training too: "
+        raise InputError(f"{problem}{', '.join(found[:5])}. Remove one of each, or give --duplicates keep")
     return len(found)
 
 
 def load_part(args, saved, split, root=None, missing="stop"):
     """The rows of a checkpoint's part in their order, opened -> (Part, facts). `all`: every row of the data.
 
-    facts: root, rendered, notes, own (whether these are the run's rows, labels and pictures), digest,
-    duplicates, left_out. Raises InputError where rows or labels are not the run's, unless `root` names
-    another data set.
+    facts: root, rendered, notes, own (rows, labels and pictures are the run's), digest, duplicates, left_out.
+    Raises InputError where rows or labels are not the run's, unless `root` names another data set.
     """
     home, root = saved["data"]["root"], root or saved["data"]["root"]
     other = Path(root).resolve() != Path(home).resolve()
@@ -407,9 +406,7 @@ def choose_rows(frame, saved, split, other, missing):
         return frame, len(frame)
     wanted = saved["rows"].get(split)
     if not wanted:
-        raise InputError(
-            f"this run has no {split} part: train with --test-fraction, or use --split val or all"
-        )
+        raise InputError(f"this run has no {split} part: use --split val, or train with --test-fraction")
     by_id = frame.set_index(frame["ID"].astype(str))
     there = [i for i in wanted if i in by_id.index]
     if len(there) < len(wanted) and (missing == "stop" or not there):
