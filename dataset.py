@@ -268,9 +268,7 @@ def open_part(table, targets, args, size, missing):
     with together():  # a file may be damaged on one machine alone
         if faults and missing == "stop":
             shown = "; ".join(list(faults.values())[:3])
-            raise InputError(
-                f"{len(faults)} file(s) cannot be read: {shown}. Replace them, or give --missing drop"
-            )
+            raise InputError(f"{len(faults)} file(s) cannot be read: {shown}. Mend them, or --missing drop")
     if not good.any():
         raise InputError(nothing)
     part = Part(table, pictures, targets, len(table), size, args.preprocess)
