@@ -178,10 +178,10 @@ class Part:
                 yield [[digest(volume[len(volume) // 2], volume.shape)] for volume in volumes]
 
     def rows(self):
-        """{ID: [target, digest of its files' bytes]}: what each row is, for comparisons."""
+        """{ID: (target as text, digest of its files' bytes)}: what each row is, for comparisons."""
         rows = {}
         for name, target, files in zip(self.ids(), self.targets.tolist(), self.contents(), strict=True):
-            rows[name] = [target, digest([first for first, *_ in files])]
+            rows[name] = str(target), digest([first for first, *_ in files])
         return rows
 
     def trained_on(self, seen):
@@ -226,7 +226,7 @@ class Data:
     family: str  # of its scores
     ordered: bool  # whether the classes are grades
     facts: dict  # for run.json
-    rows: dict  # name of every part, opened or not -> {ID: [target, digest of its pictures or ""]}
+    rows: dict  # name of every part, opened or not -> {ID: (target, digest of its pictures or "")}
     seen: set  # digests of what the network saw in training
     calibration: Part | None = None  # of --calibration-fraction
 
@@ -322,7 +322,7 @@ def load(args):
     repaired = {file for part in parts.values() if part.pictures for file in part.pictures.repaired}
     rows = {name: part.rows() for name, part in parts.items()}
     closed = zip(frames["test"]["ID"], targets_of(frames["test"], labels).tolist(), strict=True)
-    rows["test"] = {str(name): [target, ""] for name, target in closed}
+    rows["test"] = {str(name): (str(target), "") for name, target in closed}
     train, val = parts["train"], parts["val"]
     seen = seen_in_training(train, args)
     facts = dict(root=str(root), rendered=tables.is_rendered(root), notes=notes, left_out=left_out)
@@ -373,9 +373,9 @@ def load_part(args, saved, split, root=None, missing="stop"):
         trained = f"this network was trained on {', '.join(saved['labels'])}"
         raise InputError(f"{root} has the classes {', '.join(table.labels)}; {trained}")
     frame, expected = choose_rows(table.frame, saved, split, other, missing)
-    known = ChainMap(*saved["rows"].values())  # ID -> [target, digest of its pictures]
+    known = ChainMap(*saved["rows"].values())  # ID -> (target, digest of its pictures)
     now = zip(frame["ID"].astype(str), targets_of(frame, table.labels).tolist(), strict=True)
-    changed = [name for name, target in now if name in known and known[name][0] != target]
+    changed = [name for name, target in now if name in known and known[name][0] != str(target)]
     if changed and not other:
         first = f"{', '.join(changed[:5])}. Restore them, or name another data set with --data"
         raise InputError(f"{len(changed)} row(s) of {root} have other labels than in training: {first}")

@@ -551,7 +551,7 @@ def test_a_part_comes_back_as_the_run_had_it(finished):
     saved, copy, load = finished
     part, facts = load()
     assert part.ids() == list(saved["rows"]["val"]) and part.expected == len(part)
-    assert part.targets.tolist() == [target for target, _ in saved["rows"]["val"].values()]
+    assert part.targets.tolist() == [int(target) for target, _ in saved["rows"]["val"].values()]
     assert facts["own"] and facts["rendered"] and not facts["left_out"]
     whole, facts = load("all")
     assert len(whole) == sum(map(len, saved["rows"].values())) and facts["own"]
@@ -586,7 +586,7 @@ def test_edited_labels_stop_the_evaluation(finished):
     saved["data"]["root"] = str(copy.parent / "elsewhere")
     part, facts = load(root=copy)
     assert not facts["own"] and "other rows or labels" in facts["notes"][-1]
-    assert part.targets.tolist() != [target for target, _ in saved["rows"]["val"].values()]
+    assert part.targets.tolist() != [int(target) for target, _ in saved["rows"]["val"].values()]
 
 
 def test_one_edited_label_is_enough(finished):

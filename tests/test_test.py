@@ -161,7 +161,7 @@ def test_every_file_is_there_and_marked(trained, run, tmp_path, capsys, monkeypa
     truth = pd.read_excel(folder / "ground_truth.xlsx", dtype={"ID": str})
     saved = checkpoint.load_checkpoint(folder / "best.pt")
     assert list(probs["ID"]) == list(truth["ID"]) == list(saved["rows"]["val"])
-    targets = [target for target, _ in saved["rows"]["val"].values()]
+    targets = [json.loads(target) for target, _ in saved["rows"]["val"].values()]
     assert truth[saved["labels"]].to_numpy().tolist() == targets
     assert (folder / "classification_report.txt").read_text() in text
 
