@@ -4,7 +4,6 @@ Imports neither torch nor pandas, so that --help and a wrong flag answer at once
 """
 
 import argparse
-import math
 import re
 import shlex
 import string
@@ -39,20 +38,17 @@ SCHEDULES = {
 OPTIMIZERS = {"sgd": dict(momentum=0.9), "adam": {}, "adamw": {}}
 RECIPES = {"odir": ("eyes", "pair"), "mrnet": ("knee",)}  # random views; the others take eyes and lab
 EYE_MODELS = ("v0", "v1", "v2", "v3")
-# A resumed run keeps these: they decide shapes, the rows, or what the optimiser and the schedule hold.
-FIXED = "dataset freeze_epochs model trunk labels size crop preprocess fine_tune bn weights optimizer".split()
-FIXED += "scheduler trunk_lr ema keep split_seed val_fraction test_fraction calibration_fraction".split()
-FIXED += "pseudo_labels min_confidence shuffle_labels name runs seed batch augment views loss".split()
-FIXED += "weighted_loss weight_power sampler drop_last".split()
 # Where one of these is another after a resume, the schedule is as if it had been so from the start.
 SCHEDULE_FLAGS = ("lr", "momentum", "weight_decay", "schedule_epochs", "gamma", "max_lr", "warmup_epochs")
-LEAST = dict(size=16, batch=1, epochs=1, patience=1, freeze_epochs=0, views=0, seed=0, split_seed=0, lr=1e-12)
-LEAST |= dict(max_lr=1e-12, weight_decay=0, momentum=0, min_confidence=0, schedule_epochs=1, workers=0)
-LEAST |= dict(warmup_epochs=0, trunk_lr=0, ema=0, folds=0, weight_power=0, calibration_fraction=0)
-MOST = dict(momentum=1, min_confidence=1, ema=0.99999, calibration_fraction=0.5)
+MACHINE = ("device", "precision", "workers", "compile", "deterministic", "feature_cache", "cache")
+# A resumed run keeps all others: they decide shapes, the rows, or what the optimiser and the schedule hold.
+RESUMABLE = {*SCHEDULE_FLAGS, *MACHINE, *"resume epochs patience folds data missing duplicates".split()}
 # Two runs that differ in these alone are one experiment.
-WHERE = "seed name resume runs cache workers device precision compile deterministic data".split()
-WHERE += ["feature_cache"]
+WHERE = [*MACHINE, "seed", "name", "resume", "runs", "data"]
+LEAST = dict(size=16, batch=1, epochs=1, patience=1, freeze_epochs=0, views=0, seed=0, split_seed=0, lr=1e-12)
+LEAST |= dict(max_lr=1e-12, weight_decay=0, momentum=0, schedule_epochs=1, workers=0)
+LEAST |= dict(warmup_epochs=0, trunk_lr=0, ema=0, folds=0, weight_power=0, calibration_fraction=0, gamma=1e-6)
+MOST = dict(momentum=1, ema=0.99999, calibration_fraction=0.5, gamma=0.999999)
 
 
 def add_machine_flags(parser, precision="auto"):
@@ -79,7 +75,6 @@ def get_args_parser(dataset="odir", description=None):
     add("--split-seed", type=int, default=42, help="seed of the split (write-up)")
     add("--shuffle-labels", action="store_true", help="control: the training patients' labels, shuffled")
     add("--pseudo-labels", metavar="FILE", help="retina: spread_labels.py's CSV joins the training part")
-    add("--min-confidence", type=float, default=0.0, help="least confidence of a pseudo-label")
 
     add = parser.add_argument_group("pictures").add_argument
     text = "fov: the eye alone (write-up); none: scaled; centre: shorter side, then crop; crop: of knees"
@@ -146,40 +141,26 @@ def get_args_parser(dataset="odir", description=None):
     return parser
 
 
-def read_flags(argv, stored=None, description=None):
-    """Flags as given, over the stored ones of a resumed run, over the data set's published defaults."""
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--dataset", default="odir")
-    name = first.parse_known_args(argv)[0].dataset
-    parser = get_args_parser(name if name in PUBLISHED else "odir", description)
-    parser.set_defaults(**(stored or {}))
-    return parser.parse_args(argv)
-
-
 def parse(argv):
     """The arguments of a new run, complete and checked."""
     return get_args(argv)[0]
 
 
 def get_args(argv=None, description=None):
-    """-> (args, what last.pt holds or None)."""
-    args, state = read_flags(argv, description=description), None
-    if args.resume:
+    """-> (args, what last.pt holds or None): what is typed, over a resumed run's flags, over the study's."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--dataset", default="odir")
+    first.add_argument("--resume")
+    asked, state = first.parse_known_args(argv)[0], None
+    parser = get_args_parser(asked.dataset if asked.dataset in PUBLISHED else "odir", description)
+    if asked.resume:
         import checkpoint  # here, because it imports torch
 
-        state = checkpoint.load_last(args.resume)
-        stored = state["args"]
-        args = read_flags(argv, stored)
-        refused = [name for name in FIXED if getattr(args, name) != stored[name]]
-        if refused:
-            kept = ", ".join(f"--{name.replace('_', '-')} {stored[name]}" for name in refused)
-            raise InputError(f"a resumed run keeps its {kept}: start a new run to change it")
-        shaping = SCHEDULE_FLAGS
-        if args.scheduler == "cosine":  # which falls to zero at the last epoch
-            shaping += ("epochs",)
-        for name in shaping:
-            if getattr(args, name) != stored[name]:  # told in run.json, and by the report
-                state["changes"].append(f"{name} was {stored[name]} for {state['epoch']} epochs")
+        state = checkpoint.load_last(asked.resume)
+        parser.set_defaults(**state["args"])
+    args = parser.parse_args(argv)
+    if state:
+        compare_with_stored(args, state)
     check_args(args)
     # What depends on other flags gets its value here, so that run.json says what was used.
     for name, value in (SCHEDULES[args.scheduler] | OPTIMIZERS[args.optimizer]).items():
@@ -193,6 +174,20 @@ def get_args(argv=None, description=None):
         published = args.trunk == "resnet50" and args.model != "efficientnet-lite0"
         args.bn = "fitted" if published else "pretrained"
     return args, state
+
+
+def compare_with_stored(args, state):
+    """Refuse what a resumed run keeps; what changes its schedule is told in run.json, and by the report."""
+    stored = state["args"]
+    changed = [name for name in vars(args) if getattr(args, name) != stored[name]]
+    refused = [name for name in changed if name not in RESUMABLE]
+    if refused:
+        kept = ", ".join(f"--{name.replace('_', '-')} {stored[name]}" for name in refused)
+        raise InputError(f"a resumed run keeps its {kept}: start a new run to change it")
+    for name in changed:
+        # The cosine schedule falls to zero at the last epoch.
+        if name in SCHEDULE_FLAGS or name == "epochs" and args.scheduler == "cosine":
+            state["changes"].append(f"{name} was {stored[name]} for {state['epoch']} epochs")
 
 
 def check_args(args):
@@ -216,8 +211,6 @@ def check_pictures(args):
         raise InputError(f"--labels {' '.join(args.labels)}: a label is named twice")
     if args.pseudo_labels and name != "retina":
         raise InputError("--pseudo-labels belongs to --dataset retina")
-    if args.min_confidence and not args.pseudo_labels:
-        raise InputError("--min-confidence needs --pseudo-labels")
     if args.crop and (args.augment == "none" or knees or not 16 <= args.crop <= args.size):
         raise InputError(f"--crop {args.crop} needs --augment and a --size ({args.size}) that it fits into")
     recipes = RECIPES.get(name, ("eyes", "lab"))
@@ -227,7 +220,7 @@ def check_pictures(args):
         raise InputError("--views needs --augment: without it every epoch sees the same pictures")
     if args.preprocess not in (("crop", "none") if knees else ("fov", "none", "centre")):
         raise InputError(f"--preprocess {args.preprocess}: mrnet takes crop or none, photographs the others")
-    if knees and not 64 <= args.size <= (256 if args.preprocess == "crop" else math.inf):
+    if knees and not 64 <= args.size <= (256 if args.preprocess == "crop" else 4096):
         raise InputError(f"--size {args.size}: expected 64 (for AlexNet) to 256 (MRNet's slices)")
 
 
@@ -240,12 +233,10 @@ def check_network(args):
         raise InputError(f"--trunk belongs to --model v0, v1, v2: give --model {args.trunk}")
     if not args.fine_tune and (args.freeze_epochs or args.trunk_lr != 1):
         raise InputError("--freeze-epochs, --trunk-lr: without --fine-tune the trunk does not learn")
-    if args.folds and (args.fine_tune or args.bn == "batch" or not args.feature_cache or name != "odir"):
-        raise InputError("--folds needs kept features of eye pairs; else use --calibration-fraction")
-    if args.calibration_fraction and args.folds:
-        raise InputError("--calibration-fraction and --folds are two ways to learn thresholds: choose one")
-    if args.folds == 1:
-        raise InputError("--folds 1: expected 2 or more, or 0 for none")
+    kept = name == "odir" and args.feature_cache and not args.fine_tune and args.bn != "batch"
+    if args.folds and (args.folds == 1 or not kept or args.calibration_fraction):
+        rule = "2 or more, with kept features of eye pairs; else use --calibration-fraction alone"
+        raise InputError(f"--folds {args.folds}: expected {rule}")
 
 
 def check_optimisation(args):
@@ -254,20 +245,16 @@ def check_optimisation(args):
         if getattr(args, name) is not None and name not in theirs:
             chosen = f"--scheduler {args.scheduler} with --optimizer {args.optimizer}"
             raise InputError(f"--{name.replace('_', '-')}: {chosen} has none")
-    if args.gamma is not None and not 0 < args.gamma < 1:
-        raise InputError(f"--gamma {args.gamma}: expected a factor between 0 and 1")
     if args.scheduler == "cyclic":
         high = args.max_lr or SCHEDULES["cyclic"]["max_lr"]
         if args.lr >= high:
             raise InputError(f"--lr {args.lr} is cyclic's lower end: expected less than --max-lr {high}")
         if args.trunk_lr != 1:
             raise InputError("--trunk-lr: --scheduler cyclic sets one rate for the whole network")
-        if args.optimizer != "sgd":
-            raise InputError("--scheduler cyclic cycles sgd's momentum too: give --optimizer sgd")
     if args.warmup_epochs is not None and args.warmup_epochs > args.epochs:
         raise InputError(f"--warmup-epochs {args.warmup_epochs:g}: expected --epochs {args.epochs} or less")
     one_class = args.dataset not in ("odir", "mrnet")
-    if (args.folds or args.calibration_fraction) and one_class:
+    if args.calibration_fraction and one_class:
         raise InputError(f"{args.dataset} has one class a picture: there are no thresholds to learn")
     if args.sampler == "weighted" and not one_class:
         raise InputError(f"--sampler weighted needs one class a picture; for {args.dataset} use balanced")
@@ -279,11 +266,10 @@ def check_optimisation(args):
         raise InputError("--weight-power needs --weighted-loss")
 
 
-def experiments(script=None):
+def experiments():
     """{name: its flags as parsed} of every line `run NAME FLAGS` of run_all.sh."""
-    script = Path(script or Path(__file__).with_name("run_all.sh"))
     values, found = {"prefix": ""}, {}
-    for line in script.read_text().splitlines():
+    for line in Path(__file__).with_name("run_all.sh").read_text().splitlines():
         line = string.Template(line).safe_substitute(values)
         setting = re.fullmatch(r'(\w+)="([^"]*)"', line)
         if setting:

@@ -1,6 +1,6 @@
 """A run's folder and its files: written whole or not at all, read back only when they are whole.
 
-best.pt   complete in itself: weights, arguments, labels, split, targets; test.py needs nothing else
+best.pt   complete in itself: weights, arguments, labels, rows of each part; test.py needs nothing else
 last.pt   what the next epoch needs: weights, optimiser, schedule, scaler, averaged weights, history, patience
 run.json  how the run was made and what came out of it
 """
@@ -22,8 +22,8 @@ import torch
 from cache import digest, file_stamps, replace_file
 from errors import InputError, reading
 
-FORMAT = 3
-REQUIRED = {"best": set("args model labels task family ordered split targets data prior epoch loss".split())}
+FORMAT = 4
+REQUIRED = {"best": set("args model labels task family ordered rows seen data prior epoch loss".split())}
 REQUIRED["best"] |= {"scores", "thresholds"}
 REQUIRED["last"] = set("args model trunk ema buffers optimizer scheduler scaler digest changes".split())
 REQUIRED["last"] |= {"epoch", "history", "best", "stale", "seconds"}

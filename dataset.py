@@ -4,10 +4,11 @@ data = dataset.load(args)                 # args as train.py has them
 images, target = data.train.dataset()[0]  # eye pairs: (2, 3, S, S) in 0..1, and 0/1 per label
 """
 
-import json
 import subprocess
 import sys
+from collections import ChainMap
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from PIL import Image
 import tables
 from augment import draw
 from cache import digest
-from checkpoint import load_checkpoint, load_file
+from checkpoint import load_file
 from decode import Pictures
 from engine import local_rank, together
 from errors import InputError, reading
@@ -166,6 +167,28 @@ class Part:
     def patients(self):
         return self.table["patient"].to_numpy()
 
+    def contents(self):
+        """Yields of each row, for each file: [digest of bytes, of pixels], or [of a plane's middle slice]."""
+        if self.pictures is not None:
+            for places in self.pictures.rows:
+                yield [self.pictures.contents[place] for place in places]
+        else:
+            for files in self.table["files"]:
+                volumes = [read_volume(file) for file in files]
+                yield [[digest(volume[len(volume) // 2], volume.shape)] for volume in volumes]
+
+    def rows(self):
+        """{ID: (target as text, digest of its files' bytes)}: what each row is, for comparisons."""
+        rows = {}
+        for name, target, files in zip(self.ids(), self.targets.tolist(), self.contents(), strict=True):
+            rows[name] = str(target), digest([first for first, *_ in files])
+        return rows
+
+    def trained_on(self, seen):
+        """IDs of the rows of which a picture is among `seen`: the same bytes, or the same decoded pixels."""
+        rows = zip(self.ids(), self.contents(), strict=True)
+        return [name for name, files in rows if not seen.isdisjoint(chain(*files))]
+
     def subset(self, rows):
         """The part with these rows (numbers) alone."""
         pictures = self.pictures and self.pictures.chosen(self.pictures.rows[rows])
@@ -194,23 +217,18 @@ class Part:
 
 @dataclass
 class Data:
-    """The parts of a run that were asked for, and what is known of all its parts."""
+    """What a run trains and validates on, and what is known of all its parts."""
 
-    parts: dict  # name -> Part
+    train: Part
+    val: Part
     labels: list
     task: str  # multilabel, multiclass
     family: str  # of its scores
     ordered: bool  # whether the classes are grades
     facts: dict  # for run.json
-    frames: dict  # name -> table of every part, opened or not
-
-    @property
-    def train(self):
-        return self.parts["train"]
-
-    @property
-    def val(self):
-        return self.parts["val"]
+    rows: dict  # name of every part, opened or not -> {ID: (target, digest of its pictures or "")}
+    seen: set  # digests of what the network saw in training
+    calibration: Part | None = None  # of --calibration-fraction
 
     def prior(self):
         """Share of the training rows that carry each label."""
@@ -241,8 +259,8 @@ def open_part(table, targets, args, size, missing):
         raise InputError(nothing)
     if args.dataset == "mrnet":
         pictures = None
-        faults = {file: volume_fault(file) for row in table["files"] for file in row}
-        faults = {file: fault for file, fault in faults.items() if fault}
+        files = list(chain(*table["files"]))
+        faults = {file: fault for file in files if (fault := volume_fault(file))}
     else:
         pictures = decode_files(table["files"], args, size)
         faults = pictures.failed
@@ -250,8 +268,7 @@ def open_part(table, targets, args, size, missing):
     with together():  # a file may be damaged on one machine alone
         if faults and missing == "stop":
             shown = "; ".join(list(faults.values())[:3])
-            advice = "Replace them, or leave these rows out with --missing drop"
-            raise InputError(f"{len(faults)} file(s) cannot be read, the first: {shown}. {advice}")
+            raise InputError(f"{len(faults)} file(s) cannot be read: {shown}. Mend them, or --missing drop")
     if not good.any():
         raise InputError(nothing)
     part = Part(table, pictures, targets, len(table), size, args.preprocess)
@@ -288,8 +305,7 @@ def load(args):
         labels, notes = table.labels, table.notes
         frames = split(args.dataset, table.frame, args.val_fraction, args.test_fraction, args.split_seed)
         if args.pseudo_labels:
-            chosen = args.pseudo_labels, args.min_confidence
-            frames["train"], added = tables.add_pseudo_labels(frames, labels, root, *chosen)
+            frames["train"], added = tables.add_pseudo_labels(frames, labels, root, args.pseudo_labels)
             notes.append(f"{added} pseudo-labelled picture(s) join the training part")
         if args.calibration_fraction:
             frames["train"], frames["calibration"] = set_aside(frames["train"], args)
@@ -304,80 +320,50 @@ def load(args):
         part.expected = expected[name]
         parts[name], frames[name], unreadable = part, part.table, unreadable + bad
     repaired = {file for part in parts.values() if part.pictures for file in part.pictures.repaired}
+    rows = {name: part.rows() for name, part in parts.items()}
+    closed = zip(frames["test"]["ID"], targets_of(frames["test"], labels).tolist(), strict=True)
+    rows["test"] = {str(name): (str(target), "") for name, target in closed}
+    train, val = parts["train"], parts["val"]
+    seen = seen_in_training(train, args)
     facts = dict(root=str(root), rendered=tables.is_rendered(root), notes=notes, left_out=left_out)
-    facts |= dict(unreadable=unreadable, repaired=sorted(repaired), digest=data_digest(frames, labels))
-    facts["pictures"] = {name: row_digests(part) for name, part in parts.items()}
-    facts["digest"] = digest(facts["digest"], facts["pictures"])
-    with together():  # the file of --weights may be damaged on one machine alone
-        facts["contents"] = seen_contents(parts["train"], args)
-    facts["duplicates"] = count_duplicates(parts["train"], parts["val"], facts["contents"], args)
+    facts |= dict(unreadable=unreadable, repaired=sorted(repaired), digest=digest(rows))
+    facts["duplicates"] = count_duplicates(train, val, seen, args)
     facts["parts"] = {name: len(frame) for name, frame in frames.items()}
     facts["patients"] = {name: frame["patient"].nunique() for name, frame in frames.items()}
     if args.shuffle_labels:
-        order = np.random.default_rng(args.seed).permutation(len(parts["train"]))
-        parts["train"].targets = parts["train"].targets[order]
-    about = DATASETS[args.dataset]
-    return Data(parts, labels, about["task"], about["family"], table.ordered, facts, frames)
+        train.targets = train.targets[np.random.default_rng(args.seed).permutation(len(train))]
+    task, family = DATASETS[args.dataset]["task"], DATASETS[args.dataset]["family"]
+    return Data(train, val, labels, task, family, table.ordered, facts, rows, seen, parts.get("calibration"))
 
 
-def seen_contents(train, args):
-    """What the network saw in training, by digest: the training part, and what a file of --weights saw."""
-    seen = set().union(*row_contents(train, train.pictures))
-    if Path(args.weights).is_file():
-        state = load_file(args.weights)
-        if isinstance(state, dict) and state.get("kind") == "best":  # else a trunk's own state_dict
-            seen.update(load_checkpoint(args.weights)["data"]["contents"])
-    return sorted(seen)
+def seen_in_training(train, args):
+    """Digests of the training pictures, and of those that a best.pt of --weights was trained on."""
+    seen = set()
+    for files in train.contents():
+        seen.update(*files)
+    with together():  # the file of --weights may be damaged on one machine alone
+        if Path(args.weights).is_file():
+            state = load_file(args.weights)
+            if isinstance(state, dict):  # a best.pt, or a trunk's own state_dict
+                seen.update(state.get("seen", []))
+    return seen
 
 
 def count_duplicates(train, val, seen, args):
-    """Validation rows of which a picture is in training too: the same bytes, or the same decoded pixels.
-
-    Raises InputError where there are some, unless --duplicates keep was given.
-    """
-    pictures = val.pictures
-    if pictures is not None and val.size != train.size:  # pixels are compared at one size
-        pictures = decode_files(val.table["files"], args, train.size)
-    contents, known = row_contents(val, pictures), set(seen)
-    found = [name for name, held in zip(val.ids(), contents, strict=True) if not known.isdisjoint(held)]
+    """Validation rows of which a picture was trained on; InputError where there are some, unless allowed."""
+    if val.pictures is not None and val.size != train.size:  # pixels are compared at one size
+        val = replace(val, pictures=decode_files(val.table["files"], args, train.size))
+    found = val.trained_on(seen)
     if found and args.duplicates == "stop":
-        problem = f"{len(found)} validation row(s) hold a picture that is in training too"
-        advice = "Remove one of each, or go on with --duplicates keep, which outputs say"
-        raise InputError(f"{problem}, first {', '.join(found[:5])}: scores say too much. {advice}")
+        problem = f"{len(found)} validation row(s) hold a picture that is in training too: "
+        raise InputError(f"{problem}{', '.join(found[:5])}. Remove one of each, or give --duplicates keep")
     return len(found)
-
-
-def row_contents(part, pictures):
-    """Of each row a set of what its pictures hold, by digest; of a knee by each plane's middle slice."""
-    if pictures is not None:
-        return [{one for place in row for one in pictures.contents[place]} for row in pictures.rows]
-    found = []
-    for files in part.table["files"]:
-        volumes = [read_volume(file) for file in files]
-        found.append({digest(volume[len(volume) // 2], volume.shape) for volume in volumes})
-    return found
-
-
-def row_digests(part):
-    """Of each row the digest of its files, by their bytes; of a knee by each plane's middle slice."""
-    if part.pictures is None:
-        return [digest(sorted(held)) for held in row_contents(part, None)]
-    contents = part.pictures.contents  # of a file: [digest of its bytes, digest of its pixels]
-    return [digest([contents[place][0] for place in row]) for row in part.pictures.rows]
-
-
-def data_digest(frames, labels):
-    """Digest of who is in which part with which targets: a resumed run compares it."""
-    pieces = []
-    for name, frame in frames.items():
-        pieces.append([name, [str(i) for i in frame["ID"]], targets_of(frame, labels).tolist()])
-    return digest(json.dumps(pieces))
 
 
 def load_part(args, saved, split, root=None, missing="stop"):
     """The rows of a checkpoint's part in their order, opened -> (Part, facts). `all`: every row of the data.
 
-    facts: root, rendered, notes, own (whether these are the rows and labels that the run had), left_out.
+    facts: root, rendered, notes, own (rows, labels and pictures are the run's), digest, duplicates, left_out.
     Raises InputError where rows or labels are not the run's, unless `root` names another data set.
     """
     home, root = saved["data"]["root"], root or saved["data"]["root"]
@@ -387,34 +373,28 @@ def load_part(args, saved, split, root=None, missing="stop"):
         trained = f"this network was trained on {', '.join(saved['labels'])}"
         raise InputError(f"{root} has the classes {', '.join(table.labels)}; {trained}")
     frame, expected = choose_rows(table.frame, saved, split, other, missing)
-    stored = {}  # ID -> target of every row that the run had
-    for name, ids in saved["split"].items():
-        stored.update(zip(ids, saved["targets"][name].tolist(), strict=True))
-    now = dict(zip(frame["ID"].astype(str), targets_of(frame, table.labels).tolist(), strict=True))
-    changed = [i for i, target in now.items() if stored.get(i, target) != target]
+    known = ChainMap(*saved["rows"].values())  # ID -> (target, digest of its pictures)
+    now = zip(frame["ID"].astype(str), targets_of(frame, table.labels).tolist(), strict=True)
+    changed = [name for name, target in now if name in known and known[name][0] != str(target)]
     if changed and not other:
         first = f"{', '.join(changed[:5])}. Restore them, or name another data set with --data"
         raise InputError(f"{len(changed)} row(s) of {root} have other labels than in training: {first}")
-    own = not other or not changed and now.keys() <= stored.keys()
-    if other:
-        same = "the rows and labels are the run's" if own else "these are other rows or labels than the run's"
-        table.notes.append(f"--data names another folder than the run's; {same}")
     frame = drop_missing({split: frame}, missing)[0][split]
     part, _ = open_part(frame, targets_of(frame, table.labels), args, eval_size(args), missing)
-    part.expected = expected
-    drawn = {}  # ID -> digest of the pictures that the run had
-    for name, digests in saved["data"]["pictures"].items():
-        drawn.update(zip(saved["split"][name], digests, strict=True))
-    found = zip(part.ids(), row_digests(part), strict=True)
-    replaced = sum(drawn.get(i, one) != one for i, one in found)
+    part.expected, rows = expected, part.rows()
+    shared = [name for name in rows if name in known and known[name][1]]  # test pictures were never opened
+    replaced = sum(known[name][1] != rows[name][1] for name in shared)
+    own, notes = not replaced, table.notes
+    if other:  # fewer rows from another folder are no test of the run's own part
+        same = not changed and len(part) == expected and rows.keys() <= known.keys()
+        own = own and same
+        words = "the rows and labels are the run's" if same else "other rows or labels than the run's"
+        notes.append(f"--data names another folder than the run's; {words}")
     if replaced:
-        table.notes.append(f"{replaced} row(s) have other pictures than in training")
-    # Fewer rows from another folder are no test of the run's own part.
-    own = own and not replaced and not (other and len(part) < expected)
-    seen = set(saved["data"]["contents"])
-    duplicates = sum(not seen.isdisjoint(held) for held in row_contents(part, part.pictures))
-    facts = {"root": str(root), "rendered": tables.is_rendered(root), "notes": table.notes, "own": own}
-    facts["duplicates"] = duplicates
+        notes.append(f"{replaced} row(s) have other pictures than in training")
+    facts = {"root": str(root), "rendered": tables.is_rendered(root), "notes": notes, "own": own}
+    facts["digest"] = saved["data"]["digest"] if own else digest({split: rows})
+    facts["duplicates"] = len(part.trained_on(set(saved["seen"])))
     return part, {**facts, "left_out": expected - len(part)}
 
 
@@ -422,11 +402,9 @@ def choose_rows(frame, saved, split, other, missing):
     """(rows of the asked part in the order the run had them, how many it should have)."""
     if split == "all":
         return frame, len(frame)
-    wanted = saved["split"].get(split)
+    wanted = saved["rows"].get(split)
     if not wanted:
-        raise InputError(
-            f"this run has no {split} part: train with --test-fraction, or use --split val or all"
-        )
+        raise InputError(f"this run has no {split} part: use --split val, or train with --test-fraction")
     by_id = frame.set_index(frame["ID"].astype(str))
     there = [i for i in wanted if i in by_id.index]
     if len(there) < len(wanted) and (missing == "stop" or not there):

@@ -102,8 +102,7 @@ class RunRecords:
         self.written = {}  # name -> (when it was written, how long that took)
         self.best_digest = None  # of state["best"], once best.pt holds it
         remove_leftovers(folder)
-        self.split = {part: [str(i) for i in frame["ID"]] for part, frame in data.frames.items()}
-        rows = [(i, part) for part, ids in self.split.items() for i in ids]
+        rows = [(name, part) for part, names in data.rows.items() for name in names]
         table = pd.DataFrame(rows, columns=["ID", "part"])
         replace_file(folder / "split.csv", functools.partial(table.to_csv, index=False), "w")
         if data.facts["repaired"]:
@@ -118,7 +117,6 @@ class RunRecords:
         about |= {"weights": {"given": args.weights, "trunk": learner.features.digest}}
         about |= {"trunk_name": learner.model.trunk_name, "shuffled_labels": args.shuffle_labels}
         about |= {"data": {**data.facts, "repaired": len(data.facts["repaired"])}}
-        del about["data"]["contents"], about["data"]["pictures"]  # best.pt has these
         about |= {"started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")}
         self.about = about  # what run.json says of how the run was made
         checkpoint.save_json(folder / "run.json", {**about, "status": "running"})
@@ -151,12 +149,8 @@ class RunRecords:
         """best.pt: the network as it was in the kept epoch, and all else that test.py needs."""
         best, data, facts = self.state["best"], self.data, self.data.facts
         weights = {**checkpoint.cpu_state(self.learner.model), **best["weights"]}
-        targets = {part: tables.targets_of(frame, data.labels) for part, frame in data.frames.items()}
-        targets = {part: torch.from_numpy(array) for part, array in targets.items()}
-        origin = {
-            name: facts[name]
-            for name in ("rendered", "digest", "parts", "patients", "duplicates", "contents", "pictures")
-        }
+        told = ("rendered", "digest", "parts", "patients", "duplicates")
+        origin = {name: facts[name] for name in told}
         origin["root"] = str(Path(facts["root"]).resolve())
         found = {name: best[name] for name in ("epoch", "loss", "scores", "thresholds")}
         about = {
@@ -165,7 +159,7 @@ class RunRecords:
             **found,
             **self.task,
         }
-        about |= {"prior": data.prior(), "split": self.split, "targets": targets, "data": origin}
+        about |= {"prior": data.prior(), "rows": data.rows, "seen": sorted(data.seen), "data": origin}
         self.save("best", model=weights, **about)
         self.best_digest = about["digest"]
 

@@ -23,8 +23,7 @@ def read_sheet(path, columns=(), header=0, dtype=None):
             with warnings.catch_warnings():
                 warnings.simplefilter("error", pd.errors.ParserWarning)  # a row with more fields than names
                 # Blank lines are kept, so that row numbers stay those of the file.
-                rules = {"skip_blank_lines": False, "index_col": False}
-                sheet = pd.read_csv(path, header=header, dtype=dtype, **rules)
+                sheet = pd.read_csv(path, header=header, dtype=dtype, skip_blank_lines=False, index_col=False)
     filled = np.flatnonzero(sheet.notna().any(axis=1))
     if not len(filled):
         raise InputError(f"{path} holds no row")

@@ -71,7 +71,7 @@ def agreement(outputs, targets, settings):
 def training_rows(net, root):
     """The labelled rows that the run trained on, never one of its validation or test part.
     Pseudo-labelled pictures among the run's training IDs are in no table, and so are left out."""
-    frame, split = tables.read("retina", root, net.labels).frame, net.saved["split"]
+    frame, split = tables.read("retina", root, net.labels).frame, net.saved["rows"]
     wanted = set(split["train"]) - set(split["val"]) - set(split["test"])
     frame = frame[frame["ID"].astype(str).isin(wanted)].reset_index(drop=True)
     if frame.empty or len(frame) < len(wanted) and not net.args.pseudo_labels:
@@ -82,7 +82,7 @@ def training_rows(net, root):
 
 def unlabelled_rows(net, root):
     """The pictures in test/, without those that train.py would refuse: labelled, or of a held-out patient."""
-    folder, split = Path(root) / "test", net.saved["split"]
+    folder, split = Path(root) / "test", net.saved["rows"]
     labelled = tables.plain_names(tables.read("retina", root, net.labels).frame["ID"])
     files = tables.unlabelled_pictures(root)
     names = [Path(file).name for file in files]

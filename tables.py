@@ -232,9 +232,6 @@ def read_retina(root, labels):
 
 def read_mrnet(root, labels):
     """{train,valid}-<label>.csv without header (id, label) and {train,valid}/<plane>/<four digits>.npy."""
-    unknown = [label for label in labels if label not in MRNET_LABELS]
-    if unknown:
-        raise InputError(f"--labels: mrnet has {', '.join(MRNET_LABELS)}, not {', '.join(unknown)}")
     frames = []
     for source, part in (("train", "train"), ("valid", "val")):
         columns = {}
@@ -266,23 +263,20 @@ def unlabelled_pictures(root):
     return sorted(str(file) for file in (Path(root) / "test").glob("*") if file.suffix.lower() in SUFFIXES)
 
 
-def add_pseudo_labels(parts, labels, root, path, min_confidence):
-    """parts["train"] with the pictures of pseudo_labels.csv (filename, label, confidence) -> (frame, number).
+def add_pseudo_labels(parts, labels, root, path):
+    """parts["train"] with the pictures of pseudo_labels.csv (filename, label) -> (frame, number).
 
     No picture of `parts` may come back, nor another one of a patient who is in validation or test.
     """
-    sheet = read_sheet(path, ["filename", "label", "confidence"], dtype={"filename": str, "label": str})
+    sheet = read_sheet(path, ["filename", "label"], dtype={"filename": str, "label": str})
     names = check_names(path, sheet["filename"], "filename")
     check_rows(path, ~sheet["label"].isin(labels), f"label that is not one of {labels}", sheet["label"])
-    confidence = pd.to_numeric(sheet["confidence"], errors="coerce")
-    check_rows(path, ~confidence.between(0, 1), "confidence outside 0 to 1", sheet["confidence"])
     more = picture_frame(path, names, Path(root) / "test", sheet["label"].map(labels.index), "train")
     labelled = [name for frame in parts.values() for name in plain_names(frame["ID"])]
     known = pd.Series(plain_names(names), names.index).isin(labelled)
     check_rows(path, known, "a picture that is labelled already", names)
     held_out = [*parts["val"]["patient"], *parts["test"]["patient"]]
     check_rows(path, more["patient"].isin(held_out), "a patient of validation or test", names)
-    more = more[confidence >= min_confidence]
     return pd.concat([parts["train"], more], ignore_index=True), len(more)
 
 
@@ -297,14 +291,13 @@ def given_rows(name, given):
     """Paths from a command line, as GIVEN says -> (frame with ID and files, whether they are many)."""
     wanted = GIVEN.get(name, "single photographs: pictures, a folder of pictures, or a CSV")
     paths, shown = [Path(path) for path in given], " ".join(map(str, given))
-    first, several = paths[0], len(paths) > 1
-    ident = first.stem.removesuffix("_left")
-    if not several and first.suffix.lower() in (".csv", ".xlsx"):
-        return rows_of_table(name, first), True
-    if not several and name == "mrnet" and (first / "axial.npy").exists():
-        ident, paths = first.resolve().name, [first / f"{plane}.npy" for plane in PLANES]
-    elif not several and first.is_dir():
-        rows = sorted(rows_of_folder(name, first))
+    ident = paths[0].stem.removesuffix("_left")
+    if name == "mrnet" and len(paths) == 1 and (paths[0] / "axial.npy").exists():
+        ident, paths = paths[0].resolve().name, [paths[0] / f"{plane}.npy" for plane in PLANES]
+    if len(paths) == 1 and paths[0].suffix.lower() in (".csv", ".xlsx"):
+        return rows_of_table(name, paths[0]), True
+    if len(paths) == 1 and paths[0].is_dir():
+        rows = sorted(rows_of_folder(name, paths[0]))
         if not rows:
             raise InputError(f"{shown} holds nothing to predict. This network takes {wanted}")
         return pd.DataFrame(rows, columns=["ID", "files"]), True
@@ -315,10 +308,10 @@ def given_rows(name, given):
         raise InputError(f"{shown}: by their names a right eye, then a left one. Give LEFT RIGHT")
     if name in GIVEN:
         return pd.DataFrame({"ID": [ident], "files": [tuple(map(str, paths))]}), False
-    frame = pd.DataFrame({"ID": [path.name for path in paths], "files": [(str(path),) for path in paths]})
-    if not frame["ID"].is_unique:
-        frame["ID"] = list(map(str, paths))
-    return frame, several
+    names = [path.name for path in paths]
+    if len(set(names)) < len(names):
+        names = list(map(str, paths))
+    return pd.DataFrame({"ID": names, "files": [(str(path),) for path in paths]}), len(paths) > 1
 
 
 def swapped(pair):
@@ -355,8 +348,7 @@ def rows_of_table(name, path):
         wanted = ["LEFT", "RIGHT"]
     check_columns(path, sheet, wanted)
     columns = [check_names(path, sheet[column], column, unique=False, inside=False) for column in wanted]
-    ids = check_names(path, sheet["ID"], "ID", inside=False) if "ID" in sheet.columns else columns[0]
-    check_rows(path, ids.duplicated(), "doubled ID", ids)
+    ids = check_names(path, sheet["ID"] if "ID" in sheet.columns else columns[0], "ID", inside=False)
     frame = pd.DataFrame({"ID": ids, "files": list(zip(*columns, strict=True))})
     if name == "odir":
         wrong = frame["files"].map(swapped)

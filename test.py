@@ -203,13 +203,9 @@ def main(argv=None):
     print(f"{about}, {patients} patients{left}; {net.args.model} on {net.device} in {net.precision}")
 
     # Scores
-    data_digest = net.saved["data"]["digest"]
-    if not facts["own"]:
-        data_digest = dataset.data_digest({args.split: part.table}, net.labels)
     result = {"checkpoint": {"digest": net.digest, "epoch": net.saved["epoch"], "loss": net.saved["loss"]}}
     result["networks"] = [{"path": str(one.path), "digest": one.digest} for one in net.members]
-    result["data"] = {"root": facts["root"], "rendered": rendered, "own": facts["own"]}
-    result["data"]["digest"] = data_digest
+    result["data"] = {name: facts[name] for name in ("root", "own", "digest")} | {"rendered": rendered}
     result |= {"split": args.split, "threshold": args.threshold, "tta": args.tta, "rows": len(part)}
     result |= {"expected_rows": part.expected, "patients": patients, "duplicates": duplicates}
     result["resamples"] = args.resamples

@@ -91,9 +91,9 @@ def main(argv=None):
                 best = {"epoch": epoch, "loss": val_loss, "scores": scores, "thresholds": None}
                 best |= {"probs": torch.from_numpy(probs), "weights": learner.kept_weights()}
                 if args.calibration_fraction:
-                    part = data.parts["calibration"]
-                    _, seen = look(part, val_criterion, precision, device)
-                    best["thresholds"] = metrics.learned_thresholds(part.targets, seen).tolist()
+                    _, answers = look(data.calibration, val_criterion, precision, device)
+                    learned = metrics.learned_thresholds(data.calibration.targets, answers)
+                    best["thresholds"] = learned.tolist()
                 state["best"] = best
             state["epoch"], state["seconds"] = epoch + 1, time.perf_counter() - before
             with engine.together():

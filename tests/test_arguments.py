@@ -11,6 +11,7 @@ import pytest
 from conftest import ROOT
 
 import arguments
+import checkpoint
 from errors import InputError
 
 PARSERS = {name: arguments.get_args_parser(name) for name in arguments.PUBLISHED}
@@ -104,7 +105,6 @@ RULES = {
     "--size 1000000": "--size 1000000: one picture takes 3e+03 GB; expected 4096 or less",
     "--labels N N": "a label is named twice",
     "--pseudo-labels x.csv": "--pseudo-labels belongs to --dataset retina",
-    "--min-confidence 0.5": "--min-confidence needs --pseudo-labels",
     "--crop 196": "--crop 196 needs --augment",
     "--augment pair --crop 300": "a --size (224) that it fits into",
     "--dataset mrnet --crop 200": "--crop 200 needs",
@@ -122,19 +122,18 @@ RULES = {
     "--dataset aptos --trunk resnet18": "give --model resnet18",
     "--freeze-epochs 2": "--freeze-epochs, --trunk-lr: without --fine-tune",
     "--trunk-lr 0.1": "--freeze-epochs, --trunk-lr: without --fine-tune",
-    "--folds 5 --fine-tune": "--folds needs kept features",
-    "--folds 5 --bn batch": "--folds needs kept features",
-    "--folds 5 --no-feature-cache": "--folds needs kept features",
-    "--dataset mrnet --no-fine-tune --folds 5": "--folds needs kept features",
-    "--folds 5 --calibration-fraction 0.1": "two ways to learn thresholds: choose one",
+    "--folds 5 --fine-tune": "with kept features of eye pairs",
+    "--folds 5 --bn batch": "with kept features of eye pairs",
+    "--folds 5 --no-feature-cache": "with kept features of eye pairs",
+    "--dataset mrnet --no-fine-tune --folds 5": "with kept features of eye pairs",
+    "--folds 5 --calibration-fraction 0.1": "else use --calibration-fraction alone",
     "--folds 1": "--folds 1: expected 2 or more",
     "--dataset aptos --calibration-fraction 0.1": "there are no thresholds to learn",
     "--schedule-epochs 3 --scheduler none": "--schedule-epochs: --scheduler none with --optimizer sgd has none",
     "--gamma 0.5 --scheduler cyclic": "--gamma: --scheduler cyclic with",
-    "--gamma 1.5": "--gamma 1.5: expected a factor between 0 and 1",
+    "--gamma 1.5": "--gamma 1.5: expected 1e-06 to 0.999999",
     "--max-lr 0.2": "--max-lr: --scheduler linear with",
     "--scheduler cyclic --lr 0.5": "expected less than --max-lr 0.1",
-    "--scheduler cyclic --lr 0.01 --optimizer adam": "give --optimizer sgd",
     "--scheduler cyclic --lr 0.01 --fine-tune --trunk-lr 0.1": "sets one rate for the whole network",
     "--warmup-epochs 2": "--warmup-epochs: --scheduler linear with",
     "--warmup-epochs 9 --scheduler cosine --epochs 3": "expected --epochs 3 or less",
@@ -200,10 +199,13 @@ def test_the_defaults_are_experiment_three_and_the_other_studies(name):
     json.dumps(args)
 
 
-def test_what_is_typed_wins_over_what_is_stored_over_what_is_published():
+def test_what_is_typed_wins_over_what_is_stored_over_what_is_published(monkeypatch):
     stored = vars(arguments.parse(["--dataset", "aptos", "--lr", "0.2", "--batch", "4"]))
-    args = arguments.read_flags(["--batch", "5"], stored)
-    assert (args.dataset, args.lr, args.batch, args.epochs) == ("aptos", 0.2, 5, 50)
+    last = {"args": stored, "epoch": 3, "changes": []}
+    monkeypatch.setattr(checkpoint, "load_last", lambda folder: last)
+    args, state = arguments.get_args(["--resume", "runs/x", "--lr", "0.3"])
+    assert (args.dataset, args.lr, args.batch, args.epochs) == ("aptos", 0.3, 4, 50)
+    assert state["changes"] == ["lr was 0.2 for 3 epochs"]
 
 
 def test_the_experiments_are_the_lines_of_run_all():

@@ -897,7 +897,7 @@ def memory_cases(folder, rendered):
         prior=[0.2, 0.3, 0.5],
         ordered=False,
         data={"rendered": True},
-        **dict.fromkeys(("epoch", "loss", "scores", "split", "targets")),
+        **dict.fromkeys(("epoch", "loss", "scores", "rows", "seen")),
     )
     net, whole = predictor.load(folder / "best.pt", "cpu", "fp32", 0), np.asarray(eye())
     expected = net.predict(whole)

@@ -222,20 +222,6 @@ def test_a_hundred_thousand_rows(tmp_path):
     assert len(parts["val"]) == n // 5 and left_out == n and sum(map(len, kept.values())) == 0
 
 
-def test_digest_changes_with_rows_labels_and_parts(rendered):
-    table = tables.read("odir", rendered("odir"))
-    frame, labels = table.frame, table.labels
-    parts = split("odir", frame)
-    found = [
-        dataset.data_digest(parts, labels),
-        dataset.data_digest(split("odir", frame, seed=1), labels),
-        dataset.data_digest(split("odir", frame, test=0.2), labels),
-        dataset.data_digest({part: rows.assign(N=1 - rows["N"]) for part, rows in parts.items()}, labels),
-    ]
-    assert len(set(found)) == 4
-    assert dataset.data_digest(split("odir", frame), labels) == found[0]
-
-
 # ---------------------------------------------------------------- the data sets, as torch users expect them
 
 
@@ -403,29 +389,34 @@ def retina(rendered, tmp_path):
 def test_what_load_says_of_its_parts(retina):
     root, load = retina
     data = load("--test-fraction", 0.2)
-    sizes = {part: len(frame) for part, frame in data.frames.items()}
-    assert (
-        data.facts["parts"] == sizes
-        and set(sizes) == {"train", "val", "test"}
-        and set(data.parts)
-        == {
-            "train",
-            "val",
-        }
-    )
+    sizes = {part: len(rows) for part, rows in data.rows.items()}
+    assert data.facts["parts"] == sizes and set(sizes) == {"train", "val", "test"}
+    opened = {part: {bool(digest) for _, digest in rows.values()} for part, rows in data.rows.items()}
+    assert opened == {"train": {True}, "val": {True}, "test": {False}}
     assert data.facts["rendered"] and data.facts["root"] == str(root) and data.facts["duplicates"] == 0
     assert data.facts["left_out"] == data.facts["unreadable"] == 0
-    assert [part.expected for part in data.parts.values()] == [sizes["train"], sizes["val"]]
+    assert [part.expected for part in (data.train, data.val)] == [sizes["train"], sizes["val"]]
     counts = np.bincount(data.train.targets, minlength=3)
     assert data.prior() == pytest.approx(counts / counts.sum())
-    assert not set(data.frames["train"]["patient"]) & set(data.frames["val"]["patient"])
+    assert not set(data.train.patients()) & set(data.val.patients())
+
+
+def test_digest_changes_with_rows_labels_pictures_and_parts(retina):
+    root, load = retina
+    digests = [load(*more).facts["digest"] for more in ([], ["--split-seed", 1], ["--test-fraction", 0.2])]
+    relabel(root, turn)
+    digests.append(load().facts["digest"])
+    file = load().train.table["files"].iloc[0][0]
+    Image.open(file).rotate(90).save(file)
+    digests.append(load().facts["digest"])
+    assert len(set(digests)) == 5 and load().facts["digest"] == digests[-1]
 
 
 def test_missing_and_unreadable_rows_are_counted_beside_what_should_be_there(retina):
     root, load = retina
     data = load()
-    train, val = (part.table["files"].iloc[0][0] for part in data.parts.values())
-    sizes = [len(part) for part in data.parts.values()]
+    train, val = (part.table["files"].iloc[0][0] for part in (data.train, data.val))
+    sizes = [len(part) for part in (data.train, data.val)]
     Path(train).unlink()
     Path(val).write_bytes(b"no picture")
     refused(load, "1 row(s) have no picture", Path(train).name)
@@ -434,8 +425,8 @@ def test_missing_and_unreadable_rows_are_counted_beside_what_should_be_there(ret
     refused(load, "1 file(s) cannot be read", Path(val).name, "--missing drop")
     Path(train).unlink()
     less = load("--missing", "drop")
-    assert [len(part) for part in less.parts.values()] == [sizes[0] - 1, sizes[1] - 1]
-    assert [part.expected for part in less.parts.values()] == sizes
+    assert [len(part) for part in (less.train, less.val)] == [sizes[0] - 1, sizes[1] - 1]
+    assert [part.expected for part in (less.train, less.val)] == sizes
     assert less.facts["left_out"] == 1 and less.facts["unreadable"] == 1
     assert less.facts["parts"]["val"] == sizes[1] - 1
     assert less.val.table["ID"].tolist() == data.val.table["ID"].tolist()[1:]
@@ -465,9 +456,9 @@ def test_a_calibration_part_is_cut_from_the_training_patients(rendered, tmp_path
     flags = ["--data", str(rendered("odir")), "--size", "32", "--workers", "0", "--cache", str(tmp_path)]
     plain = dataset.load(arguments.parse(flags))
     three = dataset.load(arguments.parse([*flags, "--calibration-fraction", "0.25"]))
-    assert three.val.ids() == plain.val.ids() and len(three.parts["calibration"]) == 8
-    assert {*three.train.ids(), *three.parts["calibration"].ids()} == set(plain.train.ids())
-    assert not set(three.train.ids()) & set(three.parts["calibration"].ids())
+    assert three.val.ids() == plain.val.ids() and len(three.calibration) == 8
+    assert {*three.train.ids(), *three.calibration.ids()} == set(plain.train.ids())
+    assert not set(three.train.ids()) & set(three.calibration.ids())
 
 
 def test_without_data_stand_ins_are_drawn_and_named_once(tmp_path, monkeypatch, capfd):
@@ -509,7 +500,7 @@ def test_a_validation_picture_that_is_in_training_stops_the_run(retina, copy, cr
     """Known by its content, not its name; with --crop the parts are decoded at two sizes (issue 12: 7)."""
     _, load = retina
     data = load(*crop)
-    train, val = (data.parts[part].table["files"] for part in ("train", "val"))
+    train, val = (part.table["files"] for part in (data.train, data.val))
     for number in range(2):
         copy(train.iloc[number][0], val.iloc[number][0])
     refused(lambda: load(*crop), "2 validation row(s)", "--duplicates keep")
@@ -559,11 +550,11 @@ def finished(trained, rendered, tmp_path):
 def test_a_part_comes_back_as_the_run_had_it(finished):
     saved, copy, load = finished
     part, facts = load()
-    assert part.ids() == saved["split"]["val"] and part.expected == len(part)
-    assert part.targets.tolist() == saved["targets"]["val"].tolist()
+    assert part.ids() == list(saved["rows"]["val"]) and part.expected == len(part)
+    assert part.targets.tolist() == [int(target) for target, _ in saved["rows"]["val"].values()]
     assert facts["own"] and facts["rendered"] and not facts["left_out"]
     whole, facts = load("all")
-    assert len(whole) == sum(map(len, saved["split"].values())) and facts["own"]
+    assert len(whole) == sum(map(len, saved["rows"].values())) and facts["own"]
     moved, facts = load(root=copy)  # the same rows and labels in another folder
     assert moved.ids() == part.ids() and facts["own"] and "are the run's" in facts["notes"][-1]
     refused(lambda: load("test"), "no test part", "--test-fraction")
@@ -587,21 +578,21 @@ def test_edited_labels_stop_the_evaluation(finished):
     saved["data"]["root"] = str(copy)
     assert load()[1]["own"]
     relabel(copy, turn)
-    wanted = len(saved["split"]["val"])
+    wanted = len(saved["rows"]["val"])
     message = refused(load, f"{wanted} row(s)", "other labels than in training", "--data")
-    assert saved["split"]["val"][0] in message
+    assert list(saved["rows"]["val"])[0] in message
     refused(lambda: load("all"), "other labels than in training")
     refused(lambda: load(root=copy), "other labels than in training")  # the run's own folder by name
     saved["data"]["root"] = str(copy.parent / "elsewhere")
     part, facts = load(root=copy)
     assert not facts["own"] and "other rows or labels" in facts["notes"][-1]
-    assert part.targets.tolist() != saved["targets"]["val"].tolist()
+    assert part.targets.tolist() != [int(target) for target, _ in saved["rows"]["val"].values()]
 
 
 def test_one_edited_label_is_enough(finished):
     saved, copy, load = finished
     saved["data"]["root"] = str(copy)
-    name = saved["split"]["val"][3]
+    name = list(saved["rows"]["val"])[3]
 
     def change(sheet):
         row = sheet["filename"] == name
@@ -620,7 +611,7 @@ def test_other_patients_in_another_folder(finished):
     refused(lambda: load(root=copy), "are not in this data set", "--split all")
     refused(lambda: load(root=copy, missing="drop"), "are not in this data set")  # not one of them is there
     part, facts = load("all", copy)
-    assert len(part) == sum(map(len, saved["split"].values())) and not facts["own"]
+    assert len(part) == sum(map(len, saved["rows"].values())) and not facts["own"]
     assert all(name.startswith("new_") for name in part.ids())
     saved["data"]["root"] = str(copy)
     refused(load, "They have changed since training")
@@ -639,7 +630,7 @@ def test_what_is_missing_at_test_time_is_counted(finished):
     files[2].rename(files[2].with_name("another.jpg"))
     part, facts = load(missing="drop")
     assert len(part) == wanted - 3 and part.expected == wanted and facts["left_out"] == 3
-    assert part.ids() == saved["split"]["val"][3:]
+    assert part.ids() == list(saved["rows"]["val"])[3:]
     for file in files:
         file.unlink(missing_ok=True)
     refused(lambda: load(missing="drop"), "no row is left")

@@ -71,7 +71,7 @@ def check_curve(cwd, other):
 
 def check_networks(cwd, other):
     a, b = (load(place / "runs/x/best.pt") for place in (cwd, other))
-    same(a["split"], b["split"])
+    same(a["rows"], b["rows"])
     for key, value in a["model"].items():
         np.testing.assert_allclose(b["model"][key], value, atol=1e-4, rtol=1e-3, err_msg=key)
     if a["thresholds"]:

@@ -31,7 +31,7 @@ def test_split_gives_a_file_per_label_and_patient(trained, tmp_path, capsys):
     assert "RENDERED" in text and f"{len(names)} PNGs" in text
     for name in names:
         label, patient = name.removesuffix(".png").split("-")
-        assert label in saved["labels"] and patient in saved["split"]["val"]
+        assert label in saved["labels"] and patient in saved["rows"]["val"]
     missing = [line.split()[-1] for line in text.splitlines() if line.startswith("nobody")]
     assert sorted({name.split("-")[0] for name in names} | set(missing)) == sorted(saved["labels"])
     assert len(names) == len(saved["labels"]) - len(missing)

@@ -298,7 +298,7 @@ def test_nothing_is_learned_from_validation(case, tmp_path, train_here, rendered
     assert found[0]["thresholds"] == found[1]["thresholds"] and len(set(found[0]["thresholds"])) > 1
     assert found[0]["loss"] != found[1]["loss"] and found[0]["epoch"] == found[1]["epoch"] == 1
     if case == "calibration":  # the gradient never saw its patients
-        ids = found[0]["split"]
+        ids = found[0]["rows"]
         assert len(ids["calibration"]) == 10 and not set(ids["calibration"]) & {*ids["train"], *ids["val"]}
 
 

@@ -285,7 +285,7 @@ def statistics(state):
 
 def test_fitted_statistics_are_those_of_the_training_pictures(frozen, rendered, tmp_path):
     built, best, _, _ = frozen["fitted"]
-    ids = set(best["split"]["train"])
+    ids = set(best["rows"]["train"])
     files = sorted(
         str(file) for file in (rendered("odir") / "images").iterdir() if file.name.split("_")[0] in ids
     )

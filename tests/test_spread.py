@@ -84,7 +84,7 @@ def net_with(train, val, test, pseudo_labels=None):
     """What spread_labels.py asks of a network: its labels, its flags and the split it was trained with."""
     split = {"train": train, "val": val, "test": test}
     return SimpleNamespace(
-        labels=["yes", "no"], args=SimpleNamespace(pseudo_labels=pseudo_labels), saved={"split": split}
+        labels=["yes", "no"], args=SimpleNamespace(pseudo_labels=pseudo_labels), saved={"rows": split}
     )
 
 
@@ -129,10 +129,10 @@ def test_pictures_that_train_would_refuse_get_no_label(tmp_path, capsys):
     with pytest.raises(InputError, match="every one"):
         unlabelled_rows(net, root)
     frame = read("retina", root, net.labels).frame.set_index("ID", drop=False)
-    parts = {part: frame.loc[ids] for part, ids in net.saved["split"].items()}
+    parts = {part: frame.loc[list(names)] for part, names in net.saved["rows"].items()}
     sheet = pd.DataFrame({"filename": ["1_right.jpg", "5.jpg"], "label": "yes", "confidence": 1})
     sheet.to_csv(tmp_path / "pseudo.csv", index=False)
-    assert add_pseudo_labels(parts, net.labels, root, tmp_path / "pseudo.csv", 0)[1] == 2, (
+    assert add_pseudo_labels(parts, net.labels, root, tmp_path / "pseudo.csv")[1] == 2, (
         "training takes what is left"
     )
 
@@ -146,14 +146,14 @@ def test_validation_pictures_and_labels_change_nothing(trained, rendered, tmp_pa
     shutil.copytree(rendered("retina"), data)
     sheet = pd.read_csv(data / "train.csv", dtype={"filename": str}).set_index("filename")
     labels = saved["labels"]
-    for name in saved["split"]["val"]:
+    for name in saved["rows"]["val"]:
         (data / "train" / name).unlink()
         sheet.loc[name, labels] = np.roll(sheet.loc[name, labels].to_numpy(), 1)
     sheet.to_csv(data / "train.csv")
     assert run("--ckpt", ckpt, "--data", data, "--out", tmp_path / "b", "--cache", tmp_path / "cache-b") == 0
     first = (tmp_path / "a/pseudo_labels.csv").read_bytes()
     assert (tmp_path / "b/pseudo_labels.csv").read_bytes() == first
-    for name in saved["split"]["train"]:
+    for name in saved["rows"]["train"]:
         sheet.loc[name, labels] = np.roll(sheet.loc[name, labels].to_numpy(), 1)
     sheet.to_csv(data / "train.csv")
     assert run("--ckpt", ckpt, "--data", data, "--out", tmp_path / "c", "--cache", tmp_path / "cache-b") == 0
@@ -179,8 +179,7 @@ def test_spread_then_train_on(trained, rendered, train_here, tmp_path, capsys):
         assert f"  {label}: {count}\n" in text
     assert "quartiles" in text and "agrees" in text
 
-    least = float(sheet["confidence"].median())
-    for name, weights, sure in (("scratch", "none", 0.0), ("continued", ckpt, least)):
+    for name, weights in (("scratch", "none"), ("continued", ckpt)):
         flags = [
             "--dataset",
             "retina",
@@ -194,8 +193,6 @@ def test_spread_then_train_on(trained, rendered, train_here, tmp_path, capsys):
         train_here(
             tmp_path,
             *flags,
-            "--min-confidence",
-            sure,
             "--weights",
             weights,
             "--name",
@@ -206,12 +203,11 @@ def test_spread_then_train_on(trained, rendered, train_here, tmp_path, capsys):
             8,
         )
         said = capsys.readouterr().out
-        more = int((sheet["confidence"] >= sure).sum())
-        assert f"{more} pseudo-labelled picture(s) join" in said and 0 < more <= len(sheet)
+        assert f"{len(sheet)} pseudo-labelled picture(s) join" in said and len(sheet)
         parts = json.loads((tmp_path / "runs" / name / "run.json").read_text())["data"]["parts"]
-        assert parts["train"] == before["train"] + more and parts["val"] == before["val"]
+        assert parts["train"] == before["train"] + len(sheet) and parts["val"] == before["val"]
         again = checkpoint.load_checkpoint(tmp_path / "runs" / name / "best.pt")
-        assert again["split"]["val"] == checkpoint.load_checkpoint(ckpt)["split"]["val"]
+        assert again["rows"]["val"] == checkpoint.load_checkpoint(ckpt)["rows"]["val"]
 
     # A second round, from a run that has unlabelled pictures among its training part.
     assert (

@@ -142,7 +142,7 @@ def test_eyes_of_one_patient_are_counted_and_resampled_together(trained, run, tm
     assert run("--ckpt", folder) == 0
     found = scores_of(folder)
     assert (found["rows"], found["patients"]) == (16, 8) and "16 rows, 8 patients" in capsys.readouterr().out
-    ids = checkpoint.load_checkpoint(folder / "best.pt")["split"]["val"]
+    ids = checkpoint.load_checkpoint(folder / "best.pt")["rows"]["val"]
     assert list(seen[0]) == [name.rsplit("_", 1)[0] for name in ids]
 
 
@@ -160,8 +160,9 @@ def test_every_file_is_there_and_marked(trained, run, tmp_path, capsys, monkeypa
     probs = pd.read_excel(folder / "probs.xlsx", dtype={"ID": str})
     truth = pd.read_excel(folder / "ground_truth.xlsx", dtype={"ID": str})
     saved = checkpoint.load_checkpoint(folder / "best.pt")
-    assert list(probs["ID"]) == list(truth["ID"]) == saved["split"]["val"]
-    assert (truth[saved["labels"]].to_numpy() == saved["targets"]["val"].numpy()).all()
+    assert list(probs["ID"]) == list(truth["ID"]) == list(saved["rows"]["val"])
+    targets = [json.loads(target) for target, _ in saved["rows"]["val"].values()]
+    assert truth[saved["labels"]].to_numpy().tolist() == targets
     assert (folder / "classification_report.txt").read_text() in text
 
 
@@ -202,7 +203,7 @@ def facts_of(folder):
 def test_what_is_missing_stands_beside_what_should_be_there(trained, rendered, run, tmp_path, capsys):
     data = copied(rendered("odir"), tmp_path / "data")
     state = checkpoint.load_checkpoint(trained("odir") / "best.pt")
-    for patient in state["split"]["val"][:5]:
+    for patient in list(state["rows"]["val"])[:5]:
         (data / "images" / f"{patient}_left.jpg").unlink()
     ckpt = changed(trained("odir"), tmp_path / "best.pt", data={**state["data"], "root": str(data)})
     assert run("--ckpt", ckpt) == 2
@@ -331,21 +332,9 @@ def test_mirrored_views_and_several_checkpoints_give_means(trained, run, tmp_pat
         and scores_of(tmp_path / "tta")["loss"] is None
     )
     # Another split: rows of one's validation part were trained on by the other.
-    split = {
-        **state["split"],
-        "val": state["split"]["train"][:8],
-        "train": state["split"]["val"] + state["split"]["train"][8:],
-    }
-    targets = {**state["targets"], "val": state["targets"]["train"][:8]}
-    targets["train"] = np.concatenate([state["targets"]["val"], state["targets"]["train"][8:]])
-    import torch
-
-    other = changed(
-        one,
-        tmp_path / "two/other.pt",
-        split=split,
-        targets={**targets, "train": torch.from_numpy(targets["train"])},
-    )
+    train = list(state["rows"]["train"].items())
+    rows = {**state["rows"], "val": dict(train[:8]), "train": {**state["rows"]["val"], **dict(train[8:])}}
+    other = changed(one, tmp_path / "two/other.pt", rows=rows)
     assert run("--ckpt", one, other) == 2
     assert "another val part" in capsys.readouterr().err
 
@@ -508,8 +497,8 @@ def test_pictures_that_were_trained_on_are_counted_in_any_part(trained, rendered
     shutil.copytree(rendered("odir"), root)
     saved = checkpoint.load_checkpoint(folder / "best.pt")
     for side in ("left", "right"):
-        source = root / "images" / f"{saved['split']['train'][0]}_{side}.jpg"
-        shutil.copyfile(source, root / "images" / f"{saved['split']['val'][0]}_{side}.jpg")
+        source = root / "images" / f"{list(saved['rows']['train'])[0]}_{side}.jpg"
+        shutil.copyfile(source, root / "images" / f"{list(saved['rows']['val'])[0]}_{side}.jpg")
     assert run("--ckpt", folder, "--data", root) == 0
     assert not (folder / "test_scores.json").exists(), "other pictures: no score of the run's own part"
     (found,) = [scores_of(place) for place in folder.glob("test-val-*")]
@@ -523,7 +512,7 @@ def test_the_same_pictures_in_another_folder_are_the_runs_own(trained, rendered,
     found = scores_of(folder)
     assert found["data"]["own"] and found["duplicates"] == 0 and found["resamples"] == 20
     saved = checkpoint.load_checkpoint(folder / "best.pt")
-    (root / "images" / f"{saved['split']['val'][0]}_left.jpg").unlink()
+    (root / "images" / f"{list(saved['rows']['val'])[0]}_left.jpg").unlink()
     (folder / "test_scores.json").unlink()
     assert run("--ckpt", folder, "--data", root, "--missing", "drop") == 0
     assert not (folder / "test_scores.json").exists(), "a part of the part does not replace the whole"
@@ -543,7 +532,7 @@ def test_a_test_that_is_stopped_leaves_no_scores_of_an_earlier_one(trained, run,
 
 def test_an_incomplete_checkpoint_is_refused(trained, run, tmp_path, capsys):
     saved = checkpoint.load_checkpoint(trained("odir") / "best.pt")
-    for name in ("split", "targets", "thresholds"):
+    for name in ("rows", "seen", "thresholds"):
         rest = {key: value for key, value in saved.items() if key != name}
         checkpoint.save_checkpoint(tmp_path / "less.pt", **rest)
         assert run("--ckpt", tmp_path / "less.pt") == 2
