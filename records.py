@@ -20,7 +20,7 @@ import learner as learning
 import metrics
 import tables
 from arguments import EYE_MODELS
-from cache import file_stamps, remove_leftovers, replace_file
+from cache import remove_leftovers, replace_file
 from errors import InputError
 
 SHARE = 20  # a checkpoint is written as often as costs less than a twentieth of the time
@@ -40,24 +40,10 @@ def print_data(args, data, device, precision):
         print("note: the trunk's weights are random and stay so; --fine-tune trains them")
     network = args.model if args.model not in EYE_MODELS else f"{args.model} on {args.trunk}"
     print(f"{args.dataset}{rendered}: {rows}, {found}")
-    print(
-        f"{network}, weights {args.weights}, on {device} in {precision}; loss: training / validation",
-        flush=True,
-    )
+    print(f"{network}, weights {args.weights}, on {device} in {precision}; loss: training / validation")
 
 
-def claim_run(args, stored):
-    """Refuse a name that is taken, lock a run that goes on -> its lock, else None."""
-    checkpoint.check_name(args)
-    if not args.resume or engine.rank():
-        return None
-    lock = checkpoint.lock_run(args.resume)
-    if stored["stamps"] != file_stamps([Path(args.resume) / "last.pt"]):
-        raise InputError(f"{args.resume} went on while it was read: give the command again")
-    return lock
-
-
-def open_run(args, stored, data, learner, lock):
+def open_run(args, stored, data, learner):
     """A new run folder and a fresh state, or those of the run that goes on -> (folder, state, lock)."""
     if not stored:
         folder = engine.from_rank0(checkpoint.new_run_folder, args)
@@ -66,16 +52,15 @@ def open_run(args, stored, data, learner, lock):
     folder = Path(args.resume)
     with engine.together():
         if stored["digest"] != data.facts["digest"]:
-            raise InputError(
-                f"the data in {data.facts['root']} are not those of {folder}: give the same ones"
-            )
+            root = data.facts["root"]
+            raise InputError(f"the data in {root} are not those of {folder}: give the same ones")
         learning.restore(args, stored, learner, folder)
-    return folder, {name: stored[name] for name in (*NEW_STATE, "digest")}, lock
+    return folder, {name: stored[name] for name in (*NEW_STATE, "digest")}, stored["lock"]
 
 
 def is_over(args, state):
-    patience_ended = args.keep == "best" and state["stale"] >= args.patience
-    return state["epoch"] >= args.epochs or patience_ended
+    out_of_patience = args.keep == "best" and state["stale"] >= args.patience
+    return out_of_patience or state["epoch"] >= args.epochs
 
 
 def is_finished(args, stored, folder):
@@ -111,17 +96,15 @@ class RunRecords:
         commands = [checkpoint.run_facts(folder).get("command"), shlex.join(["python", *sys.argv])]
         versions = {module.__name__: module.__version__ for module in (torch, torchvision, np)}
         versions["python"] = platform.python_version()
-        about = {"name": folder.name, "dataset": args.dataset, "model": args.model, "args": vars(args)}
-        about |= {"command": " ; ".join(filter(None, commands)), "commit": checkpoint.commit()}
-        about |= {"versions": versions, "device": checkpoint.describe_machine(learner.device)}
-        about |= {"precision": learner.precision, "processes": engine.world(), **self.task}
-        about |= {"weights": {"given": args.weights, "trunk": learner.features.digest}}
-        about |= {"trunk_name": learner.model.trunk_name, "shuffled_labels": args.shuffle_labels}
-        about |= {"data": {**data.facts, "repaired": len(data.facts["repaired"])}}
-        del about["data"]["contents"], about["data"]["pictures"]  # best.pt has these
-        about |= {"started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")}
-        self.about = about  # what run.json says of how the run was made
-        checkpoint.save_json(folder / "run.json", {**about, "status": "running"})
+        # What run.json says of how the run was made.
+        self.about = {"args": vars(args), "command": " ; ".join(filter(None, commands)), **self.task}
+        self.about |= {"commit": checkpoint.commit(), "versions": versions, "precision": learner.precision}
+        self.about |= {"device": checkpoint.describe_machine(learner.device), "processes": engine.world()}
+        self.about |= {"trunk_name": learner.model.trunk_name, "trunk_digest": learner.features.digest}
+        self.about["data"] = {**data.facts, "repaired": len(data.facts["repaired"])}
+        del self.about["data"]["contents"], self.about["data"]["pictures"]  # best.pt has these
+        self.about["started"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        checkpoint.save_json(folder / "run.json", {**self.about, "status": "running"})
         self.save_last()
         from torch.utils.tensorboard import SummaryWriter  # late, as figures below: rank 0 alone draws
 
@@ -153,21 +136,13 @@ class RunRecords:
         weights = {**checkpoint.cpu_state(self.learner.model), **best["weights"]}
         targets = {part: tables.targets_of(frame, data.labels) for part, frame in data.frames.items()}
         targets = {part: torch.from_numpy(array) for part, array in targets.items()}
-        origin = {
-            name: facts[name]
-            for name in ("rendered", "digest", "parts", "patients", "duplicates", "contents", "pictures")
-        }
-        origin["root"] = str(Path(facts["root"]).resolve())
-        found = {name: best[name] for name in ("epoch", "loss", "scores", "thresholds")}
-        about = {
-            "args": vars(self.args),
-            "digest": checkpoint.network_digest(weights, best["thresholds"]),
-            **found,
-            **self.task,
-        }
-        about |= {"prior": data.prior(), "split": self.split, "targets": targets, "data": origin}
-        self.save("best", model=weights, **about)
-        self.best_digest = about["digest"]
+        kept = "rendered digest parts patients duplicates contents pictures".split()
+        about = {name: best[name] for name in ("epoch", "loss", "scores", "thresholds")} | self.task
+        about["data"] = {name: facts[name] for name in kept} | {"root": str(Path(facts["root"]).resolve())}
+        about |= {"args": vars(self.args), "prior": data.prior(), "split": self.split, "targets": targets}
+        digest = checkpoint.network_digest(weights, best["thresholds"])
+        self.save("best", model=weights, digest=digest, **about)
+        self.best_digest = digest
 
     def log(self, row):
         for name, value in row.items():
@@ -177,7 +152,7 @@ class RunRecords:
         self.tensorboard.flush()
 
     def finish_tensorboard(self):
-        """Confusion matrices of the best epoch, and the arguments beside the final scores."""
+        """Confusion matrices of the best epoch."""
         import figures
 
         data, best = self.data, self.state["best"]
@@ -187,21 +162,15 @@ class RunRecords:
             figures.mark_rendered(figure)
         figure.set_dpi(60)
         self.tensorboard.add_figure("confusion", figure, best["epoch"])
-        flags = {}
-        for name, value in vars(self.args).items():
-            flags[name] = value if isinstance(value, bool | int | float | str) else str(value)
-        scores = {f"best/{name}": value for name, value in best["scores"].items()}
-        self.tensorboard.add_hparams(flags, scores, run_name=".")
         self.tensorboard.close()
 
     def epoch(self, kept):
         """Print an epoch's line and write what it leaves."""
         row = self.state["history"][-1]
-        main = next(name for name in ("val_accuracy", "val_final_score", "val_auc") if name in row)
-        line = (
-            f"epoch {row['epoch']}  lr {row['lr']:.3g}  loss {row['train_loss']:.4f} / {row['val_loss']:.4f}"
-        )
-        print(f"{line}  {main.removeprefix('val_')} {row[main]:.4f}{'  *' if kept else ''}", flush=True)
+        main = next(name for name in ("accuracy", "final_score", "auc") if f"val_{name}" in row)
+        loss = f"loss {row['train_loss']:.4f} / {row['val_loss']:.4f}"
+        line = f"epoch {row['epoch']}  lr {row['lr']:.3g}  {loss}  {main} {row[f'val_{main}']:.4f}"
+        print(f"{line}  *" if kept else line)
         self.log(row)
         # The best network is in last.pt too, so either file may be some epochs late.
         if kept:
@@ -216,8 +185,7 @@ class RunRecords:
         if self.state["best"] and not self.best_digest:
             self.save_best()
         self.save_facts(status="interrupted")
-        whole = self.state["epoch"]
-        print(f"\nstopped after {whole} whole epoch(s); a resume repeats the one under way", flush=True)
+        print(f"\nstopped after {self.state['epoch']} whole epoch(s); a resume repeats the one under way")
 
     def save_facts(self, **more):
         """run.json"""
@@ -226,7 +194,6 @@ class RunRecords:
         told |= {"best_epoch": best.get("epoch"), "best_loss": best.get("loss"), "scores": best.get("scores")}
         told |= {"best_digest": self.best_digest, "thresholds": best.get("thresholds")}
         told["changes"] = state["changes"]
-        told["last_epoch"] = state["history"][-1] if state["history"] else None
         checkpoint.save_json(self.folder / "run.json", {**self.about, **told, **more})
 
     def end(self, seconds):
@@ -245,7 +212,7 @@ class RunRecords:
         place += f", validation loss {best['loss']:.4f}"
         if state["epoch"] < self.args.epochs:
             print(f"stopped: {state['stale']} epochs without a lower validation loss (--patience)")
-        print(f"{self.folder}: {place}, {family} scores: {scores}", flush=True)
+        print(f"{self.folder}: {place}, {family} scores: {scores}")
         try:  # last, because a folder that cannot be written must not cost the scores
             with open(self.folder / "best.pt", "rb") as source:
                 replace_file("best.pt", functools.partial(shutil.copyfileobj, source))

@@ -138,14 +138,13 @@ def load(path):
 
 
 def scalars(folder):
-    """{tag: [(epoch, value)]} of all event files of a run, without the final table of arguments."""
+    """{tag: [(epoch, value)]} of all event files of a run."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events, found = EventAccumulator(str(folder), size_guidance={"scalars": 0}), {}
     events.Reload()
     for tag in events.Tags()["scalars"]:
-        if not tag.startswith("best/"):
-            found[tag] = [(event.step, event.value) for event in events.Scalars(tag)]
+        found[tag] = [(event.step, event.value) for event in events.Scalars(tag)]
     return found
 
 

@@ -105,20 +105,6 @@ def stop_at_end():
     stop_in(records.RunRecords, "finish_tensorboard")
 
 
-def rewrite_last():
-    """Another process writes last.pt while this one reads it."""
-    import checkpoint
-
-    load_checkpoint = checkpoint.load_checkpoint
-
-    def loading(path, kind="best"):
-        state = load_checkpoint(path, kind)
-        os.utime(path)
-        return state
-
-    checkpoint.load_checkpoint = loading
-
-
 # ---------------------------------------------------------------- errors that meet one machine alone
 
 
