@@ -42,8 +42,6 @@ def match(run, lines):
     named = run["bare"] if run["bare"] in lines and not run["shuffled"] else None
     if run["shuffled"] or run["status"] == "damaged":
         return named, []
-    if not {"dataset", "model", "lr", "batch", "epochs", "size"} <= run["args"].keys():
-        return named, ["its flags are not known"] if named else []
     changed = run["info"].get("changes") or []  # by a resume
     differing = {name: arguments.differences(run["args"], line) + changed for name, line in lines.items()}
     same = [name for name, flags in differing.items() if not flags]
@@ -64,6 +62,9 @@ def make_rows(published, lines, runs):
         run["experiment"], run["differs"] = match(run, lines)
         if not run["experiment"]:
             run["experiment"] = f"own {run['base']}"
+            alike = [one for one in runs if one.get("experiment") == run["experiment"] and one["args"]]
+            flags = alike[0]["args"] if alike else {}
+            run["differs"] = arguments.differences(run["args"], argparse.Namespace(**flags))
             own = {"study": run["study"], "experiment": run["base"], "title": "own run", "kind": "own"}
             if run["shuffled"]:
                 own["title"] = "shuffled-label control: kappa and AUC have to fall to chance"
@@ -81,35 +82,40 @@ def make_rows(published, lines, runs):
     return rows
 
 
-def counted(runs, problems):
+def counted(runs):
     """The finished runs whose mean is shown: one part of one data set, each seed once. Names the others."""
     done, seeds = [], {}
     for run in sorted(runs, key=lambda run: (run["status"] != "finished", not run["tested"])):
         seed, network = str(run["args"].get("seed")), run["info"].get("best_digest")
         if run["status"] != "finished":
-            problems += [f"{run['name']} is {run['status']}: not counted"] if done else []
+            why = f"it is {run['status']}"
         elif done and (run["part"], run["digest"]) != (done[0]["part"], done[0]["digest"]):
-            problems.append(f"{run['name']} was scored on other data than {done[0]['name']}: not counted")
+            why = f"it was scored on other data than {done[0]['name']}"
         elif network in [one["info"].get("best_digest") for one in done]:
-            problems.append(f"{run['name']} holds the network of another run here: not counted twice")
+            why = "it holds the network of another run here"
         elif seed in seeds:
-            problems.append(f"{run['name']} has the seed of {seeds[seed]}: not counted twice")
+            why = f"it has the seed of {seeds[seed]}"
         else:
             seeds[seed] = run["name"]
             done.append(run)
+            continue
+        if done:
+            run["problems"].append(f"not counted: {why}")
     return done
+
+
+def problems_of(row):
+    """What is wrong with the runs of a row."""
+    return [f"{run['name']}: {problem}" for run in row["runs"] for problem in run["problems"]]
 
 
 def make_row(entry, runs):
     """A line of the tables: its runs (seeds; perhaps none) and their scores beside the published ones."""
     import numpy as np  # here, as others below, because --help has to answer at once
 
-    problems, unlike = [], set()
-    for run in runs:
-        problems += [f"{run['name']}: {problem}" for problem in run["problems"]]
-    done = counted(runs, problems)
+    done = counted(runs)
     first = (done or runs or [None])[0]
-    row = {**entry, "runs": runs, "n": len(done), "first": first, "problems": problems, "cells": {}}
+    row = {**entry, "runs": runs, "n": len(done), "first": first, "cells": {}}
     row |= {"status": "not run", "data": "", "differs": []}
     if first:
         row |= {key: first[key] for key in ("status", "data", "differs")}
@@ -117,12 +123,6 @@ def make_row(entry, runs):
         row["status"] = "rendered"
     elif done and row["differs"]:
         row["status"] = "changed"
-    for run in done:
-        flags = run["args"] | first["args"]
-        unlike |= {flag for flag in flags if run["args"].get(flag) != first["args"].get(flag)}
-    unlike -= set(arguments.WHERE)  # which cannot matter
-    if unlike:
-        problems.append(f"these runs differ in {', '.join(sorted(unlike))}: their mean says little")
     for score in dict.fromkeys([*entry["scores"], *(first["scores"] if done else [])]):
         row["cells"][score] = cell = NOTHING | {"published": entry["scores"].get(score)}
         values = [run["scores"][score] for run in done if score in run["scores"]]
@@ -136,8 +136,7 @@ def make_row(entry, runs):
 
 def columns_of(rows, prefix=""):
     """The scores of a family ("", "challenge_", "learned_") that any of the rows has, in their order."""
-    cells = [cell for row in rows for cell in row["cells"].items()]
-    found = dict.fromkeys(score for score, cell in cells if cell != NOTHING)
+    found = dict.fromkeys(score for row in rows for score in row["cells"])
     others = ("challenge_", "learned_")
     mine = [score for score in found if score.startswith(prefix or others) == bool(prefix)]
     order = [prefix + score for score in SCORES]
@@ -186,16 +185,14 @@ def write_page(path, rows, data):
 
     text = json.dumps(data, default=str)
     room = PAGE_BYTES - len(text)
-    for row in [row for row in rows if row["first"]]:
-        run, known = row["first"], len(row["first"]["problems"])
-        # What test.py drew is as stale as its scores.
-        for name in PICTURES if room > 0 and run["tested"] else []:
-            runfolders.read(run, f"{name}.png", runfolders.read_picture)
-        room -= sum(map(len, run["pictures"].values()))
-        row["problems"] += [f"{run['name']}: {problem}" for problem in run["problems"][known:]]
+    for run in [row["first"] for row in rows if row["first"]]:
+        if room > 0 and run["tested"]:  # what test.py drew is as stale as its scores
+            for name in PICTURES:
+                runfolders.read(run, f"{name}.png", runfolders.read_picture)
+            room -= sum(map(len, run["pictures"].values()))
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"show": show, "columns_of": columns_of}
+    environment.filters |= {"show": show, "columns_of": columns_of, "problems_of": problems_of}
     data = json.loads(text, parse_constant=str)  # JavaScript knows no NaN in JSON
     page = environment.get_template("report_template.html").render(rows=rows, data=data, empty=NOTHING)
     replace_file(path, lambda stream: stream.write(page.encode("utf-8", "replace")))
@@ -217,7 +214,7 @@ def write_table(path, rows):
         line["part"] = row["first"]["part"] if row["n"] else ""
         kept = (info.get("data") or {}).get("duplicates")
         kept = f"{kept} validation rows are trained on too" if kept else ""
-        line["note"] = "; ".join(filter(None, [row["note"], kept, *row["differs"], *row["problems"]]))
+        line["note"] = "; ".join(filter(None, [row["note"], kept, *row["differs"], *problems_of(row)]))
         lines.append(line)
     text = pd.DataFrame(lines, dtype=object).to_csv(index=False)
     replace_file(path, lambda stream: stream.write(text.encode("utf-8", "replace")))
@@ -238,7 +235,7 @@ def print_table(rows):
         print(line.rstrip())
         if row["differs"] and row["status"] != "rendered":
             print(f"    ≠ {', '.join(row['differs'])}")
-        for problem in row["problems"]:
+        for problem in problems_of(row):
             print(f"    ! {problem}")
 
 
