@@ -17,7 +17,6 @@ import zipfile
 from pathlib import Path
 
 import filelock
-import numpy as np
 import torch
 
 from cache import digest, replace_file
@@ -154,21 +153,11 @@ def lock_run(folder):
     return lock
 
 
-def plain(value):
-    """Numbers and containers as JSON takes them: NaN becomes null, numpy scalars become Python's."""
-    if isinstance(value, dict):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple | np.ndarray):
-        return [plain(item) for item in value]
-    if isinstance(value, np.generic):
-        value = value.item()
-    if isinstance(value, float) and not np.isfinite(value):
-        return None
-    return str(value) if isinstance(value, Path) else value
-
-
 def save_json(path, value):
-    replace_file(path, lambda stream: json.dump(plain(value), stream, indent=1, allow_nan=False), "w")
+    """Numpy's numbers and arrays as numbers and lists, paths as text, what is undefined (NaN) as null."""
+    text = json.dumps(value, default=lambda one: one.tolist() if hasattr(one, "tolist") else str(one))
+    value = json.loads(text, parse_constant=lambda _: None)
+    replace_file(path, lambda stream: json.dump(value, stream, indent=1), "w")
 
 
 def run_facts(folder):

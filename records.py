@@ -84,7 +84,7 @@ class RunRecords:
     def __init__(self, folder, args, data, learner, state):
         self.folder, self.args, self.data, self.learner, self.state = folder, args, data, learner, state
         self.task = {name: getattr(data, name) for name in ("labels", "task", "family", "ordered")}
-        self.written = {}  # name -> (when it was written, how long that took)
+        self.due = {}  # name of a checkpoint -> when it is to be written again
         self.best_digest = None  # of state["best"], once best.pt holds it
         remove_leftovers(folder)
         self.split = {part: [str(i) for i in frame["ID"]] for part, frame in data.frames.items()}
@@ -104,7 +104,7 @@ class RunRecords:
         self.about["data"] = {**data.facts, "repaired": len(data.facts["repaired"])}
         del self.about["data"]["contents"], self.about["data"]["pictures"]  # best.pt has these
         self.about["started"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        checkpoint.save_json(folder / "run.json", {**self.about, "status": "running"})
+        self.save_facts(status="running")
         self.save_last()
         from torch.utils.tensorboard import SummaryWriter  # late, as figures below: rank 0 alone draws
 
@@ -117,14 +117,11 @@ class RunRecords:
         for row in state["history"]:
             self.log(row)
 
-    def is_due(self, name):
-        at, cost = self.written.get(name, (-float("inf"), 0.0))
-        return time.perf_counter() - at > SHARE * cost
-
     def save(self, name, **state):
         began = time.perf_counter()
         checkpoint.save_checkpoint(self.folder / f"{name}.pt", name, **state)
-        self.written[name] = time.perf_counter(), time.perf_counter() - began
+        now = time.perf_counter()
+        self.due[name] = now + SHARE * (now - began)
 
     def save_last(self):
         """last.pt: everything that the next epoch needs, the best network so far included."""
@@ -134,8 +131,9 @@ class RunRecords:
         """best.pt: the network as it was in the kept epoch, and all else that test.py needs."""
         best, data, facts = self.state["best"], self.data, self.data.facts
         weights = {**checkpoint.cpu_state(self.learner.model), **best["weights"]}
-        targets = {part: tables.targets_of(frame, data.labels) for part, frame in data.frames.items()}
-        targets = {part: torch.from_numpy(array) for part, array in targets.items()}
+        targets = {}
+        for part, frame in data.frames.items():
+            targets[part] = torch.from_numpy(tables.targets_of(frame, data.labels))
         kept = "rendered digest parts patients duplicates contents pictures".split()
         about = {name: best[name] for name in ("epoch", "loss", "scores", "thresholds")} | self.task
         about["data"] = {name: facts[name] for name in kept} | {"root": str(Path(facts["root"]).resolve())}
@@ -175,9 +173,9 @@ class RunRecords:
         # The best network is in last.pt too, so either file may be some epochs late.
         if kept:
             self.best_digest = None
-        if not self.best_digest and self.is_due("best"):
+        if not self.best_digest and time.perf_counter() > self.due.get("best", 0):
             self.save_best()
-        if self.is_due("last"):
+        if time.perf_counter() > self.due["last"]:
             self.save_last()
 
     def interrupted(self):

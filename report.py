@@ -9,11 +9,11 @@ differ, the paired difference of every score with its 95 % interval and the ten 
 and writes runs/compare.html with their curves and photographs.
 """
 
-import argparse
 import base64
 import json
 import os
 import sys
+import types
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -58,13 +58,13 @@ def make_rows(published, lines, runs):
         title = f"{line.model}, lr {line.lr:g} {line.scheduler}"
         beyond = {"study": line.dataset, "experiment": name, "title": title, "kind": "beyond"}
         entries.setdefault(name, blank | beyond)
-    for run in runs:
+    own_lines = {}  # the flags of the first own run of each name
+    for run in sorted(runs, key=lambda run: run["status"] == "damaged"):  # damaged ones have no flags
         run["experiment"], run["differs"] = match(run, lines)
         if not run["experiment"]:
             run["experiment"] = f"own {run['base']}"
-            alike = [one for one in runs if one.get("experiment") == run["experiment"] and one["args"]]
-            flags = alike[0]["args"] if alike else {}
-            run["differs"] = arguments.differences(run["args"], argparse.Namespace(**flags))
+            line = own_lines.setdefault(run["base"], types.SimpleNamespace(**run["args"]))
+            run["differs"] = arguments.differences(run["args"], line)
             own = {"study": run["study"], "experiment": run["base"], "title": "own run", "kind": "own"}
             if run["shuffled"]:
                 own["title"] = "shuffled-label control: kappa and AUC have to fall to chance"
@@ -115,10 +115,9 @@ def make_row(entry, runs):
 
     done = counted(runs)
     first = (done or runs or [None])[0]
+    shown = first or {"status": "not run", "data": "", "differs": []}
     row = {**entry, "runs": runs, "n": len(done), "first": first, "cells": {}}
-    row |= {"status": "not run", "data": "", "differs": []}
-    if first:
-        row |= {key: first[key] for key in ("status", "data", "differs")}
+    row |= {key: shown[key] for key in ("status", "data", "differs")}
     if done and row["data"] == "rendered":
         row["status"] = "rendered"
     elif done and row["differs"]:
@@ -244,7 +243,7 @@ def print_comparison(first, second, about):
     import metrics
     from tables import patients_of
 
-    flags = arguments.differences(second["args"], argparse.Namespace(**first["args"]))
+    flags = arguments.differences(second["args"], types.SimpleNamespace(**first["args"]))
     print(f"A {first['folder']}\nB {second['folder']}\nflags of B: {', '.join(flags) or 'those of A'}")
     for problem in first["problems"] + second["problems"]:
         print(f"    ! {problem}")

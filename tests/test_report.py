@@ -1033,6 +1033,13 @@ def test_hostile_files_end_in_a_named_damage_or_in_text(tmp_path, what, capsys):
         assert "run.json is damaged" in printed
 
 
+def test_hostile_flags_of_an_own_run_are_text(tmp_path):
+    for name in ("mine", "mine-seed43"):
+        flags = {"self": 1, "labels": {"a": "</script>"}, "lr": [1]}
+        fake_run(tmp_path, name, tested=False, line="odir-03", flags=flags)
+    assert rows_here(tmp_path)["mine"]["n"] == 2
+
+
 def test_folders_in_the_place_of_files_are_damage(tmp_path, capsys):
     folder = fake_run(tmp_path / "runs", "odir-03")
     for name in ("run.json", "test_scores.json", "train_results.xlsx"):
