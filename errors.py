@@ -50,8 +50,7 @@ class Parser(argparse.ArgumentParser):
         known = re.findall(r"--[a-z][\w-]+", self.format_help())
         if message.startswith("unrecognized arguments"):
             for flag in re.findall(r"--[a-z][\w-]*", message):
-                longer = [name for name in known if flag.startswith(f"{name}-")]  # --batch-size: --batch
-                close = longer or difflib.get_close_matches(flag, known, 1)
+                close = difflib.get_close_matches(flag, known, 1)
                 if close:
                     message += f". {flag}: did you mean {close[0]}?"
         super().error(message)

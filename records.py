@@ -20,7 +20,7 @@ import learner as learning
 import metrics
 import tables
 from arguments import EYE_MODELS
-from cache import remove_leftovers, replace_file
+from cache import remove_leftovers, replace_file, replacing
 from errors import InputError
 
 SHARE = 20  # a checkpoint is written as often as costs less than a twentieth of the time
@@ -106,7 +106,7 @@ class RunRecords:
         self.about["started"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         self.save_facts(status="running")
         self.save_last()
-        from torch.utils.tensorboard import SummaryWriter  # late, as figures below: rank 0 alone draws
+        from torch.utils.tensorboard import SummaryWriter  # late: rank 0 alone needs it
 
         # A fresh event file that begins with all epochs so far: after a resume no epoch is there twice.
         for old in folder.glob("events.out.tfevents.*"):
@@ -149,19 +149,6 @@ class RunRecords:
                 self.tensorboard.add_scalar(f"{score}/{part}" if score else name, value, row["epoch"])
         self.tensorboard.flush()
 
-    def finish_tensorboard(self):
-        """Confusion matrices of the best epoch."""
-        import figures
-
-        data, best = self.data, self.state["best"]
-        names = tables.full_names(self.args.dataset, data.labels)
-        figure = figures.confusion(data.val.targets, best["probs"].numpy(), names, data.task)
-        if data.facts["rendered"]:
-            figures.mark_rendered(figure)
-        figure.set_dpi(60)
-        self.tensorboard.add_figure("confusion", figure, best["epoch"])
-        self.tensorboard.close()
-
     def epoch(self, kept):
         """Print an epoch's line and write what it leaves."""
         row = self.state["history"][-1]
@@ -191,7 +178,7 @@ class RunRecords:
         told = {"seconds": round(state["seconds"], 1), "epochs_run": state["epoch"]}
         told |= {"best_epoch": best.get("epoch"), "best_loss": best.get("loss"), "scores": best.get("scores")}
         told |= {"best_digest": self.best_digest, "thresholds": best.get("thresholds")}
-        told["changes"] = state["changes"]
+        told |= {"changes": state["changes"]}
         checkpoint.save_json(self.folder / "run.json", {**self.about, **told, **more})
 
     def end(self, seconds):
@@ -200,7 +187,7 @@ class RunRecords:
         self.save_best()
         self.save_last()
         checkpoint.write_sheet(self.folder / "train_results.xlsx", pd.DataFrame(state["history"]))
-        self.finish_tensorboard()
+        self.tensorboard.close()
         self.save_facts(status="finished", seconds_in_all=round(seconds, 1))
         family, probs = self.data.family, best["probs"].numpy()
         for sentence in metrics.undefined_scores(self.data.val.targets, probs, self.data.labels, family):
@@ -212,8 +199,8 @@ class RunRecords:
             print(f"stopped: {state['stale']} epochs without a lower validation loss (--patience)")
         print(f"{self.folder}: {place}, {family} scores: {scores}")
         try:  # last, because a folder that cannot be written must not cost the scores
-            with open(self.folder / "best.pt", "rb") as source:
-                replace_file("best.pt", functools.partial(shutil.copyfileobj, source))
+            with replacing(Path("best.pt")) as temporary:
+                shutil.copyfile(self.folder / "best.pt", temporary)
             print("best.pt here is a copy of this run's")
         except OSError as error:
             place = f"{Path.cwd()} ({error.strerror})"

@@ -31,8 +31,6 @@ NOTHING = dict.fromkeys(("published", "measured", "std", "low", "high", "n"))
 def get_args_parser():
     parser = Parser(__doc__)
     parser.add_argument("--runs", type=Path, default="runs", help="run folders; the report goes there")
-    published = Path(__file__).with_name("published.csv")
-    parser.add_argument("--published", type=Path, default=published, help="a line for each experiment")
     parser.add_argument("--compare", nargs=2, type=Path, metavar=("A", "B"), help="two run folders")
     return parser
 
@@ -271,7 +269,7 @@ def main():
     args = get_args_parser().parse_args()
     if not args.runs.is_dir():
         raise InputError(f"--runs {args.runs}: no such folder. Expected the one that holds the run folders")
-    published, lines = runfolders.read_published(args.published), arguments.experiments()
+    published = runfolders.read_published(Path(__file__).with_name("published.csv"))
     for folder in args.compare or []:
         if not folder.is_dir():
             raise InputError(f"--compare {folder}: no such folder. Expected two run folders, as runs/odir-03")
@@ -282,7 +280,7 @@ def main():
     data = page_data(runs)
     if args.compare:
         data |= runfolders.comparison(*runs)
-    rows = make_rows(published, lines, runs)
+    rows = make_rows(published, arguments.experiments(), runs)
     page = args.runs / ("compare.html" if args.compare else "report.html")
     write_page(page, rows, data)
     if args.compare:

@@ -20,7 +20,7 @@ ENTRY = "study experiment title note f1_by_label auc_by_label".split()  # the ot
 
 def read_published(path):
     """A dict for each line of published.csv: ENTRY's columns as text, "scores" {name: figure}."""
-    with reading(f"--published {path}", "a table of published figures"):
+    with reading(path, "a table of published figures"):
         with open(path, newline="", encoding="utf-8-sig") as stream:
             names, *table = csv.reader(stream, strict=True)
         entries = []
@@ -31,7 +31,7 @@ def read_published(path):
             entries.append(entry)
     found = {entry["experiment"] for entry in entries}
     if not found or len(found) < len(entries) or len(set(names)) < len(names):
-        raise InputError(f"--published {path}: expected a line for each experiment; none and no column twice")
+        raise InputError(f"{path}: expected a line for each experiment; none and no column twice")
     return entries
 
 

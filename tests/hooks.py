@@ -100,9 +100,9 @@ def stop_at_save_last():
 
 
 def stop_at_end():
-    import records
+    import checkpoint
 
-    stop_in(records.RunRecords, "finish_tensorboard")
+    stop_in(checkpoint, "write_sheet")
 
 
 # ---------------------------------------------------------------- errors that meet one machine alone

@@ -21,7 +21,7 @@ import figures
 import metrics
 import report
 import runfolders
-from errors import guard
+from errors import InputError, guard
 
 ROOT = Path(report.__file__).parent
 LINES = arguments.experiments()
@@ -427,17 +427,18 @@ HEAD = "study,experiment,title,note,f1_by_label,auc_by_label,f1"
         f"{HEAD}\na,b,{'c' * 200000},,,,1\n",
     ],
 )
-def test_bad_input_is_a_message(tmp_path, monkeypatch, capsys, published):
-    (tmp_path / "p.csv").write_text(f"{HEAD}\na,b,c,,,,1\n")
-    assert runfolders.read_published(tmp_path / "p.csv")[0]["scores"] == {"f1": 1}, "a sound one is read"
-    (tmp_path / "p.csv").write_bytes(published.encode("utf-8", "surrogateescape"))
-    (tmp_path / "runs").mkdir()
-    for folder in ("runs", "nowhere"):
-        monkeypatch.setattr(
-            sys, "argv", ["report.py", f"--runs={tmp_path / folder}", f"--published={tmp_path}/p.csv"]
-        )
-        assert guard(report.main) == 2 and capsys.readouterr().err.startswith("error: --")
-    assert not list((tmp_path / "runs").iterdir())
+def test_a_damaged_published_csv_is_a_message(tmp_path, published):
+    path = tmp_path / "published.csv"
+    path.write_text(f"{HEAD}\na,b,c,,,,1\n")
+    assert runfolders.read_published(path)[0]["scores"] == {"f1": 1}, "a sound one is read"
+    path.write_bytes(published.encode("utf-8", "surrogateescape"))
+    with pytest.raises(InputError, match=r"published\.csv"):
+        runfolders.read_published(path)
+
+
+def test_a_folder_of_runs_that_is_not_there_is_a_message(tmp_path, capsys):
+    assert main_of("--runs", tmp_path / "nowhere") == 2
+    assert capsys.readouterr().err.startswith("error: --runs ") and not list(tmp_path.iterdir())
 
 
 def test_published_csv_is_the_published_table():
