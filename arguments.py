@@ -286,7 +286,7 @@ def differences(args, line):
     for name, asked in vars(line).items():
         used = args.get(name, asked)
         # Of a path the folder of runs may be another, and the run's name may begin with demo-.
-        same = "/" in str(asked) and str(used).endswith(asked.partition("/")[2])
+        same = "/" in str(asked) and str(used).endswith(str(asked).partition("/")[2])
         if used != asked and not same and name not in WHERE:
             told.append(f"{name.replace('_', ' ')} {used} not {asked}")
     return told

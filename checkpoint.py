@@ -10,23 +10,22 @@ import functools
 import io
 import itertools
 import json
+import os
 import platform
 import subprocess
-import sys
 import zipfile
 from pathlib import Path
 
-import numpy as np
+import filelock
 import torch
 
-from cache import digest, file_stamps, replace_file
+from cache import digest, replace_file
 from errors import InputError, reading
 
 FORMAT = 4
-REQUIRED = {"best": set("args model labels task family ordered rows seen data prior epoch loss".split())}
-REQUIRED["best"] |= {"scores", "thresholds"}
-REQUIRED["last"] = set("args model trunk ema buffers optimizer scheduler scaler digest changes".split())
-REQUIRED["last"] |= {"epoch", "history", "best", "stale", "seconds"}
+REQUIRED = {"best": "model labels task family ordered rows seen data prior epoch loss scores thresholds"}
+REQUIRED["last"] = "model trunk ema buffers optimizer scheduler scaler "
+REQUIRED["last"] += "digest epoch history best stale seconds changes"
 
 
 def load_file(path):
@@ -50,26 +49,28 @@ def load_checkpoint(path, kind="best"):
         raise InputError(f"{path} is not a {kind}.pt of this repository")
     if state.get("format") != FORMAT:
         raise InputError(f"{path} has format {state.get('format')}, this code reads {FORMAT}")
-    missing = REQUIRED[kind].difference(state)
-    if missing or not isinstance(state["args"], dict):
-        raise InputError(f"{path} is incomplete: {', '.join(sorted(missing)) or 'args'}")
+    missing = [name for name in REQUIRED[kind].split() if name not in state]
+    if missing or not isinstance(state.get("args"), dict):
+        raise InputError(f"{path} is incomplete: {', '.join(missing) or 'args'}")
     return state
 
 
 def load_last(folder):
-    """last.pt of a run; where it is missing or damaged, InputError names the epoch that best.pt holds."""
+    """last.pt of a run, and under "lock" the run's lock, taken before it is read.
+
+    InputError: another process trains the run; or last.pt is damaged, with the epoch that best.pt holds.
+    """
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError(f"--resume {folder}: there is no such run folder")
-    last, best = folder / "last.pt", folder / "best.pt"
+    lock = lock_run(folder) if os.environ.get("RANK", "0") == "0" else None  # under torchrun: for all
     try:
-        stamps = file_stamps([last]) if last.exists() else []
-        return {**load_checkpoint(last, "last"), "stamps": stamps}
+        return {**load_checkpoint(folder / "last.pt", "last"), "lock": lock}
     except InputError as error:
+        best = folder / "best.pt"
         try:
             epoch = load_checkpoint(best)["epoch"]
-            left = f"The last good epoch is {epoch}, the best so far: test.py takes {best}"
-            left += f", and a new run can start from it with --weights {best}"
+            left = f"The last good epoch is {epoch}, in {best}: for test.py, or a new run's --weights"
         except InputError as other:
             left = f"No epoch of this run can be trusted ({other}): delete {folder} and start it again"
         raise InputError(f"{error}. {left}") from error
@@ -128,12 +129,9 @@ def check_name(args):
 
 def new_run_folder(args):
     """Make runs/<name>; without a name the first free number. Never an existing one."""
-    runs = Path(args.runs)
-    try:
-        runs.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--runs {runs} cannot be made ({error.strerror}): name another folder") from error
     check_name(args)
+    runs = Path(args.runs)
+    runs.mkdir(parents=True, exist_ok=True)
     if args.name:
         (runs / args.name).mkdir(exist_ok=True)
         return runs / args.name
@@ -145,40 +143,21 @@ def new_run_folder(args):
 
 
 def lock_run(folder):
-    """Hold a run's folder until this process ends -> the open file. InputError: another one trains there."""
-    stream = open(Path(folder) / ".lock", "w")
+    """Hold a run's folder until this process ends -> its lock. InputError: another one trains there."""
+    lock = filelock.FileLock(Path(folder) / ".lock", blocking=False)
     try:
-        if sys.platform == "win32":
-            import msvcrt
-
-            msvcrt.locking(stream.fileno(), msvcrt.LK_NBLCK, 1)
-        else:
-            import fcntl
-
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError) as error:
-        stream.close()
-        raise InputError(
-            f"{folder} is being trained by another process: wait for its end, or stop it"
-        ) from error
-    return stream
-
-
-def plain(value):
-    """Numbers and containers as JSON takes them: NaN becomes null, numpy scalars become Python's."""
-    if isinstance(value, dict):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple | np.ndarray):
-        return [plain(item) for item in value]
-    if isinstance(value, np.generic):
-        value = value.item()
-    if isinstance(value, float) and not np.isfinite(value):
-        return None
-    return str(value) if isinstance(value, Path) else value
+        lock.acquire()
+    except filelock.Timeout:
+        problem = f"{folder} is being trained by another process: wait for its end, or stop it"
+        raise InputError(problem) from None
+    return lock
 
 
 def save_json(path, value):
-    replace_file(path, lambda stream: json.dump(plain(value), stream, indent=1, allow_nan=False), "w")
+    """Numpy's numbers and arrays as numbers and lists, paths as text, what is undefined (NaN) as null."""
+    text = json.dumps(value, default=lambda one: one.tolist() if hasattr(one, "tolist") else str(one))
+    value = json.loads(text, parse_constant=lambda _: None)
+    replace_file(path, lambda stream: json.dump(value, stream, indent=1), "w")
 
 
 def run_facts(folder):

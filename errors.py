@@ -50,8 +50,7 @@ class Parser(argparse.ArgumentParser):
         known = re.findall(r"--[a-z][\w-]+", self.format_help())
         if message.startswith("unrecognized arguments"):
             for flag in re.findall(r"--[a-z][\w-]*", message):
-                longer = [name for name in known if flag.startswith(f"{name}-")]  # --batch-size: --batch
-                close = longer or difflib.get_close_matches(flag, known, 1)
+                close = difflib.get_close_matches(flag, known, 1)
                 if close:
                     message += f". {flag}: did you mean {close[0]}?"
         super().error(message)
@@ -73,8 +72,7 @@ def reading(path, what):
 
 def end_with_parent(*_):
     """End this process when its parent ends. Initializer of worker processes."""
-    # Ctrl-C reaches every process of a terminal. What happens then is the parent's decision.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the parent decides
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     threading.Thread(target=exit_after_parent, daemon=True).start()
 
@@ -107,7 +105,8 @@ def guard(main, *args):
     """
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")  # a terminal that lacks a character shows a question mark
+            # A character that the terminal lacks becomes a question mark; a log file gets each line at once.
+            stream.reconfigure(errors="replace", line_buffering=True)
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, terminate)
     if "END_WITH_PARENT" in os.environ:  # run_all.sh: its scripts must not outlive it, nor theirs them
@@ -130,24 +129,20 @@ def guard(main, *args):
             raise
         status, place = 2, error.filename or "the output"
         message = f"error: cannot write {place}: {error.strerror}. What was there before is whole. Free some "
-        message += (
-            "space or choose another folder, then give the same command again (a begun training: --resume)."
-        )
+        message += "space or choose another folder, then give the command again (a begun training: --resume)."
     except (MemoryError, RuntimeError) as error:
         # By name: torch, whose own types are RuntimeErrors, is not imported here just for them.
         status, kinds = 1, {kind.__name__ for kind in type(error).__mro__}
         text = str(error).partition("\n")[0] or "host memory"
         if any(words in text for words in LOST):
-            message = (
-                f"error: another process of this run has ended, see there ({text}). {how_to_go_on(error)}"
-            )
+            message = f"error: another process of this run has ended ({text}). {how_to_go_on(error)}"
         elif "BrokenProcessPool" in kinds or "DataLoader worker" in text:
             message = f"error: a worker process was killed ({text}). Try fewer --workers."
         elif kinds & {"MemoryError", "OutOfMemoryError"} or "can't allocate memory" in text:
             message = f"error: out of memory ({text}). Try a smaller --batch or --size."
         else:
             raise
-    print(message, file=sys.stderr, flush=True)
+    print(message, file=sys.stderr)
     return status
 
 

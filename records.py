@@ -18,9 +18,8 @@ import checkpoint
 import engine
 import learner as learning
 import metrics
-import tables
 from arguments import EYE_MODELS
-from cache import file_stamps, remove_leftovers, replace_file
+from cache import remove_leftovers, replace_file, replacing
 from errors import InputError
 
 SHARE = 20  # a checkpoint is written as often as costs less than a twentieth of the time
@@ -40,24 +39,10 @@ def print_data(args, data, device, precision):
         print("note: the trunk's weights are random and stay so; --fine-tune trains them")
     network = args.model if args.model not in EYE_MODELS else f"{args.model} on {args.trunk}"
     print(f"{args.dataset}{rendered}: {rows}, {found}")
-    print(
-        f"{network}, weights {args.weights}, on {device} in {precision}; loss: training / validation",
-        flush=True,
-    )
+    print(f"{network}, weights {args.weights}, on {device} in {precision}; loss: training / validation")
 
 
-def claim_run(args, stored):
-    """Refuse a name that is taken, lock a run that goes on -> its lock, else None."""
-    checkpoint.check_name(args)
-    if not args.resume or engine.rank():
-        return None
-    lock = checkpoint.lock_run(args.resume)
-    if stored["stamps"] != file_stamps([Path(args.resume) / "last.pt"]):
-        raise InputError(f"{args.resume} went on while it was read: give the command again")
-    return lock
-
-
-def open_run(args, stored, data, learner, lock):
+def open_run(args, stored, data, learner):
     """A new run folder and a fresh state, or those of the run that goes on -> (folder, state, lock)."""
     if not stored:
         folder = engine.from_rank0(checkpoint.new_run_folder, args)
@@ -66,16 +51,15 @@ def open_run(args, stored, data, learner, lock):
     folder = Path(args.resume)
     with engine.together():
         if stored["digest"] != data.facts["digest"]:
-            raise InputError(
-                f"the data in {data.facts['root']} are not those of {folder}: give the same ones"
-            )
+            root = data.facts["root"]
+            raise InputError(f"the data in {root} are not those of {folder}: give the same ones")
         learning.restore(args, stored, learner, folder)
-    return folder, {name: stored[name] for name in (*NEW_STATE, "digest")}, lock
+    return folder, {name: stored[name] for name in (*NEW_STATE, "digest")}, stored["lock"]
 
 
 def is_over(args, state):
-    patience_ended = args.keep == "best" and state["stale"] >= args.patience
-    return state["epoch"] >= args.epochs or patience_ended
+    out_of_patience = args.keep == "best" and state["stale"] >= args.patience
+    return out_of_patience or state["epoch"] >= args.epochs
 
 
 def is_finished(args, stored, folder):
@@ -99,7 +83,7 @@ class RunRecords:
     def __init__(self, folder, args, data, learner, state):
         self.folder, self.args, self.data, self.learner, self.state = folder, args, data, learner, state
         self.task = {name: getattr(data, name) for name in ("labels", "task", "family", "ordered")}
-        self.written = {}  # name -> (when it was written, how long that took)
+        self.due = {}  # name of a checkpoint -> when it is to be written again
         self.best_digest = None  # of state["best"], once best.pt holds it
         remove_leftovers(folder)
         rows = [(name, part) for part, names in data.rows.items() for name in names]
@@ -110,18 +94,16 @@ class RunRecords:
         commands = [checkpoint.run_facts(folder).get("command"), shlex.join(["python", *sys.argv])]
         versions = {module.__name__: module.__version__ for module in (torch, torchvision, np)}
         versions["python"] = platform.python_version()
-        about = {"name": folder.name, "dataset": args.dataset, "model": args.model, "args": vars(args)}
-        about |= {"command": " ; ".join(filter(None, commands)), "commit": checkpoint.commit()}
-        about |= {"versions": versions, "device": checkpoint.describe_machine(learner.device)}
-        about |= {"precision": learner.precision, "processes": engine.world(), **self.task}
-        about |= {"weights": {"given": args.weights, "trunk": learner.features.digest}}
-        about |= {"trunk_name": learner.model.trunk_name, "shuffled_labels": args.shuffle_labels}
-        about |= {"data": {**data.facts, "repaired": len(data.facts["repaired"])}}
-        about |= {"started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")}
-        self.about = about  # what run.json says of how the run was made
-        checkpoint.save_json(folder / "run.json", {**about, "status": "running"})
+        # What run.json says of how the run was made.
+        self.about = {"args": vars(args), "command": " ; ".join(filter(None, commands)), **self.task}
+        self.about |= {"commit": checkpoint.commit(), "versions": versions, "precision": learner.precision}
+        self.about |= {"device": checkpoint.describe_machine(learner.device), "processes": engine.world()}
+        self.about |= {"trunk_name": learner.model.trunk_name, "trunk_digest": learner.features.digest}
+        self.about["data"] = {**data.facts, "repaired": len(data.facts["repaired"])}
+        self.about["started"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        self.save_facts(status="running")
         self.save_last()
-        from torch.utils.tensorboard import SummaryWriter  # late, as figures below: rank 0 alone draws
+        from torch.utils.tensorboard import SummaryWriter  # late: rank 0 alone needs it
 
         # A fresh event file that begins with all epochs so far: after a resume no epoch is there twice.
         for old in folder.glob("events.out.tfevents.*"):
@@ -132,14 +114,11 @@ class RunRecords:
         for row in state["history"]:
             self.log(row)
 
-    def is_due(self, name):
-        at, cost = self.written.get(name, (-float("inf"), 0.0))
-        return time.perf_counter() - at > SHARE * cost
-
     def save(self, name, **state):
         began = time.perf_counter()
         checkpoint.save_checkpoint(self.folder / f"{name}.pt", name, **state)
-        self.written[name] = time.perf_counter(), time.perf_counter() - began
+        now = time.perf_counter()
+        self.due[name] = now + SHARE * (now - began)
 
     def save_last(self):
         """last.pt: everything that the next epoch needs, the best network so far included."""
@@ -149,19 +128,13 @@ class RunRecords:
         """best.pt: the network as it was in the kept epoch, and all else that test.py needs."""
         best, data, facts = self.state["best"], self.data, self.data.facts
         weights = {**checkpoint.cpu_state(self.learner.model), **best["weights"]}
-        told = ("rendered", "digest", "parts", "patients", "duplicates")
-        origin = {name: facts[name] for name in told}
-        origin["root"] = str(Path(facts["root"]).resolve())
-        found = {name: best[name] for name in ("epoch", "loss", "scores", "thresholds")}
-        about = {
-            "args": vars(self.args),
-            "digest": checkpoint.network_digest(weights, best["thresholds"]),
-            **found,
-            **self.task,
-        }
-        about |= {"prior": data.prior(), "rows": data.rows, "seen": sorted(data.seen), "data": origin}
-        self.save("best", model=weights, **about)
-        self.best_digest = about["digest"]
+        kept = "rendered digest parts patients duplicates".split()
+        about = {name: best[name] for name in ("epoch", "loss", "scores", "thresholds")} | self.task
+        about["data"] = {name: facts[name] for name in kept} | {"root": str(Path(facts["root"]).resolve())}
+        about |= {"args": vars(self.args), "prior": data.prior(), "rows": data.rows}
+        digest = checkpoint.network_digest(weights, best["thresholds"])
+        self.save("best", model=weights, digest=digest, seen=sorted(data.seen), **about)
+        self.best_digest = digest
 
     def log(self, row):
         for name, value in row.items():
@@ -170,39 +143,20 @@ class RunRecords:
                 self.tensorboard.add_scalar(f"{score}/{part}" if score else name, value, row["epoch"])
         self.tensorboard.flush()
 
-    def finish_tensorboard(self):
-        """Confusion matrices of the best epoch, and the arguments beside the final scores."""
-        import figures
-
-        data, best = self.data, self.state["best"]
-        names = tables.full_names(self.args.dataset, data.labels)
-        figure = figures.confusion(data.val.targets, best["probs"].numpy(), names, data.task)
-        if data.facts["rendered"]:
-            figures.mark_rendered(figure)
-        figure.set_dpi(60)
-        self.tensorboard.add_figure("confusion", figure, best["epoch"])
-        flags = {}
-        for name, value in vars(self.args).items():
-            flags[name] = value if isinstance(value, bool | int | float | str) else str(value)
-        scores = {f"best/{name}": value for name, value in best["scores"].items()}
-        self.tensorboard.add_hparams(flags, scores, run_name=".")
-        self.tensorboard.close()
-
     def epoch(self, kept):
         """Print an epoch's line and write what it leaves."""
         row = self.state["history"][-1]
-        main = next(name for name in ("val_accuracy", "val_final_score", "val_auc") if name in row)
-        line = (
-            f"epoch {row['epoch']}  lr {row['lr']:.3g}  loss {row['train_loss']:.4f} / {row['val_loss']:.4f}"
-        )
-        print(f"{line}  {main.removeprefix('val_')} {row[main]:.4f}{'  *' if kept else ''}", flush=True)
+        main = next(name for name in ("accuracy", "final_score", "auc") if f"val_{name}" in row)
+        loss = f"loss {row['train_loss']:.4f} / {row['val_loss']:.4f}"
+        line = f"epoch {row['epoch']}  lr {row['lr']:.3g}  {loss}  {main} {row[f'val_{main}']:.4f}"
+        print(f"{line}  *" if kept else line)
         self.log(row)
         # The best network is in last.pt too, so either file may be some epochs late.
         if kept:
             self.best_digest = None
-        if not self.best_digest and self.is_due("best"):
+        if not self.best_digest and time.perf_counter() > self.due.get("best", 0):
             self.save_best()
-        if self.is_due("last"):
+        if time.perf_counter() > self.due["last"]:
             self.save_last()
 
     def interrupted(self):
@@ -210,8 +164,7 @@ class RunRecords:
         if self.state["best"] and not self.best_digest:
             self.save_best()
         self.save_facts(status="interrupted")
-        whole = self.state["epoch"]
-        print(f"\nstopped after {whole} whole epoch(s); a resume repeats the one under way", flush=True)
+        print(f"\nstopped after {self.state['epoch']} whole epoch(s); a resume repeats the one under way")
 
     def save_facts(self, **more):
         """run.json"""
@@ -219,8 +172,7 @@ class RunRecords:
         told = {"seconds": round(state["seconds"], 1), "epochs_run": state["epoch"]}
         told |= {"best_epoch": best.get("epoch"), "best_loss": best.get("loss"), "scores": best.get("scores")}
         told |= {"best_digest": self.best_digest, "thresholds": best.get("thresholds")}
-        told["changes"] = state["changes"]
-        told["last_epoch"] = state["history"][-1] if state["history"] else None
+        told |= {"changes": state["changes"]}
         checkpoint.save_json(self.folder / "run.json", {**self.about, **told, **more})
 
     def end(self, seconds):
@@ -229,7 +181,7 @@ class RunRecords:
         self.save_best()
         self.save_last()
         checkpoint.write_sheet(self.folder / "train_results.xlsx", pd.DataFrame(state["history"]))
-        self.finish_tensorboard()
+        self.tensorboard.close()
         self.save_facts(status="finished", seconds_in_all=round(seconds, 1))
         family, probs = self.data.family, best["probs"].numpy()
         for sentence in metrics.undefined_scores(self.data.val.targets, probs, self.data.labels, family):
@@ -239,10 +191,10 @@ class RunRecords:
         place += f", validation loss {best['loss']:.4f}"
         if state["epoch"] < self.args.epochs:
             print(f"stopped: {state['stale']} epochs without a lower validation loss (--patience)")
-        print(f"{self.folder}: {place}, {family} scores: {scores}", flush=True)
+        print(f"{self.folder}: {place}, {family} scores: {scores}")
         try:  # last, because a folder that cannot be written must not cost the scores
-            with open(self.folder / "best.pt", "rb") as source:
-                replace_file("best.pt", functools.partial(shutil.copyfileobj, source))
+            with replacing(Path("best.pt")) as temporary:
+                shutil.copyfile(self.folder / "best.pt", temporary)
             print("best.pt here is a copy of this run's")
         except OSError as error:
             place = f"{Path.cwd()} ({error.strerror})"

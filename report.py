@@ -9,11 +9,11 @@ differ, the paired difference of every score with its 95 % interval and the ten 
 and writes runs/compare.html with their curves and photographs.
 """
 
-import argparse
 import base64
 import json
 import os
 import sys
+import types
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -31,8 +31,6 @@ NOTHING = dict.fromkeys(("published", "measured", "std", "low", "high", "n"))
 def get_args_parser():
     parser = Parser(__doc__)
     parser.add_argument("--runs", type=Path, default="runs", help="run folders; the report goes there")
-    published = Path(__file__).with_name("published.csv")
-    parser.add_argument("--published", type=Path, default=published, help="a line for each experiment")
     parser.add_argument("--compare", nargs=2, type=Path, metavar=("A", "B"), help="two run folders")
     return parser
 
@@ -42,8 +40,6 @@ def match(run, lines):
     named = run["bare"] if run["bare"] in lines and not run["shuffled"] else None
     if run["shuffled"] or run["status"] == "damaged":
         return named, []
-    if not {"dataset", "model", "lr", "batch", "epochs", "size"} <= run["args"].keys():
-        return named, ["its flags are not known"] if named else []
     changed = run["info"].get("changes") or []  # by a resume
     differing = {name: arguments.differences(run["args"], line) + changed for name, line in lines.items()}
     same = [name for name, flags in differing.items() if not flags]
@@ -60,10 +56,13 @@ def make_rows(published, lines, runs):
         title = f"{line.model}, lr {line.lr:g} {line.scheduler}"
         beyond = {"study": line.dataset, "experiment": name, "title": title, "kind": "beyond"}
         entries.setdefault(name, blank | beyond)
-    for run in runs:
+    own_lines = {}  # the flags of the first own run of each name
+    for run in sorted(runs, key=lambda run: run["status"] == "damaged"):  # damaged ones have no flags
         run["experiment"], run["differs"] = match(run, lines)
         if not run["experiment"]:
             run["experiment"] = f"own {run['base']}"
+            line = own_lines.setdefault(run["base"], types.SimpleNamespace(**run["args"]))
+            run["differs"] = arguments.differences(run["args"], line)
             own = {"study": run["study"], "experiment": run["base"], "title": "own run", "kind": "own"}
             if run["shuffled"]:
                 own["title"] = "shuffled-label control: kappa and AUC have to fall to chance"
@@ -81,48 +80,46 @@ def make_rows(published, lines, runs):
     return rows
 
 
-def counted(runs, problems):
+def counted(runs):
     """The finished runs whose mean is shown: one part of one data set, each seed once. Names the others."""
     done, seeds = [], {}
     for run in sorted(runs, key=lambda run: (run["status"] != "finished", not run["tested"])):
         seed, network = str(run["args"].get("seed")), run["info"].get("best_digest")
         if run["status"] != "finished":
-            problems += [f"{run['name']} is {run['status']}: not counted"] if done else []
+            why = f"it is {run['status']}"
         elif done and (run["part"], run["digest"]) != (done[0]["part"], done[0]["digest"]):
-            problems.append(f"{run['name']} was scored on other data than {done[0]['name']}: not counted")
+            why = f"it was scored on other data than {done[0]['name']}"
         elif network in [one["info"].get("best_digest") for one in done]:
-            problems.append(f"{run['name']} holds the network of another run here: not counted twice")
+            why = "it holds the network of another run here"
         elif seed in seeds:
-            problems.append(f"{run['name']} has the seed of {seeds[seed]}: not counted twice")
+            why = f"it has the seed of {seeds[seed]}"
         else:
             seeds[seed] = run["name"]
             done.append(run)
+            continue
+        if done:
+            run["problems"].append(f"not counted: {why}")
     return done
+
+
+def problems_of(row):
+    """What is wrong with the runs of a row."""
+    return [f"{run['name']}: {problem}" for run in row["runs"] for problem in run["problems"]]
 
 
 def make_row(entry, runs):
     """A line of the tables: its runs (seeds; perhaps none) and their scores beside the published ones."""
     import numpy as np  # here, as others below, because --help has to answer at once
 
-    problems, unlike = [], set()
-    for run in runs:
-        problems += [f"{run['name']}: {problem}" for problem in run["problems"]]
-    done = counted(runs, problems)
+    done = counted(runs)
     first = (done or runs or [None])[0]
-    row = {**entry, "runs": runs, "n": len(done), "first": first, "problems": problems, "cells": {}}
-    row |= {"status": "not run", "data": "", "differs": []}
-    if first:
-        row |= {key: first[key] for key in ("status", "data", "differs")}
+    shown = first or {"status": "not run", "data": "", "differs": []}
+    row = {**entry, "runs": runs, "n": len(done), "first": first, "cells": {}}
+    row |= {key: shown[key] for key in ("status", "data", "differs")}
     if done and row["data"] == "rendered":
         row["status"] = "rendered"
     elif done and row["differs"]:
         row["status"] = "changed"
-    for run in done:
-        flags = run["args"] | first["args"]
-        unlike |= {flag for flag in flags if run["args"].get(flag) != first["args"].get(flag)}
-    unlike -= set(arguments.WHERE)  # which cannot matter
-    if unlike:
-        problems.append(f"these runs differ in {', '.join(sorted(unlike))}: their mean says little")
     for score in dict.fromkeys([*entry["scores"], *(first["scores"] if done else [])]):
         row["cells"][score] = cell = NOTHING | {"published": entry["scores"].get(score)}
         values = [run["scores"][score] for run in done if score in run["scores"]]
@@ -136,8 +133,7 @@ def make_row(entry, runs):
 
 def columns_of(rows, prefix=""):
     """The scores of a family ("", "challenge_", "learned_") that any of the rows has, in their order."""
-    cells = [cell for row in rows for cell in row["cells"].items()]
-    found = dict.fromkeys(score for score, cell in cells if cell != NOTHING)
+    found = dict.fromkeys(score for row in rows for score in row["cells"])
     others = ("challenge_", "learned_")
     mine = [score for score in found if score.startswith(prefix or others) == bool(prefix)]
     order = [prefix + score for score in SCORES]
@@ -186,16 +182,14 @@ def write_page(path, rows, data):
 
     text = json.dumps(data, default=str)
     room = PAGE_BYTES - len(text)
-    for row in [row for row in rows if row["first"]]:
-        run, known = row["first"], len(row["first"]["problems"])
-        # What test.py drew is as stale as its scores.
-        for name in PICTURES if room > 0 and run["tested"] else []:
-            runfolders.read(run, f"{name}.png", runfolders.read_picture)
-        room -= sum(map(len, run["pictures"].values()))
-        row["problems"] += [f"{run['name']}: {problem}" for problem in run["problems"][known:]]
+    for run in [row["first"] for row in rows if row["first"]]:
+        if room > 0 and run["tested"]:  # what test.py drew is as stale as its scores
+            for name in PICTURES:
+                runfolders.read(run, f"{name}.png", runfolders.read_picture)
+            room -= sum(map(len, run["pictures"].values()))
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"show": show, "columns_of": columns_of}
+    environment.filters |= {"show": show, "columns_of": columns_of, "problems_of": problems_of}
     data = json.loads(text, parse_constant=str)  # JavaScript knows no NaN in JSON
     page = environment.get_template("report_template.html").render(rows=rows, data=data, empty=NOTHING)
     replace_file(path, lambda stream: stream.write(page.encode("utf-8", "replace")))
@@ -217,7 +211,7 @@ def write_table(path, rows):
         line["part"] = row["first"]["part"] if row["n"] else ""
         kept = (info.get("data") or {}).get("duplicates")
         kept = f"{kept} validation rows are trained on too" if kept else ""
-        line["note"] = "; ".join(filter(None, [row["note"], kept, *row["differs"], *row["problems"]]))
+        line["note"] = "; ".join(filter(None, [row["note"], kept, *row["differs"], *problems_of(row)]))
         lines.append(line)
     text = pd.DataFrame(lines, dtype=object).to_csv(index=False)
     replace_file(path, lambda stream: stream.write(text.encode("utf-8", "replace")))
@@ -238,7 +232,7 @@ def print_table(rows):
         print(line.rstrip())
         if row["differs"] and row["status"] != "rendered":
             print(f"    ≠ {', '.join(row['differs'])}")
-        for problem in row["problems"]:
+        for problem in problems_of(row):
             print(f"    ! {problem}")
 
 
@@ -247,7 +241,7 @@ def print_comparison(first, second, about):
     import metrics
     from tables import patients_of
 
-    flags = arguments.differences(second["args"], argparse.Namespace(**first["args"]))
+    flags = arguments.differences(second["args"], types.SimpleNamespace(**first["args"]))
     print(f"A {first['folder']}\nB {second['folder']}\nflags of B: {', '.join(flags) or 'those of A'}")
     for problem in first["problems"] + second["problems"]:
         print(f"    ! {problem}")
@@ -275,7 +269,7 @@ def main():
     args = get_args_parser().parse_args()
     if not args.runs.is_dir():
         raise InputError(f"--runs {args.runs}: no such folder. Expected the one that holds the run folders")
-    published, lines = runfolders.read_published(args.published), arguments.experiments()
+    published = runfolders.read_published(Path(__file__).with_name("published.csv"))
     for folder in args.compare or []:
         if not folder.is_dir():
             raise InputError(f"--compare {folder}: no such folder. Expected two run folders, as runs/odir-03")
@@ -286,7 +280,7 @@ def main():
     data = page_data(runs)
     if args.compare:
         data |= runfolders.comparison(*runs)
-    rows = make_rows(published, lines, runs)
+    rows = make_rows(published, arguments.experiments(), runs)
     page = args.runs / ("compare.html" if args.compare else "report.html")
     write_page(page, rows, data)
     if args.compare:

@@ -19,19 +19,19 @@ ENTRY = "study experiment title note f1_by_label auc_by_label".split()  # the ot
 
 
 def read_published(path):
-    """A dict for each line of published.csv: ENTRY's columns as text, "scores" {name: figure or None}."""
-    with reading(f"--published {path}", "a table of published figures"):
+    """A dict for each line of published.csv: ENTRY's columns as text, "scores" {name: figure}."""
+    with reading(path, "a table of published figures"):
         with open(path, newline="", encoding="utf-8-sig") as stream:
             names, *table = csv.reader(stream, strict=True)
         entries = []
         for cells in table:
             line = dict(zip(names, cells, strict=True))
-            entry = {key: line.pop(key) for key in ENTRY[:4]} | {key: line.pop(key, "") for key in ENTRY[4:]}
-            entry["scores"] = {name: figure(float(text)) if text else None for name, text in line.items()}
-            entries.append(entry | {"kind": "published"})
+            entry = {key: line.pop(key) for key in ENTRY} | {"kind": "published"}
+            entry["scores"] = {name: figure(float(text)) for name, text in line.items() if text}
+            entries.append(entry)
     found = {entry["experiment"] for entry in entries}
     if not found or len(found) < len(entries) or len(set(names)) < len(names):
-        raise InputError(f"--published {path}: expected a line for each experiment; none and no column twice")
+        raise InputError(f"{path}: expected a line for each experiment; none and no column twice")
     return entries
 
 
@@ -59,15 +59,15 @@ def flatten(families, convert=figure):
 def read_info(path, run):
     """run.json: what is computed with is checked, the rest is shown as it stands."""
     info = json.loads(path.read_text(encoding="utf-8"))
-    data = info["data"]
+    args, data = info["args"], info["data"]
+    if not {"dataset", "model", "lr", "batch", "epochs", "size"} <= args.keys():
+        raise ValueError("flags are missing")
     if info["status"] not in ("running", "interrupted", "finished"):
         raise ValueError(f"status {info['status']!r}")
-    run["scores"] = flatten({"": info.get("scores") or {}})
-    run["args"], run["study"] = dict(info.get("args") or {}), str(info["dataset"])
-    run["data"], run["digest"] = "rendered" if data["rendered"] else "real", data.get("digest")
-    run["rows"], run["patients"] = dict(data.get("parts") or {}), dict(data.get("patients") or {})
-    run["shuffled"] = bool(info.get("shuffled_labels"))
-    run["status"], run["info"] = info["status"].replace("running", "unfinished"), info
+    run |= {"scores": flatten({"": info.get("scores") or {}}), "args": args, "study": str(args["dataset"])}
+    run |= {"rows": dict(data["parts"]), "patients": dict(data["patients"]), "digest": data["digest"]}
+    run |= {"data": "rendered" if data["rendered"] else "real", "shuffled": args.get("shuffle_labels")}
+    run |= {"status": info["status"].replace("running", "unfinished"), "info": info}
 
 
 def read_tested(path, run):

@@ -24,6 +24,7 @@ def main(argv=None):
     import torch
 
     import augment
+    import checkpoint
     import dataset
     import engine
     import learner as learning
@@ -35,11 +36,11 @@ def main(argv=None):
     device = engine.start_processes(engine.pick_device(args.device), args.deterministic)
     precision = engine.pick_precision(args.precision, device)
     with engine.together():
-        lock = records.claim_run(args, stored)
+        checkpoint.check_name(args)
     data = dataset.load(args)
     records.print_data(args, data, device, precision)
     learner = learning.build_learner(args, data, precision, device, stored)
-    folder, state, lock = records.open_run(args, stored, data, learner, lock)
+    folder, state, lock = records.open_run(args, stored, data, learner)
     if stored and records.is_finished(args, stored, folder):
         since = f"{state['epoch']} epochs, {state['stale']} of them since the best"
         print(f"{folder} is finished: {since}. To go on, raise --epochs or --patience")
@@ -119,7 +120,7 @@ def main(argv=None):
         raise
     finally:
         if lock:
-            lock.close()
+            lock.release()
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ SMALL = ["--weights", "none", "--device", "cpu", "--precision", "fp32", "--worke
 EYES = ["--dataset", "odir", "--size", "32", "--batch", "8", "--trunk", "resnet18", "--bn", "fitted"]
 ONE = ["--dataset", "aptos", "--model", "alexnet", "--size", "72", "--batch", "8"]  # the smallest network
 SIGNALS = {signal.SIGTERM: 143, signal.SIGINT: 130}
-PRELOAD = ["pytest", "forked", "train", "records", "figures", "torch.utils.tensorboard", "sklearn.metrics"]
+PRELOAD = ["pytest", "forked", "train", "records", "torch.utils.tensorboard", "sklearn.metrics"]
 PRELOAD += ["openpyxl", "predictor"]
 _context = multiprocessing.get_context("forkserver")
 
@@ -38,13 +38,9 @@ def begin(target, out, *args):
 
 
 def train_main(argv, environment):
-    from matplotlib.figure import Figure
-
-    import figures
     import train
     from errors import guard
 
-    figures.confusion = lambda *_: Figure(figsize=(1, 1))  # half of such a small run's time
     os.environ.update(environment)
     if "HOOK" in environment:  # a function of hooks.py changes the program before it runs
         import hooks
@@ -138,14 +134,13 @@ def load(path):
 
 
 def scalars(folder):
-    """{tag: [(epoch, value)]} of all event files of a run, without the final table of arguments."""
+    """{tag: [(epoch, value)]} of all event files of a run."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events, found = EventAccumulator(str(folder), size_guidance={"scalars": 0}), {}
     events.Reload()
     for tag in events.Tags()["scalars"]:
-        if not tag.startswith("best/"):
-            found[tag] = [(event.step, event.value) for event in events.Scalars(tag)]
+        found[tag] = [(event.step, event.value) for event in events.Scalars(tag)]
     return found
 
 

@@ -100,23 +100,9 @@ def stop_at_save_last():
 
 
 def stop_at_end():
-    import records
-
-    stop_in(records.RunRecords, "finish_tensorboard")
-
-
-def rewrite_last():
-    """Another process writes last.pt while this one reads it."""
     import checkpoint
 
-    load_checkpoint = checkpoint.load_checkpoint
-
-    def loading(path, kind="best"):
-        state = load_checkpoint(path, kind)
-        os.utime(path)
-        return state
-
-    checkpoint.load_checkpoint = loading
+    stop_in(checkpoint, "write_sheet")
 
 
 # ---------------------------------------------------------------- errors that meet one machine alone

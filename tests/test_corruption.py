@@ -1002,4 +1002,12 @@ def test_the_marker_of_executed_code_works(tmp_path):
     pickle.loads(pickle.dumps(Executed(tmp_path / "executed")))
     assert (tmp_path / "executed").is_dir()
     assert guard(lambda: checkpoint.load_checkpoint(tmp_path / "absent.pt")) == 2
-    assert json.dumps(checkpoint.plain({"a": float("nan")})) == '{"a": null}'
+    values = {  # as JSON takes them
+        "a": float("nan"),
+        "b": [np.float32("inf"), np.int64(2)],
+        "c": np.array([0.1, np.nan]),
+        1: tmp_path,
+    }
+    checkpoint.save_json(tmp_path / "a.json", values)
+    expected = {"a": None, "b": [None, 2], "c": [0.1, None], "1": str(tmp_path)}
+    assert json.loads((tmp_path / "a.json").read_text(), parse_constant=pytest.fail) == expected

@@ -100,7 +100,7 @@ def test_the_same_curve_for_eye_pairs_and_the_second_run_reads(tmp_path, rendere
         "1",
     )
     assert (
-        len(extractions) == 2 and json.loads((other_head / "run.json").read_text())["model"] == "v0"
+        len(extractions) == 2 and json.loads((other_head / "run.json").read_text())["args"]["model"] == "v0"
     )  # the same features
 
 

@@ -21,7 +21,7 @@ import figures
 import metrics
 import report
 import runfolders
-from errors import guard
+from errors import InputError, guard
 
 ROOT = Path(report.__file__).parent
 LINES = arguments.experiments()
@@ -71,16 +71,12 @@ def fake_run(
         "duplicates": 0,
     }
     run = {
-        "name": name,
-        "dataset": dataset,
-        "model": args["model"],
         "status": status,
         "args": args,
         "command": f"python train.py --name {name}",
         "commit": "0123456789abcdef",
         "device": "cpu",
         "precision": "fp32",
-        "weights": {"given": args["weights"], "trunk": "t"},
         "trunk_name": "resnet50",
         "labels": list(labels),
         "task": "multilabel",
@@ -92,7 +88,6 @@ def fake_run(
         "epochs_run": epochs,
         "seconds": 75.0,
         "scores": scores,
-        "shuffled_labels": False,
         "data": data,
     } | extra
     (folder / "run.json").write_text(json.dumps(run))
@@ -191,7 +186,7 @@ def runs(tmp_path_factory):
     (fake_run(runs, "odir-12") / "run.json").write_text('{"name": "odir-12", "sta')
     (fake_run(runs, "odir-10") / "train_results.xlsx").write_bytes(b"PK\x03\x04 cut short")
     (fake_run(runs, "odir-08", pictures=True) / "roc.png").write_bytes(b"\x89PNG\r\n\x1a\n cut short")
-    fake_run(runs, "control-odir-03", shuffled_labels=True, final=0.11)
+    fake_run(runs, "control-odir-03", flags={"shuffle_labels": True}, final=0.11)
     add_answers(runs / "odir-03", 0.3)
     add_answers(runs / "odir-03-seed43", 0.36)
     fake_run(runs, "mine", labels=("N", EVIL, "G"), pictures=True, command=f"python train.py --name '{EVIL}'")
@@ -316,7 +311,7 @@ def test_page_is_one_file_without_network(made):
 
 
 def test_shuffled_run_under_a_published_name_is_not_a_result(tmp_path):
-    fake_run(tmp_path, "odir-03", shuffled_labels=True, tested=False)
+    fake_run(tmp_path, "odir-03", flags={"shuffle_labels": True}, tested=False)
     published = runfolders.read_published(ROOT / "published.csv")
     rows = report.make_rows(published, LINES, [runfolders.read_run(tmp_path / "odir-03")])
     assert [(row["n"], row["title"][:8]) for row in rows if row["experiment"] == "odir-03"][1] == (
@@ -326,15 +321,16 @@ def test_shuffled_run_under_a_published_name_is_not_a_result(tmp_path):
     assert rows[3]["status"] == "not run"
 
 
-def test_seeds_that_were_not_run_alike_are_named(tmp_path):
-    """Of an own run; those of an experiment are rows of their own where their flags differ."""
+def test_own_runs_of_one_name_that_were_not_run_alike_are_not_averaged(tmp_path):
     for name, more in (("mine", {}), ("mine-seed43", {}), ("mine-seed44", {"epochs": 1})):
         fake_run(tmp_path, name, line="odir-03", tested=False, flags={"lr": 0.07, "weights": "none"} | more)
     alone = runfolders.read_run(tmp_path / "mine"), runfolders.read_run(tmp_path / "mine-seed43")
     rows = report.make_rows([], {}, list(alone))
-    assert rows[0]["problems"] == [] and rows[0]["n"] == 2
-    row = rows_here(tmp_path)["mine"]
-    assert row["problems"] == ["these runs differ in epochs: their mean says little"] and row["n"] == 3
+    assert len(rows) == 1 and report.problems_of(rows[0]) == [] and rows[0]["n"] == 2
+    rows = rows_here(tmp_path)
+    assert rows["mine"]["n"] == 2 and rows["mine"]["status"] == "finished"
+    other = rows["mine (mine-seed44)"]
+    assert other["n"] == 1 and other["status"] == "changed" and other["differs"] == ["epochs 1 not 100"]
 
 
 def test_a_run_that_did_not_end_is_unfinished(tmp_path):
@@ -382,27 +378,36 @@ def test_damaged_files_never_end_in_a_traceback(tmp_path, file):
 
 
 @pytest.mark.parametrize(
-    "text",
+    "content",
     [
         "[]",
         "null",
         "{}",
-        '{"status": "done"}',
-        '{"status": "finished", "dataset": "odir", "data": 3}',
-        '{"status": "finished", "dataset": "odir", "data": {"rendered": false}, "scores": {"f1": "a"}}',
-        '{"status": "finished", "dataset": "odir", "data": {"rendered": false}, "scores": {"f1": "0.4"}}',
-        '{"status": "finished", "dataset": "odir", "data": {"rendered": false}, "scores": {"f1": NaN}}',
-        '{"status": "finished", "dataset": "odir", "data": {"rendered": false}, "scores": {"f1": 41}}',
-        '{"status": "finished", "dataset": "odir", "data": {"rendered": false, "parts": [3]}}',
-        '{"status": "finished", "dataset": "odir", "data": {"rendered": false}, "args": [3]}',
         "[" * 100000,
+        {"status": "done"},
+        {"status": None},
+        {"data": 3},
+        {"data": {"parts": [3]}},
+        {"data": {"patients": 3}},
+        {"scores": {"f1": "a"}},
+        {"scores": {"f1": "0.4"}},
+        {"scores": {"f1": float("nan")}},
+        {"scores": {"f1": 41}},
+        {"args": [3]},
+        {"args": None},
     ],
 )
-def test_run_json_of_another_shape_is_damaged(tmp_path, text):
+def test_run_json_of_another_shape_is_damaged(tmp_path, content):
     folder = fake_run(tmp_path, "odir-03")
-    (folder / "run.json").write_text(text)
+    if isinstance(content, str):
+        (folder / "run.json").write_text(content)
+    else:  # what else it holds is sound
+        edit(folder, "run.json", **content)
     run = runfolders.read_run(folder)
     assert run["status"] == "damaged" and run["problems"][0].startswith("run.json is damaged")
+
+
+HEAD = "study,experiment,title,note,f1_by_label,auc_by_label,f1"
 
 
 @pytest.mark.parametrize(
@@ -410,26 +415,30 @@ def test_run_json_of_another_shape_is_damaged(tmp_path, text):
     [
         "study,experiment\nodir,odir-00\n",
         "",
-        "study,experiment,title,note,f1\na,b,c,,x\n",
-        "study,experiment,title,note,f1\na,b,c,,1\na,b,c,,1\n",
-        "study,experiment,title,note,f1\na,b,c,,nan\n",
-        "study,experiment,title,note,f1\na,b,c,,inf\n",
-        "study,experiment,title,note,f1\na,b,c,,1,2\n",
-        "study,experiment,title,note,f1,f1\na,b,c,,1,1\n",
-        "study,experiment,title,note,f1\na,b,c,,\udcff\n",
-        'study,experiment,title,note,f1\na,b,"c,,1\n',
-        f"study,experiment,title,note,f1\na,b,{'c' * 200000},,1\n",
+        f"{HEAD}\na,b,c,,,,x\n",
+        f"{HEAD}\na,b,c,,,,1\na,b,c,,,,1\n",
+        f"{HEAD}\na,b,c,,,,nan\n",
+        f"{HEAD}\na,b,c,,,,inf\n",
+        f"{HEAD}\na,b,c,,,,1,2\n",
+        f"{HEAD}\na,b,c,,,\n",
+        f"{HEAD},f1\na,b,c,,,,1,1\n",
+        f"{HEAD}\na,b,c,,,,\udcff\n",
+        f'{HEAD}\na,b,"c,,,,1\n',
+        f"{HEAD}\na,b,{'c' * 200000},,,,1\n",
     ],
 )
-def test_bad_input_is_a_message(tmp_path, monkeypatch, capsys, published):
-    (tmp_path / "p.csv").write_bytes(published.encode("utf-8", "surrogateescape"))
-    (tmp_path / "runs").mkdir()
-    for folder in ("runs", "nowhere"):
-        monkeypatch.setattr(
-            sys, "argv", ["report.py", f"--runs={tmp_path / folder}", f"--published={tmp_path}/p.csv"]
-        )
-        assert guard(report.main) == 2 and capsys.readouterr().err.startswith("error: --")
-    assert not list((tmp_path / "runs").iterdir())
+def test_a_damaged_published_csv_is_a_message(tmp_path, published):
+    path = tmp_path / "published.csv"
+    path.write_text(f"{HEAD}\na,b,c,,,,1\n")
+    assert runfolders.read_published(path)[0]["scores"] == {"f1": 1}, "a sound one is read"
+    path.write_bytes(published.encode("utf-8", "surrogateescape"))
+    with pytest.raises(InputError, match=r"published\.csv"):
+        runfolders.read_published(path)
+
+
+def test_a_folder_of_runs_that_is_not_there_is_a_message(tmp_path, capsys):
+    assert main_of("--runs", tmp_path / "nowhere") == 2
+    assert capsys.readouterr().err.startswith("error: --runs ") and not list(tmp_path.iterdir())
 
 
 def test_published_csv_is_the_published_table():
@@ -745,9 +754,8 @@ def test_a_run_without_flags_is_not_taken_for_an_experiment(tmp_path):
     fake_run(tmp_path, "odir-03", args={})
     fake_run(tmp_path, "mine", args={"dataset": "odir"})
     rows = rows_here(tmp_path)
-    assert rows["odir-03"]["status"] == "changed" and rows["odir-03"]["differs"] == [
-        "its flags are not known"
-    ]
+    for name in ("odir-03", "mine"):
+        assert rows[name]["status"] == "damaged" and "flags are missing" in report.problems_of(rows[name])[0]
     assert rows["mine"]["title"] == "own run"
 
 
@@ -768,7 +776,7 @@ def test_the_same_seed_twice_is_no_second_seed(tmp_path):
     fake_run(tmp_path, "copy", line="odir-03", final=0.4)
     row = rows_here(tmp_path)["odir-03"]
     assert row["n"] == 1 and row["cells"]["final"]["std"] is None
-    assert row["problems"] == ["odir-03 has the seed of copy: not counted twice"]
+    assert report.problems_of(row) == ["odir-03: not counted: it has the seed of copy"]
 
 
 def test_scores_of_other_data_or_of_another_part_are_not_averaged(tmp_path):
@@ -778,8 +786,9 @@ def test_scores_of_other_data_or_of_another_part_are_not_averaged(tmp_path):
     edit(tmp_path / "odir-03-seed44", "run.json", data={"digest": "other"})
     edit(tmp_path / "odir-03-seed44", "test_scores.json", data={"digest": "other"})
     row = rows_here(tmp_path)["odir-03"]
-    assert row["n"] == 1 and len(row["problems"]) == 2
-    assert all("was scored on other data than odir-03: not counted" in text for text in row["problems"])
+    problems = report.problems_of(row)
+    assert row["n"] == 1 and len(problems) == 2
+    assert all("not counted: it was scored on other data than odir-03" in text for text in problems)
 
 
 def test_experiments_beyond_the_publication_have_a_heading_of_their_own(tmp_path, monkeypatch):
@@ -868,7 +877,7 @@ def test_the_trivial_answer_is_that_of_the_rows_own_classes(tmp_path):
 FACTS = {
     "6 epochs": {},
     "3 rows left out": {},
-    "random weights": {"weights": {"given": "none", "trunk": "t"}},
+    "random weights": {"args": {"weights": "none"}},
     "trunk efficientnet-lite0": {"trunk_name": "efficientnet-lite0"},
     "in bf16": {"precision": "bf16"},
     "2 duplicates kept": {"data": {"duplicates": 2}},
@@ -904,7 +913,7 @@ def test_a_copy_under_another_seed_is_no_second_run_and_a_changed_flag_is_named(
         edit(folder, "test_scores.json", checkpoint={**scores["checkpoint"], "digest": "the same"})
     assert main_of("--runs", tmp_path / "runs") == 0
     text = (tmp_path / "runs/results.csv").read_text()
-    assert "holds the network of another run here: not counted twice" in text
+    assert "not counted: it holds the network of another run here" in text
     edit(tmp_path / "runs/odir-03", "run.json", changes=["lr was 0.01 for 3 epochs"])
     shutil.rmtree(tmp_path / "runs/odir-03-seed43")
     assert main_of("--runs", tmp_path / "runs") == 0
@@ -1000,7 +1009,7 @@ HOSTILE = {
         "run.json",
         {"commit": {"a": 1}, "device": [1], "seconds": "x", "epochs_run": {}, "weights": 4},
     ),
-    "half a character": ("run.json", {"command": "\ud800", "dataset": "\udfff'\"<b>"}),
+    "half a character": ("run.json", {"command": "\ud800", "args": {"dataset": "\udfff'\"<b>"}}),
     "no numbers but infinity": ("run.json", {"seconds": float("inf"), "best_epoch": float("nan")}),
 }
 
@@ -1023,6 +1032,13 @@ def test_hostile_files_end_in_a_named_damage_or_in_text(tmp_path, what, capsys):
         assert "test_scores.json is " in printed and " | 0.45" in printed
     if what in ("data as a list", "patients as a number"):
         assert "run.json is damaged" in printed
+
+
+def test_hostile_flags_of_an_own_run_are_text(tmp_path):
+    for name in ("mine", "mine-seed43"):
+        flags = {"self": 1, "labels": {"a": "</script>"}, "lr": [1]}
+        fake_run(tmp_path, name, tested=False, line="odir-03", flags=flags)
+    assert rows_here(tmp_path)["mine"]["n"] == 2
 
 
 def test_folders_in_the_place_of_files_are_damage(tmp_path, capsys):
