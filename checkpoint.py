@@ -1,7 +1,7 @@
 """A run's folder and its files: written whole or not at all, read back only when they are whole.
 
 best.pt   complete in itself: weights, arguments, labels, split, targets; test.py needs nothing else
-last.pt   what the next epoch needs: weights, optimiser, schedule, scaler, averaged weights, history, patience
+last.pt   what the next epoch needs: weights, optimiser, scaler, averaged weights, history, patience
 run.json  how the run was made and what came out of it
 """
 
@@ -25,7 +25,7 @@ from errors import InputError, reading
 FORMAT = 3
 REQUIRED = {"best": set("args model labels task family ordered split targets data prior epoch loss".split())}
 REQUIRED["best"] |= {"scores", "thresholds"}
-REQUIRED["last"] = set("args model trunk ema buffers optimizer scheduler scaler digest changes".split())
+REQUIRED["last"] = set("args model trunk ema buffers optimizer scaler digest changes".split())
 REQUIRED["last"] |= {"epoch", "history", "best", "stale", "seconds"}
 
 

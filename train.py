@@ -75,8 +75,7 @@ def main(argv=None):
             engine.share_buffers(learner.model, network)
 
             # Validation
-            look = functools.partial(evaluate, args, network, learner.features)
-            val_loss, probs = look(data.val, val_criterion, precision, device)
+            val_loss, probs = evaluate(network, learner.features, data.val, val_criterion)
             engine.check_finite(val_loss, epoch)
             scores = metrics.scores(data.family, data.val.targets, probs, data.labels, ordered=data.ordered)
             own = metrics.scores(data.family, *train_outputs, data.labels, ordered=data.ordered)
@@ -92,7 +91,7 @@ def main(argv=None):
                 best |= {"probs": torch.from_numpy(probs), "weights": learner.kept_weights()}
                 if args.calibration_fraction:
                     part = data.parts["calibration"]
-                    _, seen = look(part, val_criterion, precision, device)
+                    _, seen = evaluate(network, learner.features, part, val_criterion)
                     best["thresholds"] = metrics.learned_thresholds(part.targets, seen).tolist()
                 state["best"] = best
             state["epoch"], state["seconds"] = epoch + 1, time.perf_counter() - before
