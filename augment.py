@@ -112,9 +112,9 @@ def shift_hue(images, turns):
     return turned
 
 
-def prepare_batch(batch, device, recipe="none", size=None):
+def prepare_batch(batch, device, recipe="none", size=None, mirrored=False):
     """A data set's batch -> (inputs of the model, targets) on `device`, seen as `recipe` says.
-    Pictures are (B, P, 3, size, size) in 0..1; features and volumes have no `size`.
+    Pictures are (B, P, 3, size, size) in 0..1; features and volumes have no `size`. mirrored: as in a mirror.
     """
     device = torch.device(device)
     # On MPS a source may be freed before a copy that is not waited for (pytorch issues 139550, 189690).
@@ -124,10 +124,14 @@ def prepare_batch(batch, device, recipe="none", size=None):
         return (batch["features"],), batch["targets"]
     if "volumes" in batch:
         volumes = [send(plane) for plane in batch["volumes"]]
+        if mirrored:
+            volumes = [plane.flip(-1) for plane in volumes]
         return prepare_volumes(volumes, batch["lengths"], batch.get("uniforms"), recipe), batch["targets"]
     images = batch["images"].permute(0, 1, 4, 2, 3).float().div_(255)  # (B, P, 3, S, S), channels last
     if recipe != "none" and len(images):
         images = augment(images, batch["uniforms"], recipe, size or images.shape[-1])
+    if mirrored:  # a mirrored left eye is a right eye: the eyes of a pair change places
+        images = images.flip((1, -1))
     return (images,), batch["targets"]
 
 
@@ -151,10 +155,3 @@ def prepare_volumes(volumes, lengths, uniforms, recipe):
         slices = torch.cat(exams).sub_(MRNET_MEAN).div_(MRNET_STD)
         planes.append(slices[:, None].expand(-1, 3, -1, -1))
     return planes, lengths
-
-
-def mirror_batch(images):
-    """What a mirror shows of pictures (B, P, 3, H, W), or of a list of planes (slices, 3, H, W)."""
-    if isinstance(images, list):
-        return [plane.flip(-1) for plane in images]
-    return images.flip((1, -1))  # a mirrored left eye is a right eye: the eyes of a pair change places

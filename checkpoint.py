@@ -1,7 +1,7 @@
 """A run's folder and its files: written whole or not at all, read back only when they are whole.
 
 best.pt   complete in itself: weights, arguments, labels, rows of each part; test.py needs nothing else
-last.pt   what the next epoch needs: weights, optimiser, schedule, scaler, averaged weights, history, patience
+last.pt   what the next epoch needs: weights, optimiser, scaler, averaged weights, history, patience
 run.json  how the run was made and what came out of it
 """
 
@@ -24,8 +24,7 @@ from errors import InputError, reading
 
 FORMAT = 4
 REQUIRED = {"best": "model labels task family ordered rows seen data prior epoch loss scores thresholds"}
-REQUIRED["last"] = "model trunk ema buffers optimizer scheduler scaler "
-REQUIRED["last"] += "digest epoch history best stale seconds changes"
+REQUIRED["last"] = "model trunk ema buffers optimizer scaler digest epoch history best stale seconds changes"
 
 
 def load_file(path):

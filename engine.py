@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import functools
 import math
 import os
 import random
@@ -36,10 +37,6 @@ def local_rank():
     return int(os.environ.get("LOCAL_RANK", 0))  # on its own machine
 
 
-def local_world():
-    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-
-
 def start_processes(device, deterministic=False):
     """The device of this process; under torchrun also its place among the others."""
     global _patient_group
@@ -72,25 +69,20 @@ def gather(value):
 @contextlib.contextmanager
 def together():
     """A step without exchange between processes: an error of one ends all of them, with its message."""
-    problem, message = None, ""
     try:
         yield
     except Exception as error:
-        problem, message = error, f"{error}" if isinstance(error, InputError) else repr(error)
-    messages = gather(message)
-    if problem is not None:
-        raise problem
-    for number, message in enumerate(messages):
+        gather(f"{error}" if isinstance(error, InputError) else repr(error))
+        raise
+    for number, message in enumerate(gather("")):
         if message:
             raise InputError(f"process {number} of {world()} cannot go on: {message}")
 
 
 def from_rank0(function, *args):
     """Run on rank 0 alone and give every rank its result or its error."""
-    result = None
     with together():
-        if rank() == 0:
-            result = function(*args)
+        result = function(*args) if rank() == 0 else None
     return gather(result)[0]
 
 
@@ -103,9 +95,8 @@ def all_sum(tensor):
 def share_buffers(*modules):
     """Rank 0's buffers everywhere: BatchNorm statistics that moved apart are validated as they are saved."""
     if world() > 1:
-        for module in modules:
-            for buffer in module.buffers():
-                dist.broadcast(buffer, 0)
+        for buffer in torch.nn.ModuleList(modules).buffers():
+            dist.broadcast(buffer, 0)
 
 
 def batchnorms(module):
@@ -174,6 +165,8 @@ class Criterion:
 
     def __init__(self, task, weight=None, device="cpu", loss="bce"):
         self.task, self.loss, self.weight = task, loss, None
+        # Logits (B, K) -> probabilities
+        self.probs = torch.sigmoid if task == "multilabel" else functools.partial(torch.softmax, dim=1)
         if weight is not None:
             self.weight = torch.as_tensor(weight, dtype=torch.float32, device=device)
 
@@ -191,21 +184,11 @@ class Criterion:
         losses = each.mean(1)  # (B, L) -> (B,)
         return losses, torch.ones_like(losses)
 
-    def probs(self, logits):
-        return logits.sigmoid() if self.task == "multilabel" else logits.softmax(1)
-
-
-class Outputs(Criterion):
-    """Lets `predict` hand back the outputs of the last dense layer themselves."""
-
-    def probs(self, logits):
-        return logits
-
 
 def check_finite(loss, epoch, step=" (validation)"):
     if not math.isfinite(loss):
-        where = f"in epoch {epoch}{step}"
-        raise FloatingPointError(f"the loss is {float(loss)} {where}: lower --lr, or look at the data")
+        problem = f"the loss is {float(loss)} in epoch {epoch}{step}"
+        raise FloatingPointError(f"{problem}: lower --lr, or look at the data")
 
 
 class LossWatch:

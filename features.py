@@ -4,6 +4,7 @@ So are BatchNorm's statistics, fitted to the training pictures (`--bn fitted`).
 
 import copy
 import functools
+import os
 import shutil
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from torch.fx.proxy import TraceError
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 import engine
-from augment import mirror_batch, prepare_batch
+from augment import prepare_batch
 from cache import digest, is_whole, kept_array
 from checkpoint import state_digest
 from dataset import FeatureSet, PictureSet, eval_size
@@ -162,9 +163,8 @@ class TrunkFeatures:
         """A float32 tensor (n, D): on the GPU where a quarter of its free memory holds it, else on disk.
         `keys`: the (row, repeat) pairs of an augmented view that are wanted; every row once without them.
         """
-        args, drawn = self.args, None
-        if view is not None:
-            drawn = (args.augment, eval_size(args), args.seed, view)
+        args = self.args
+        drawn = None if view is None else (args.augment, eval_size(args), args.seed, view)
         keys = [(row, 0) for row in range(len(pictures.rows))] if keys is None else keys
         about = (self.digest, self.precision, args.compile, drawn, "features-2")
         key = digest(pictures.key, pictures.rows, np.array(keys), *about)
@@ -172,21 +172,17 @@ class TrunkFeatures:
             return self.held[key]
         head = [module for module in self.model.classifier.modules() if isinstance(module, nn.Linear)]
         path, shape = Path(args.cache) / f"features-{key[:20]}.npy", (len(keys), head[0].in_features)
-        if engine.world() == 1:
-            extract = functools.partial(self.extract, pictures, view, keys)
-            features = kept_array(path, shape, np.float32, extract)
-        elif engine.from_rank0(is_whole, path, shape, np.dtype(np.float32)):
-            features = engine.from_rank0(kept_array, path, shape, np.float32, None)
-        else:  # each process extracts its share; rank 0 keeps all: other machines do not see its disk
-            mine, features = keys[engine.rank() :: engine.world()], np.empty(shape, np.float32)
+        fill = functools.partial(self.extract, pictures, view, keys)
+        if engine.world() > 1 and not engine.from_rank0(is_whole, path, shape, np.float32):
+            # Each process extracts its share; rank 0 keeps all: other machines do not see its disk.
+            mine, whole = keys[engine.rank() :: engine.world()], np.empty(shape, np.float32)
             share = np.empty((len(mine), shape[1]), np.float32)
             with engine.together():
                 self.extract(pictures, view, mine, share)
             for number, other in enumerate(engine.gather(share)):
-                features[number :: engine.world()] = other
-            with engine.together():
-                if engine.rank() == 0:
-                    kept_array(path, shape, np.float32, functools.partial(np.copyto, src=features))
+                whole[number :: engine.world()] = other
+            fill = functools.partial(np.copyto, src=whole)
+        features = engine.from_rank0(kept_array, path, shape, np.float32, fill)
         features = on_device(torch.from_numpy(features), self.device)
         if drawn is None:
             self.held[key] = features
@@ -202,9 +198,9 @@ class TrunkFeatures:
         rows = extract_rows(pictures.size, pictures.rows.shape[1], self.device)
         batches = [keys[start : start + rows] for start in range(0, len(keys), rows)]
         loader = engine.make_loader(data, batches, loader_workers(args, self.device, data), self.device)
-        recipe, size = (args.augment, args.crop or args.size) if view is not None else ("none", None)
+        recipe = "none" if view is None else args.augment
         for number, batch in enumerate(engine.progress(loader, "extracting features")):
-            images = prepare_batch(batch, self.device, recipe, size)[0][0]
+            images = prepare_batch(batch, self.device, recipe, eval_size(args))[0][0]
             found = self.fast.features(images).cpu().numpy()
             if not np.isfinite(found).all():
                 raise InputError(f"features are not finite in {self.precision}: try --precision fp32")
@@ -228,7 +224,8 @@ def loader_workers(args, device, data):
     """Processes that load batches: none where they lie in memory, or a CPU does the training itself."""
     if device.type == "cpu" or data.on_device:
         return 0
-    automatic = min(8, default_workers() // engine.local_world())
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # of this machine
+    automatic = min(8, default_workers() // processes)
     return automatic if args.workers is None else args.workers
 
 
@@ -256,12 +253,6 @@ def training_data(args, learner, part, epoch, batches):
     return data, learner.model.classifier, "fp32"
 
 
-def mirrored_batch(batch, device):
-    """`prepare_batch` of the mirrored pictures: of a pair the eyes change sides."""
-    (images, *lengths), targets = prepare_batch(batch, device)
-    return (mirror_batch(images), *lengths), targets
-
-
 def predict_live(args, fast, part, criterion, device, mirrored=False):
     """(mean loss, probs (n, K)) of a part whose pictures go through `fast` (with_fast_trunk)."""
     data, rows = part.dataset(device=device), args.batch
@@ -269,14 +260,16 @@ def predict_live(args, fast, part, criterion, device, mirrored=False):
         rows = extract_rows(part.size, part.pictures.rows.shape[1], device)
     batches = Batches(np.arange(len(part.targets)), rows * engine.world(), engine.rank(), engine.world())
     loader = engine.make_loader(data, batches, loader_workers(args, device, data), device)
-    prepare = functools.partial(mirrored_batch if mirrored else prepare_batch, device=device)
+    prepare = functools.partial(prepare_batch, device=device, mirrored=mirrored)
     return engine.predict(fast, loader, prepare, criterion)
 
 
-def evaluate(args, model, features, part, criterion, precision, device):
+def evaluate(model, features, part, criterion):
     """(mean loss, probs (n, K)) of a part, through kept features where the trunk is frozen for good."""
+    args, device = features.args, features.device
     if not args.feature_cache or args.bn == "batch" or part.pictures is None or args.fine_tune:
-        return predict_live(args, with_fast_trunk(model, precision).to(device), part, criterion, device)
+        fast = with_fast_trunk(model, features.precision).to(device)
+        return predict_live(args, fast, part, criterion, device)
     data = FeatureSet(features(part.pictures), part.targets)
     batches = Batches(np.arange(len(part.targets)), 4096, engine.rank(), engine.world())
     loader = engine.make_loader(data, batches, device=device)

@@ -15,7 +15,6 @@ import checkpoint
 import engine
 import models
 import samplers
-from arguments import SCHEDULE_FLAGS
 from augment import prepare_batch
 from dataset import FeatureSet, eval_size
 from errors import InputError
@@ -89,8 +88,7 @@ class Learner:
             state["ema"] = checkpoint.cpu_state(self.ema)
         # BatchNorm as it was fitted: another precision or torch version would fit it a little otherwise.
         state["buffers"] = {name: buffer.cpu() for name, buffer in self.model.backbone.named_buffers()}
-        own = ("optimizer", "scheduler", "scaler")
-        return state | {name: getattr(self, name).state_dict() for name in own}
+        return state | {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
 
 
 def with_classifier(model, classifier):
@@ -147,8 +145,9 @@ def step_scheduler(args, scheduler, val_loss):
 
 
 def build_ema(args, part):
-    average = get_ema_multi_avg_fn(args.ema)
-    return AveragedModel(part, multi_avg_fn=average, use_buffers=True) if args.ema else None
+    if not args.ema:
+        return None
+    return AveragedModel(part, multi_avg_fn=get_ema_multi_avg_fn(args.ema), use_buffers=True)
 
 
 def build_criterion(args, data, targets, device):
@@ -175,8 +174,8 @@ def build_learner(args, data, precision, device, stored=None):
         fit_batchnorm(model, data.train.pictures, args, precision, device)
     frozen = not args.fine_tune and args.bn != "batch"
     head_alone = frozen and data.train.pictures is not None  # on kept features, in float32
-    trunk = checkpoint.state_digest(model.normalise, model.backbone) if frozen else None
     features = TrunkFeatures(model, args, precision, device)
+    trunk = features.digest if frozen else None
     optimizer = build_optimizer(args, model)
     scheduler = build_scheduler(args, optimizer)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16" and not head_alone)
@@ -187,7 +186,7 @@ def build_learner(args, data, precision, device, stored=None):
 
 
 def restore(args, stored, learner, folder):
-    """Weights, optimiser and schedule as last.pt holds them."""
+    """Weights and optimiser as last.pt holds them; the schedule follows from its epochs."""
     if stored["trunk"] != learner.trunk:
         raise InputError(f"the frozen trunk is not the one of {folder} (other weights or another seed)")
     path = folder / "last.pt"
@@ -196,10 +195,7 @@ def restore(args, stored, learner, folder):
         models.load_strict(learner.ema, stored["ema"], path)
     if stored["scaler"] and learner.scaler.is_enabled():  # a run in bf16 or fp32 had none
         learner.scaler.load_state_dict(stored["scaler"])
-    if all(getattr(args, name) == stored["args"][name] for name in SCHEDULE_FLAGS):
-        learner.optimizer.load_state_dict(stored["optimizer"])
-        learner.scheduler.load_state_dict(stored["scheduler"])
-        return
+    # Rates are those of the flags: another --lr or --gamma counts as if it had been given from the start.
     groups = learner.optimizer.state_dict()["param_groups"]
     learner.optimizer.load_state_dict({"state": stored["optimizer"]["state"], "param_groups": groups})
     with warnings.catch_warnings():

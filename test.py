@@ -93,8 +93,9 @@ def report_scores(part, probs, net, args):
         result["undefined"] += metrics.undefined_scores(truth, probs, net.labels, family, threshold)
     result["undefined"] = list(dict.fromkeys(result["undefined"]))
     if net.task == "multilabel":
-        found = {"labels": metrics.per_label_scores(truth, probs, args.threshold)}
-        found["label_intervals"] = metrics.label_intervals(truth, probs, args.threshold, **resampled)
+        asked, rules = ("each label", truth, probs), {"threshold": args.threshold}
+        found = {"labels": metrics.scores(*asked, **rules)}
+        found["label_intervals"] = metrics.bootstrap_intervals(*asked, **resampled, **rules)
         for name, values in found.items():
             result[name] = {key: dict(zip(net.labels, values[key], strict=True)) for key in ("f1", "auc")}
     result["calibration_error"] = metrics.expected_calibration_error(truth, probs)

@@ -76,8 +76,7 @@ def main(argv=None):
             engine.share_buffers(learner.model, network)
 
             # Validation
-            look = functools.partial(evaluate, args, network, learner.features)
-            val_loss, probs = look(data.val, val_criterion, precision, device)
+            val_loss, probs = evaluate(network, learner.features, data.val, val_criterion)
             engine.check_finite(val_loss, epoch)
             scores = metrics.scores(data.family, data.val.targets, probs, data.labels, ordered=data.ordered)
             own = metrics.scores(data.family, *train_outputs, data.labels, ordered=data.ordered)
@@ -92,9 +91,9 @@ def main(argv=None):
                 best = {"epoch": epoch, "loss": val_loss, "scores": scores, "thresholds": None}
                 best |= {"probs": torch.from_numpy(probs), "weights": learner.kept_weights()}
                 if args.calibration_fraction:
-                    _, answers = look(data.calibration, val_criterion, precision, device)
-                    learned = metrics.learned_thresholds(data.calibration.targets, answers)
-                    best["thresholds"] = learned.tolist()
+                    part = data.calibration
+                    _, answers = evaluate(network, learner.features, part, val_criterion)
+                    best["thresholds"] = metrics.learned_thresholds(part.targets, answers).tolist()
                 state["best"] = best
             state["epoch"], state["seconds"] = epoch + 1, time.perf_counter() - before
             with engine.together():

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import augment  # noqa: E402
-from augment import COLUMNS, RECIPES, draw, jitter, mirror_batch, prepare_batch, prepare_volumes  # noqa: E402
+from augment import COLUMNS, RECIPES, draw, jitter, prepare_batch, prepare_volumes  # noqa: E402
 from dataset import PictureSet, VolumeSet  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -363,26 +363,30 @@ def test_no_tensor_is_built_of_numbers_within_a_step(recipe):
 # ---------------------------------------------------------------- mirrored, for test-time augmentation
 
 
-def test_mirrored_twice_is_as_it_was():
-    images = pictures(3, 2, 3, 8, 9)
-    assert torch.equal(mirror_batch(mirror_batch(images)), images)
-    assert torch.equal(mirror_batch(images)[:, 0], images[:, 1].flip(-1))
-    single = pictures(3, 1, 3, 8, 9)
-    assert torch.equal(mirror_batch(single), single.flip(-1)) and not torch.equal(
-        mirror_batch(single), single
-    )
-    planes = [pictures(1, slices, 3, 8, 8)[0] for slices in (2, 3, 4)]
-    for plane, mirrored, back in zip(
-        planes, mirror_batch(planes), mirror_batch(mirror_batch(planes)), strict=True
-    ):
-        assert torch.equal(mirrored, plane.flip(-1)) and torch.equal(back, plane)
+def in_a_mirror(per_row):
+    """Two rows of pictures as the network gets them, and mirrored."""
+    images = pictures(2, per_row, 3, 16, 16).mul(255).byte().permute(0, 1, 3, 4, 2)
+    batch = {"images": images, "targets": torch.zeros(2)}
+    return [prepare_batch(batch, CPU, mirrored=mirrored)[0][0] for mirrored in (False, True)]
+
+
+def test_mirrored_eyes_change_places_and_planes_stay():
+    plain, mirrored = in_a_mirror(2)
+    assert torch.equal(mirrored, plain.flip(1).flip(-1)) and not torch.equal(mirrored, plain.flip(-1))
+    plain, mirrored = in_a_mirror(1)
+    assert torch.equal(mirrored, plain.flip(-1)) and not torch.equal(mirrored, plain)
+    volumes = [pictures(1, slices, 8, 8)[0].mul(255).byte() for slices in (2, 3, 4)]
+    batch = {"volumes": volumes, "lengths": [[1, 1], [1, 2], [3, 1]], "targets": torch.zeros(2)}
+    plain, mirrored = (prepare_batch(batch, CPU, mirrored=flag)[0][0][0] for flag in (False, True))
+    for plane, other in zip(plain, mirrored, strict=True):
+        assert torch.equal(other, plane.flip(-1)) and not torch.equal(other, plane)
 
 
 @pytest.mark.parametrize("recipe", ["pair", "lab"])
 def test_mirrored_is_a_view_that_training_has_seen(recipe):
-    images = pictures(2, 2 if recipe == "pair" else 1, 3, 16, 16)
+    images, mirrored = in_a_mirror(2 if recipe == "pair" else 1)
     seen = augment.augment(images, uniforms(2, images.shape[1] + 1, hflip=YES), recipe, 16)
-    torch.testing.assert_close(mirror_batch(images), seen, atol=1e-5, rtol=0)
+    torch.testing.assert_close(mirrored, seen, atol=1e-5, rtol=0)
 
 
 # ---------------------------------------------------------------- knees
@@ -492,4 +496,5 @@ def test_real_photographs():
         assert (brightness - 1).abs().max() < 0.25
     u = uniforms(4, 3)
     u[:, -1, COLUMNS["hflip"]] = YES
-    torch.testing.assert_close(mirror_batch(plain), augment.augment(plain, u, "pair", 224), atol=2e-4, rtol=0)
+    (mirrored,), _ = prepare_batch(batch, CPU, mirrored=True)
+    torch.testing.assert_close(mirrored, augment.augment(plain, u, "pair", 224), atol=2e-4, rtol=0)

@@ -475,9 +475,12 @@ def test_best_pt_as_weights(frozen, capsys):
         )
         assert "the head is another and starts afresh" in capsys.readouterr().out
         assert model.classifier(torch.zeros(1, 1024)).shape == (1, labels)
-    for name in ("resnet18", "mrnet", "v0, resnet50"):
-        with pytest.raises(InputError, match=f"a checkpoint of v0, resnet18, not of {name}"):
-            build_model(name[:2] if "," in name else name, 8, path)
+    single = build_model("resnet18", 5, path)  # from eye pairs to one photograph
+    assert single.backbone.conv1.weight.equal(best["model"]["backbone.conv1.weight"])
+    assert "the head is another and starts afresh" in capsys.readouterr().out
+    for name in ("resnet50", "mrnet", "v0"):
+        with pytest.raises(InputError, match="a checkpoint of v0, resnet18, does not fit"):
+            build_model(name, 8, path)
     with pytest.raises(InputError, match="last.pt"):
         build_model("v0", 8, str(run / "last.pt"))
 
