@@ -2,10 +2,11 @@
 
     python preprocess.py data/odir/images data/odir/images_224 --size 224
 
-writes each picture under SRC to DST, every time anew. Status 1: the listed pictures failed.
+writes each picture under SRC to DST, a second time only what is new or changed. Status 1: the listed failed.
 """
 
 import io
+import json
 import math
 import os
 import re
@@ -186,12 +187,25 @@ def make_picture(job, kind, size):
     """(source, target) -> None, or why the source failed. Raises OSError where DST cannot be written."""
     source, target = job
     try:
+        stamp = source.stat().st_mtime_ns
         image = Image.fromarray(load_picture(source, kind, size)[0])
     except InputError as error:
         return str(error)
     except OSError as error:
         return f"{source}: cannot be read ({error.strerror}). Check the file and its permissions."
     cache.replace_file(target, partial(image.save, format=WRITES[target.suffix.lower()], quality=95))
+    os.utime(target, ns=(stamp, stamp))  # `is_finished` tells by it which source this was
+
+
+def is_finished(job, settings_file):
+    """Whether the target was made of the source as it is now, and with these settings."""
+    try:
+        source, target, settings = (file.stat() for file in (*job, settings_file))
+    except FileNotFoundError:
+        return False
+    same_time = target.st_mtime_ns // 10**6 == source.st_mtime_ns // 10**6  # not every disk keeps nanoseconds
+    # Every change of a file, be it to an older one, sets its st_ctime to now.
+    return same_time and target.st_ctime_ns >= max(source.st_ctime_ns, settings.st_mtime_ns)
 
 
 def main(argv=None):
@@ -205,13 +219,20 @@ def main(argv=None):
     if not sources:
         raise InputError(f"SRC {src} is no folder that holds a picture ({' '.join(WRITES)}).")
     jobs = [(source, dst / source.relative_to(src)) for source in sources]
+
+    settings = json.dumps({"kind": args.kind, "size": args.size}).encode()
+    settings_file = args.dst / "preprocess.json"
+    if not settings_file.is_file() or settings_file.read_bytes() != settings:  # older pictures are made again
+        cache.replace_file(settings_file, lambda stream: stream.write(settings))
     for folder in {target.parent for _, target in jobs}:
         cache.remove_leftovers(folder)
-    reasons = in_processes(partial(make_picture, kind=args.kind, size=args.size), jobs, args.workers)
-    failures = list(filter(None, tqdm(reasons, total=len(jobs), unit="picture", disable=None)))
-    print(f"{len(jobs) - len(failures)} written to {args.dst}, {len(failures)} failed")
+    todo = [job for job in jobs if not is_finished(job, settings_file)]
+    reasons = in_processes(partial(make_picture, kind=args.kind, size=args.size), todo, args.workers)
+    failures = list(filter(None, tqdm(reasons, total=len(todo), unit="picture", disable=None)))
+    failed, skipped = len(failures), len(jobs) - len(todo)
+    print(f"{len(todo) - failed} written to {args.dst}, {skipped} skipped as finished, {failed} failed")
     if failures:
-        print(*failures, f"{len(failures)} of {len(jobs)} pictures failed", sep="\n", file=sys.stderr)
+        print(*failures, f"{failed} of {len(jobs)} pictures failed", sep="\n", file=sys.stderr)
     return 1 if failures else 0
 
 
