@@ -31,9 +31,17 @@ def plain(text, width=60):
 
 def mark_rendered(fig, text="RENDERED stand-ins, not patients"):
     """Say in a line of its own above a figure what about it is drawn and not real; returns the figure."""
-    fig.set_figheight(fig.get_figheight() + 0.3)
-    fig.suptitle(text, color=WRONG, fontsize=11, weight="bold")
+    words = plain(text, int(9 * fig.get_figwidth()))
+    fig.set_figheight(fig.get_figheight() + 0.1 + 0.2 * (1 + words.count("\n")))
+    fig.suptitle(words, color=WRONG, fontsize=11, weight="bold")
     return fig
+
+
+def caption(fig, text):
+    """Say below a figure, in small grey letters, what it is of; what already stands there stays above."""
+    above, words = fig.get_supxlabel(), plain(text, int(13 * fig.get_figwidth()))
+    fig.set_figheight(fig.get_figheight() + 0.1 + 0.14 * (1 + words.count("\n")))
+    fig.supxlabel(f"{above}\n{words}".strip(), fontsize=8, color=SOFT)
 
 
 def panels(count):
@@ -46,7 +54,7 @@ def panels(count):
 def draw_matrix(ax, counts, names, title, text="{count}"):
     """A confusion matrix (K, K) of counts, coloured by the share of its row; `text` goes into each cell."""
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)  # a class that nobody has: an empty row
-    ax.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    ax.imshow(shares, cmap="Blues", vmin=0, vmax=1, aspect="auto")  # else the layout forgets long names
     for i, j in np.ndindex(counts.shape):
         words = text.format(count=counts[i, j], share=shares[i, j])
         colour = "white" if shares[i, j] > 0.6 else "black"
@@ -206,11 +214,14 @@ def heatmaps(rows, random_trunk=False):
     [label, ...], empty where it is not known; optional "aspect"}. random_trunk: the caption says so."""
     fig = Figure(layout=ConstrainedLayoutEngine(w_pad=0, h_pad=0.04))
     width, height = draw_maps(fig.add_subplot(), rows)
-    fig.set_size_inches(width, height + 0.3)
-    caption = "Yellow: what speaks for the label. No evidence: nothing in the picture speaks for it."
+    fig.set_size_inches(width, height)
+    words = (
+        "Yellow: what speaks for the label; each map is scaled to its own maximum. No evidence: nothing in "
+    )
+    words += "the picture speaks for it."
     if random_trunk:
-        caption += " The trunk has random weights: these maps show its accidents, not what it learned."
-    fig.supxlabel(plain(caption, int(13 * width)), fontsize=8, color=SOFT)
+        words += " The trunk has random weights: these maps show its accidents, not what it learned."
+    caption(fig, words)
     return fig
 
 
@@ -246,9 +257,9 @@ def prediction(rows, threshold, note):
     width, height = draw_maps(left, rows)
     bars = 0.38 * len(labels) + 1.1  # inches
     rest = max(height - bars, 0.01)  # three bars beside three planes: the rest stays empty
-    fig.set_size_inches(width + 4.2, bars + rest + 0.5)
+    fig.set_size_inches(width + 4.2, bars + rest)
     grid = fig.add_gridspec(2, 2, width_ratios=(width, 4.2), height_ratios=(bars, rest))
     left.set(subplotspec=grid[:, 0], anchor="NW")
     draw_answers(fig.add_subplot(grid[0, 1]), labels, np.array(probs), threshold)
-    fig.supxlabel(plain(note, 120), fontsize=9, color=SOFT)
+    caption(fig, note)
     return fig

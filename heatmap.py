@@ -74,8 +74,7 @@ def main(argv=None):
         asked, probs = list(enumerate(part.ids())), net.live(part)
         truth = np.zeros(probs.shape, bool)  # not known
     rendered = ", trained on RENDERED pictures" if net.rendered else ""
-    name = f"{net.args.name} ({net.args.dataset}, {net.args.model}{rendered})"
-    print(f"{name}: {len(dict(asked))} rows in {net.precision}")
+    print(f"{net.title()}{rendered}: {len(dict(asked))} rows")
 
     # A figure for each row, under the name of each label that it was chosen for
     out = args.out or checkpoint.home_of(checkpoint.find_checkpoint(args.ckpt)) / "heatmaps"

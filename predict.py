@@ -75,7 +75,7 @@ def draw(net, row, probs, thresholds, name, path):
         lines = net.map_rows(part, 0, probs)
     except InputError as error:  # a network without a map of features
         return f"no picture: {error}"
-    notes = [f"{name}.", NO_DEVICE]
+    notes = [f"{name}.", NO_DEVICE, "Each map is scaled to its own maximum."]
     if len(net.members) > 1:
         notes.append(f"Mean of {len(net.members)} networks, maps of the first.")
     if net.random_trunk:
@@ -118,19 +118,16 @@ def main(argv=None):
         shown = "; ".join(list(faults.values())[:5])
         raise InputError(f"none of the {len(rows)} can be read: {shown}" if many else shown)
     chosen = net.chosen(probs, thresholds)
-    name = f"{net.saved['args']['name']} ({net.args.dataset}, {net.args.model}, {net.precision})"
-    if len(net.members) > 1:
-        name = f"the mean of {len(net.members)} networks, the first {name}"
     readable, files = [row for row in range(len(rows)) if row not in faults], []
 
     # One: a table and a picture. Many: a sheet, and on request a picture each
     if not many:
-        print(f"{ids[0]}, by {name}:")
+        print(f"{ids[0]}, by {net.title()}:")
         print_table(net.names, probs[0], chosen[0], thresholds)
         files = ["prediction.png"]
     else:
         write_table(net, frame, probs, chosen, args.out / "predictions.csv")
-        print(f"{args.out / 'predictions.csv'} written: {len(readable)} predicted by {name}.")
+        print(f"{args.out / 'predictions.csv'} written: {len(readable)} predicted by {net.title()}.")
         for label, count in zip(net.labels, chosen[readable].sum(0), strict=True):
             print(f"  {label}: {count}")
         if args.figures:

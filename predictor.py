@@ -74,6 +74,15 @@ class Predictor:
         self.precision = engine.pick_precision(precision or self.args.precision, self.device)
         self.fast = features.with_fast_trunk(self.model, self.precision)
 
+    def title(self):
+        """What it is called in lines and captions: the run's name, its data set, network and precision."""
+        folder = self.path.resolve().parent  # a run that was moved or copied has its folder's name
+        name = folder.name if (folder / "run.json").exists() else self.args.name
+        name = f"{name} ({self.args.dataset}, {self.args.model}, {self.precision})"
+        if len(self.members) > 1:
+            name = f"the mean of {len(self.members)} networks, the first {name}"
+        return name
+
     def limits(self, threshold=0.5, learned=False):
         """A threshold for each label; None for classes that exclude each other: the strongest wins."""
         if not 0 <= threshold <= 1:

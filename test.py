@@ -199,8 +199,11 @@ def main(argv=None):
         print(f"note: {note}")
     rendered = facts["rendered"] or net.rendered
     left = f", {facts['left_out']} of {part.expected} left out" if facts["left_out"] else ""
-    about = f"{net.args.dataset}{' (RENDERED)' if rendered else ''}, {args.split}: {len(part)} rows"
-    print(f"{about}, {patients} patients{left}; {net.args.model} on {net.device} in {net.precision}")
+    of = args.split if facts["own"] else f"{args.split} of {facts['root']}"
+    if rendered:
+        of += " (RENDERED)"
+    about = f"{net.title()}, {of}: {len(part)} rows, {patients} patients{left}"
+    print(f"{about}, on {net.device}")
 
     # Scores
     data_digest = net.saved["data"]["digest"]
@@ -230,6 +233,8 @@ def main(argv=None):
     for name, figure in draw_all(part, probs, chosen, net, args.threshold).items():
         if rendered:
             figures.mark_rendered(figure)
+        decides = limits is not None and name in ("confusion.png", "samples.png")
+        figures.caption(figure, f"{about}, threshold {args.threshold:g}" if decides else about)
         look = {"dpi": 110, "format": "png", "pil_kwargs": {"compress_level": 3}}  # 6 takes twice as long
         replace_file(out / name, lambda stream, figure=figure, look=look: figure.savefig(stream, **look))
         written.append(name)

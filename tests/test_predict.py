@@ -180,7 +180,7 @@ def test_one_pair(trained, rendered, tested, tmp_path, capsys, monkeypatch):
     assert [line[0] for line in lines if line[-1] == "<--"] == [expected.loc[patient].idxmax()]
     assert "not a medical device" in text.lower() and "!! Trained on RENDERED" in text
     ((rows, _, note),) = seen
-    assert "Not a medical device" in note and "RENDERED" in note
+    assert "Not a medical device" in note and "RENDERED" in note and "its own maximum" in note
     assert [row["title"] for row in rows] == ["left eye", "right eye"]
     with Image.open(tmp_path / "prediction.png") as image:
         assert image.width > 1000 and np.asarray(image.convert("L")).std() > 20
