@@ -82,9 +82,7 @@ def draw(net, row, probs, thresholds, name, path):
         notes.append("The trunk has random weights: its maps mean nothing.")
     if net.rendered:
         notes.append(RENDERED)
-    figure = figures.prediction(lines, thresholds, " ".join(notes))
-    look = {"dpi": 120, "format": "png", "bbox_inches": "tight", "pad_inches": 0.1}
-    replace_file(path, lambda stream: figure.savefig(stream, **look))
+    figures.save(figures.prediction(lines, thresholds, " ".join(notes)), path)
     return f"{path} written"
 
 
