@@ -15,7 +15,11 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 
+import figures
+import predictor
+import tables
 from arguments import add_machine_flags
 from cache import file_names, replace_file
 from errors import InputError, Parser, guard
@@ -67,8 +71,6 @@ def print_table(names, probs, chosen, thresholds):
 
 def draw(net, row, probs, thresholds, name, path):
     """One answer as a picture, with heat maps of the network that gave the numbers -> what was done."""
-    import figures
-
     part, _ = net.open_rows([row])
     part.table["ID"] = ""  # the note names the patient
     try:
@@ -86,37 +88,22 @@ def draw(net, row, probs, thresholds, name, path):
     return f"{path} written"
 
 
-def write_table(net, frame, probs, chosen, path):
-    """predictions.csv of the rows that could be read."""
-    table, labels = frame[["ID"]].copy(), np.array(net.labels)
-    table[net.labels] = probs.astype(float)
-    table["predicted"] = [";".join(labels[row]) for row in chosen]
-    if net.rendered:
-        table["trained_on"] = "RENDERED pictures"
-    table = table[~np.isnan(probs[:, 0])]
-    replace_file(path, lambda stream: table.to_csv(stream, index=False, float_format="%.7f"), "w")
-
-
 def main(argv=None):
     # The networks, and what they are asked about
     args = get_args(argv)
-    import predictor  # here, because it imports torch
-    import tables
-
     net = predictor.load(args.ckpt, args.device, args.precision, args.workers)
     if net.rendered:
         print(f"{'!' * 84}\n!! {RENDERED}\n{'!' * 84}", flush=True)
     thresholds = net.limits(args.threshold, args.learned)
     frame, many = tables.given_rows(net.args.dataset, args.given)
-    rows, ids = list(frame["files"]), frame["ID"].astype(str).tolist()
 
-    # Probabilities
-    probs, faults = net.answer(rows, args.tta)
-    if len(faults) == len(rows):
-        shown = "; ".join(list(faults.values())[:5])
-        raise InputError(f"none of the {len(rows)} can be read: {shown}" if many else shown)
-    chosen = net.chosen(probs, thresholds)
-    readable, files = [row for row in range(len(rows)) if row not in faults], []
+    # Probabilities, of what can be read
+    probs, faults = net.answer(list(frame["files"]), args.tta)
+    left_out = f"{len(faults)} of {len(frame)} cannot be read"
+    if len(faults) == len(frame):
+        raise InputError(f"{left_out}: {'; '.join(list(faults.values())[:5])}")
+    frame, probs = frame.drop(frame.index[list(faults)]), np.delete(probs, list(faults), axis=0)
+    chosen, ids, files = net.chosen(probs, thresholds), frame["ID"].astype(str).tolist(), []
 
     # One: a table and a picture. Many: a sheet, and on request a picture each
     if not many:
@@ -124,18 +111,23 @@ def main(argv=None):
         print_table(net.names, probs[0], chosen[0], thresholds)
         files = ["prediction.png"]
     else:
-        write_table(net, frame, probs, chosen, args.out / "predictions.csv")
-        print(f"{args.out / 'predictions.csv'} written: {len(readable)} predicted by {net.title()}.")
-        for label, count in zip(net.labels, chosen[readable].sum(0), strict=True):
+        path, table = args.out / "predictions.csv", pd.DataFrame({"ID": ids})
+        table[net.labels] = probs.astype(float)
+        table["predicted"] = [";".join(np.array(net.labels)[row]) for row in chosen]
+        if net.rendered:
+            table["trained_on"] = "RENDERED pictures"
+        replace_file(path, lambda stream: table.to_csv(stream, index=False, float_format="%.7f"), "w")
+        print(f"{path} written: {len(table)} predicted by {net.title()}.")
+        for label, count in zip(net.labels, chosen.sum(0), strict=True):
             print(f"  {label}: {count}")
         if args.figures:
-            files = file_names(ids[row] for row in readable)
-    for row, file in zip(readable, files, strict=False):
-        print(draw(net, rows[row], probs[row], thresholds, ids[row], args.out / file))
+            files = file_names(ids)
+    for k, file in enumerate(files):
+        print(draw(net, frame["files"].iloc[k], probs[k], thresholds, ids[k], args.out / file))
     print(NO_DEVICE)
     if faults:
         print("\n".join(faults.values()), file=sys.stderr)
-        print(f"{len(faults)} of {len(rows)} cannot be read and are left out", file=sys.stderr)
+        print(f"{left_out} and are left out", file=sys.stderr)
     return int(bool(faults))
 
 
