@@ -122,26 +122,24 @@ def classification_text(part, chosen, net):
     """scikit-learn's report of what is predicted, `chosen` (n, K)."""
     from sklearn.metrics import classification_report
 
-    truth, predicted, numbers = part.targets.astype(int), chosen.astype(int), range(len(net.labels))
+    predicted, numbers = chosen.astype(int), range(len(net.labels))
     if net.task == "multiclass":
         predicted = chosen.argmax(1)
     elif len(net.labels) == 1:  # scikit-learn takes one column for two classes
-        truth, predicted, numbers = truth.ravel(), predicted.ravel(), [1]
+        numbers = [1]
     rules = dict(labels=numbers, target_names=net.names, digits=4, zero_division=0)
-    return classification_report(truth, predicted, **rules)
+    return classification_report(part.targets.astype(int), predicted, **rules)
 
 
 def draw_all(part, probs, chosen, net, threshold):
     """{file name: figure}; samples and heat maps are of the first row that carries each label."""
     truth, names = net.truth(part), np.array(net.names)
-    first = [int(column.argmax()) for column in truth.T if column.any()]
+    rows = list(dict.fromkeys(int(column.argmax()) for column in truth.T if column.any())) or [0]
     samples, lines = [], []
-    rows = list(dict.fromkeys(first)) or [0]
     for row in rows:
-        known, answer = names[truth[row]].tolist(), names[chosen[row]].tolist()
         sample = {"title": part.ids()[row], "pictures": part.shown(row), "aspect": part.aspect(row)}
-        sample["probs"] = dict(zip(net.names, probs[row].tolist(), strict=True))
-        samples.append({**sample, "truth": known, "prediction": answer})
+        sample |= {"truth": names[truth[row]].tolist(), "prediction": names[chosen[row]].tolist()}
+        samples.append({**sample, "probs": dict(zip(net.names, probs[row].tolist(), strict=True))})
     drawn = {
         "confusion.png": figures.confusion(part.targets, probs, net.names, net.task, threshold),
         "roc.png": figures.roc(part.targets, probs, net.names, net.task),
@@ -186,8 +184,6 @@ def main(argv=None):
     args = get_args_parser().parse_args(argv)
     net = predictor.load(args.ckpt, args.device, args.precision, args.workers)
     limits = net.limits(args.threshold)
-    if args.resamples < 1:
-        raise InputError(f"--resamples {args.resamples}: expected 1 or more")
     part, facts, loss, probs = evaluate(args, net)
     patients, duplicates = len(set(part.patients())), facts["duplicates"]
     notes = facts["notes"]
@@ -206,20 +202,17 @@ def main(argv=None):
     print(f"{about}, on {net.device}")
 
     # Scores
-    data_digest = net.saved["data"]["digest"]
-    if not facts["own"]:
-        data_digest = dataset.data_digest({args.split: part.table}, net.labels)
     result = {"checkpoint": {"digest": net.digest, "epoch": net.saved["epoch"], "loss": net.saved["loss"]}}
     result["networks"] = [{"path": str(one.path), "digest": one.digest} for one in net.members]
     result["data"] = {"root": facts["root"], "rendered": rendered, "own": facts["own"]}
-    result["data"]["digest"] = data_digest
+    result["data"]["digest"] = net.saved["data"]["digest"]
+    if not facts["own"]:
+        result["data"]["digest"] = dataset.data_digest({args.split: part.table}, net.labels)
     result |= {"split": args.split, "threshold": args.threshold, "tta": args.tta, "rows": len(part)}
     result |= {"expected_rows": part.expected, "patients": patients, "duplicates": duplicates}
-    result["resamples"] = args.resamples
-    result |= {"precision": net.precision, "weights": net.args.weights, "thresholds": None}
+    result |= {"precision": net.precision, "weights": net.args.weights, "resamples": args.resamples}
     result["loss"] = loss if len(net.members) == 1 and not args.tta else None
-    if net.thresholds:
-        result["thresholds"] = dict(zip(net.labels, net.thresholds, strict=True))
+    result["thresholds"] = dict(zip(net.labels, net.thresholds, strict=True)) if net.thresholds else None
     result |= report_scores(part, probs, net, args)
     chosen = net.chosen(probs, limits)
     text = classification_text(part, chosen, net)
