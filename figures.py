@@ -58,13 +58,12 @@ def panels(count):
     return fig, [fig.add_subplot(lines, columns, k + 1) for k in range(count)]
 
 
-def draw_matrix(ax, counts, names, title, text="{count}"):
-    """A confusion matrix (K, K) of counts, coloured by the share of its row; `text` goes into each cell."""
+def draw_matrix(ax, counts, names, title=""):
+    """A confusion matrix (K, K): in each cell the count, and its share of the row, which colours it."""
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)  # a class that nobody has: an empty row
     ax.imshow(shares, cmap="Blues", vmin=0, vmax=1, aspect="auto")  # else the layout forgets long names
     for i, j in np.ndindex(counts.shape):
-        words = text.format(count=counts[i, j], share=shares[i, j])
-        colour = "white" if shares[i, j] > 0.6 else "black"
+        colour, words = "white" if shares[i, j] > 0.6 else "black", f"{counts[i, j]}\n{shares[i, j]:.0%}"
         ax.text(j, i, words, ha="center", va="center", fontsize=9, color=colour)
     shown = [plain(name, 14) for name in names]
     ax.set_xticks(range(len(names)), shown, fontsize=8)
@@ -76,20 +75,19 @@ def draw_matrix(ax, counts, names, title, text="{count}"):
 
 def confusion(y_true, y_prob, labels, task, threshold=0.5):
     """Confusion matrices. multilabel: y_true 0/1 and y_prob (n, L), a 2 x 2 matrix per label at
-    `prob > threshold` (a number or (L,)). multiclass: y_true (n,), y_prob (n, K), counts beside shares."""
+    `prob > threshold` (a number or (L,)). multiclass: y_true (n,), y_prob (n, K), one matrix (K, K)."""
     if task == "multiclass":
-        counts = metrics.confusion_matrix(y_true, y_prob.argmax(1), len(labels))
         side = max(3.4, 0.75 * len(labels) + 1)
-        fig = Figure((2 * side, side), layout="constrained")
-        left, right = fig.subplots(1, 2)
-        draw_matrix(left, counts, labels, "counts")
-        draw_matrix(right, counts, labels, "share of the true class", "{share:.2f}")
+        fig = Figure((side, side), layout="constrained")
+        draw_matrix(
+            fig.add_subplot(), metrics.confusion_matrix(y_true, y_prob.argmax(1), len(labels)), labels
+        )
         return fig
     fig, axes = panels(len(labels))
     truths, answers = y_true.astype(int), (y_prob > threshold).astype(int)
     for k, label in enumerate(labels):
         counts = metrics.confusion_matrix(truths[:, k], answers[:, k], 2)
-        draw_matrix(axes[k], counts, ("no", "yes"), label, "{count}\n{share:.0%}")
+        draw_matrix(axes[k], counts, ("no", "yes"), label)
     return fig
 
 
