@@ -90,7 +90,7 @@ def main(argv=None):
         given = f"--alpha {args.alpha} --neighbors {args.neighbors}"
         raise InputError(f"{given}: expected between 0 and 1, and 2 or more")
     if net.args.dataset != "retina":
-        raise InputError(f"{args.ckpt} is of {net.args.dataset}: only the retina data have any")
+        raise InputError(f"--ckpt is of {net.args.dataset}: only the retina data have unlabelled pictures")
     net.args.cache, missing = args.cache, args.missing or net.args.missing
     root = args.data or net.saved["data"]["root"]
     frame = pd.concat([training_rows(net, root), unlabelled_rows(net, root)], ignore_index=True)
