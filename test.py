@@ -198,6 +198,8 @@ def main(argv=None):
     of = args.split if facts["own"] else f"{args.split} of {facts['root']}"
     if rendered:
         of += " (RENDERED)"
+    if args.tta:
+        left += ", mean with the mirrored pictures"
     about = f"{net.title()}, {of}: {len(part)} rows, {patients} patients{left}"
     print(f"{about}, on {net.device}")
 
