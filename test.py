@@ -194,13 +194,13 @@ def main(argv=None):
     for note in notes:
         print(f"note: {note}")
     rendered = facts["rendered"] or net.rendered
-    left = f", {facts['left_out']} of {part.expected} left out" if facts["left_out"] else ""
-    of = args.split if facts["own"] else f"{args.split} of {facts['root']}"
-    if rendered:
-        of += " (RENDERED)"
+    where = args.split if facts["own"] else f"{args.split} of {facts['root']}"
+    details = f"{len(part)} rows, {patients} patients"
+    if facts["left_out"]:
+        details += f", {facts['left_out']} of {part.expected} left out"
     if args.tta:
-        left += ", mean with the mirrored pictures"
-    about = f"{net.title()}, {of}: {len(part)} rows, {patients} patients{left}"
+        details += ", mean with the mirrored pictures"
+    about = f"{net.title()}, {where}{' (RENDERED)' if rendered else ''}: {details}"
     print(f"{about}, on {net.device}")
 
     # Scores
