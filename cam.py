@@ -19,32 +19,28 @@ def cam_layers(model, inputs):
     """
     trunks = model.backbone if isinstance(model, MRNet) else [model.backbone]
     trunks = [getattr(trunk, "net", trunk) for trunk in trunks]  # the network inside a features.FastTrunk
-    if isinstance(model, MRNet):
-        return [trunk[10] for trunk in trunks]  # the last convolution of AlexNet
+    if hasattr(model, "cam_layer"):
+        return [trunk.get_submodule(model.cam_layer) for trunk in trunks]
     trunk = trunks[0]
     if isinstance(trunk, torchvision.models.VisionTransformer):
         return [trunk.encoder.layers[-1].ln_1]
     if isinstance(trunk, torchvision.models.SwinTransformer):  # before it the channels come last
         return [trunk.permute]
-    if hasattr(model, "cam_layer"):
-        return [trunk.get_submodule(model.cam_layer)]
-    seen = []
+    pixels = {}  # of each module's map, in the order of the calls; 0 of an activation that is shared
 
     def note(module, _, output):
         if torch.is_tensor(output) and output.ndim == 4:
-            seen.append((module, output.shape[2] * output.shape[3] > 1))
+            pixels[module] = 0 if module in pixels else output.shape[2] * output.shape[3]
 
     with torch.no_grad(), ExitStack() as hooks:
         for module in trunk.modules():
             if module is not trunk:
                 hooks.enter_context(module.register_forward_hook(note))
         model.features(*(part[:1] for part in inputs))
-    modules = [module for module, _ in seen]
-    once = [(module, wide) for module, wide in seen if modules.count(module) == 1]  # not a shared activation
-    if not once:
+    widest = min(2, max(pixels.values(), default=0))  # a map of one pixel where there is no other
+    if not widest:
         raise InputError(f"{model.name} has no map of features: there are no heat maps of it")
-    wide = [module for module, is_wide in once if is_wide]
-    return [wide[-1] if wide else once[-1][0]]
+    return [[module for module, count in pixels.items() if count >= widest][-1]]
 
 
 def as_map(features):

@@ -1,6 +1,6 @@
 """Every picture this repository draws: arrays in, a matplotlib Figure out.
 
-    figures.roc(y_true, y_prob, labels, "multilabel").savefig("roc.png", dpi=110)
+    figures.save(figures.roc(y_true, y_prob, labels, "multilabel"), "roc.png")
 
 Built without pyplot: nothing global is touched, no screen is needed. Okabe-Ito and viridis suit the
 colour-blind. A picture is uint8, (H, W, 3) or (H, W); `aspect` is its width / height before preprocessing
@@ -17,6 +17,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from PIL import Image
 
 import metrics
+from cache import replace_file
 
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#B8C4CC"
 SOFT, RIGHT, PARTLY, WRONG = "#555555", "#00694D", "#5A4A00", "#A84300"
@@ -31,9 +32,23 @@ def plain(text, width=60):
 
 def mark_rendered(fig, text="RENDERED stand-ins, not patients"):
     """Say in a line of its own above a figure what about it is drawn and not real; returns the figure."""
-    fig.set_figheight(fig.get_figheight() + 0.3)
-    fig.suptitle(text, color=WRONG, fontsize=11, weight="bold")
+    words = plain(text, int(9 * fig.get_figwidth()))
+    fig.set_figheight(fig.get_figheight() + 0.1 + 0.2 * (1 + words.count("\n")))
+    fig.suptitle(words, color=WRONG, fontsize=11, weight="bold")
     return fig
+
+
+def caption(fig, text):
+    """Say below a figure, in small grey letters, what it is of; what already stands there stays above."""
+    above, words = fig.get_supxlabel(), plain(text, int(13 * fig.get_figwidth()))
+    fig.set_figheight(fig.get_figheight() + 0.1 + 0.14 * (1 + words.count("\n")))
+    fig.supxlabel(f"{above}\n{words}".strip(), fontsize=8, color=SOFT)
+
+
+def save(fig, path):
+    """A figure as a PNG, whole or not at all."""
+    look = {"dpi": 110, "format": "png", "pil_kwargs": {"compress_level": 3}}  # 6 takes twice as long
+    replace_file(path, lambda stream: fig.savefig(stream, **look))
 
 
 def panels(count):
@@ -43,13 +58,12 @@ def panels(count):
     return fig, [fig.add_subplot(lines, columns, k + 1) for k in range(count)]
 
 
-def draw_matrix(ax, counts, names, title, text="{count}"):
-    """A confusion matrix (K, K) of counts, coloured by the share of its row; `text` goes into each cell."""
+def draw_matrix(ax, counts, names, title=""):
+    """A confusion matrix (K, K): in each cell the count, and its share of the row, which colours it."""
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)  # a class that nobody has: an empty row
-    ax.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    ax.imshow(shares, cmap="Blues", vmin=0, vmax=1, aspect="auto")  # else the layout forgets long names
     for i, j in np.ndindex(counts.shape):
-        words = text.format(count=counts[i, j], share=shares[i, j])
-        colour = "white" if shares[i, j] > 0.6 else "black"
+        colour, words = "white" if shares[i, j] > 0.6 else "black", f"{counts[i, j]}\n{shares[i, j]:.0%}"
         ax.text(j, i, words, ha="center", va="center", fontsize=9, color=colour)
     shown = [plain(name, 14) for name in names]
     ax.set_xticks(range(len(names)), shown, fontsize=8)
@@ -61,20 +75,19 @@ def draw_matrix(ax, counts, names, title, text="{count}"):
 
 def confusion(y_true, y_prob, labels, task, threshold=0.5):
     """Confusion matrices. multilabel: y_true 0/1 and y_prob (n, L), a 2 x 2 matrix per label at
-    `prob > threshold` (a number or (L,)). multiclass: y_true (n,), y_prob (n, K), counts beside shares."""
+    `prob > threshold` (a number or (L,)). multiclass: y_true (n,), y_prob (n, K), one matrix (K, K)."""
     if task == "multiclass":
-        counts = metrics.confusion_matrix(y_true, y_prob.argmax(1), len(labels))
         side = max(3.4, 0.75 * len(labels) + 1)
-        fig = Figure((2 * side, side), layout="constrained")
-        left, right = fig.subplots(1, 2)
-        draw_matrix(left, counts, labels, "counts")
-        draw_matrix(right, counts, labels, "share of the true class", "{share:.2f}")
+        fig = Figure((side, side), layout="constrained")
+        draw_matrix(
+            fig.add_subplot(), metrics.confusion_matrix(y_true, y_prob.argmax(1), len(labels)), labels
+        )
         return fig
     fig, axes = panels(len(labels))
     truths, answers = y_true.astype(int), (y_prob > threshold).astype(int)
     for k, label in enumerate(labels):
         counts = metrics.confusion_matrix(truths[:, k], answers[:, k], 2)
-        draw_matrix(axes[k], counts, ("no", "yes"), label, "{count}\n{share:.0%}")
+        draw_matrix(axes[k], counts, ("no", "yes"), label)
     return fig
 
 
@@ -206,11 +219,14 @@ def heatmaps(rows, random_trunk=False):
     [label, ...], empty where it is not known; optional "aspect"}. random_trunk: the caption says so."""
     fig = Figure(layout=ConstrainedLayoutEngine(w_pad=0, h_pad=0.04))
     width, height = draw_maps(fig.add_subplot(), rows)
-    fig.set_size_inches(width, height + 0.3)
-    caption = "Yellow: what speaks for the label. No evidence: nothing in the picture speaks for it."
+    fig.set_size_inches(width, height)
+    words = (
+        "Yellow: what speaks for the label; each map is scaled to its own maximum. No evidence: nothing in "
+    )
+    words += "the picture speaks for it."
     if random_trunk:
-        caption += " The trunk has random weights: these maps show its accidents, not what it learned."
-    fig.supxlabel(plain(caption, int(13 * width)), fontsize=8, color=SOFT)
+        words += " The trunk has random weights: these maps show its accidents, not what it learned."
+    caption(fig, words)
     return fig
 
 
@@ -246,9 +262,9 @@ def prediction(rows, threshold, note):
     width, height = draw_maps(left, rows)
     bars = 0.38 * len(labels) + 1.1  # inches
     rest = max(height - bars, 0.01)  # three bars beside three planes: the rest stays empty
-    fig.set_size_inches(width + 4.2, bars + rest + 0.5)
+    fig.set_size_inches(width + 4.2, bars + rest)
     grid = fig.add_gridspec(2, 2, width_ratios=(width, 4.2), height_ratios=(bars, rest))
     left.set(subplotspec=grid[:, 0], anchor="NW")
     draw_answers(fig.add_subplot(grid[0, 1]), labels, np.array(probs), threshold)
-    fig.supxlabel(plain(note, 120), fontsize=9, color=SOFT)
+    caption(fig, note)
     return fig

@@ -156,6 +156,7 @@ class MRNet(nn.Module):
         self.backbone = he_normal(nn.ModuleList(torchvision.models.alexnet().features for _ in range(3)))
         self.classifier = nn.Linear(3 * 256, num_labels)
         self.normalise = nn.Identity()  # augment.prepare_volumes does it, exam by exam
+        self.cam_layer = "10"  # the last convolution of each trunk
 
     def features(self, volumes, lengths):
         planes = []

@@ -15,7 +15,11 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 
+import figures
+import predictor
+import tables
 from arguments import add_machine_flags
 from cache import file_names, replace_file
 from errors import InputError, Parser, guard
@@ -53,94 +57,69 @@ def get_args(argv):
     return args
 
 
-def print_table(names, probs, chosen, thresholds):
-    """A line per label: probability, a bar of 40 characters with the threshold, a mark if predicted."""
-    width = max(map(len, names))
-    for k, (name, prob) in enumerate(zip(names, probs, strict=True)):
-        bar = list(f"{'#' * round(40 * prob):.<40}")
-        if thresholds is not None:
-            bar[min(round(40 * thresholds[k]), 39)] = "|"
-        print(f"  {name:{width}}  {prob:6.4f}  {''.join(bar)}{'  <--' if chosen[k] else ''}")
-    words = "the strongest class" if thresholds is None else "above its threshold, the | in the bar"
-    print(f"  {'':{width}}  <-- {words}")
-
-
 def draw(net, row, probs, thresholds, name, path):
     """One answer as a picture, with heat maps of the network that gave the numbers -> what was done."""
-    import figures
-
     part, _ = net.open_rows([row])
     part.table["ID"] = ""  # the note names the patient
     try:
         lines = net.map_rows(part, 0, probs)
     except InputError as error:  # a network without a map of features
         return f"no picture: {error}"
-    notes = [f"{name}.", NO_DEVICE]
+    notes = [f"{name}.", NO_DEVICE, "Each map is scaled to its own maximum."]
     if len(net.members) > 1:
         notes.append(f"Mean of {len(net.members)} networks, maps of the first.")
     if net.random_trunk:
         notes.append("The trunk has random weights: its maps mean nothing.")
     if net.rendered:
         notes.append(RENDERED)
-    figure = figures.prediction(lines, thresholds, " ".join(notes))
-    look = {"dpi": 120, "format": "png", "bbox_inches": "tight", "pad_inches": 0.1}
-    replace_file(path, lambda stream: figure.savefig(stream, **look))
+    figures.save(figures.prediction(lines, thresholds, " ".join(notes)), path)
     return f"{path} written"
-
-
-def write_table(net, frame, probs, chosen, path):
-    """predictions.csv of the rows that could be read."""
-    table, labels = frame[["ID"]].copy(), np.array(net.labels)
-    table[net.labels] = probs.astype(float)
-    table["predicted"] = [";".join(labels[row]) for row in chosen]
-    if net.rendered:
-        table["trained_on"] = "RENDERED pictures"
-    table = table[~np.isnan(probs[:, 0])]
-    replace_file(path, lambda stream: table.to_csv(stream, index=False, float_format="%.7f"), "w")
 
 
 def main(argv=None):
     # The networks, and what they are asked about
     args = get_args(argv)
-    import predictor  # here, because it imports torch
-    import tables
-
     net = predictor.load(args.ckpt, args.device, args.precision, args.workers)
     if net.rendered:
         print(f"{'!' * 84}\n!! {RENDERED}\n{'!' * 84}", flush=True)
     thresholds = net.limits(args.threshold, args.learned)
     frame, many = tables.given_rows(net.args.dataset, args.given)
-    rows, ids = list(frame["files"]), frame["ID"].astype(str).tolist()
 
-    # Probabilities
-    probs, faults = net.answer(rows, args.tta)
-    if len(faults) == len(rows):
-        shown = "; ".join(list(faults.values())[:5])
-        raise InputError(f"none of the {len(rows)} can be read: {shown}" if many else shown)
-    chosen = net.chosen(probs, thresholds)
-    name = f"{net.saved['args']['name']} ({net.args.dataset}, {net.args.model}, {net.precision})"
-    if len(net.members) > 1:
-        name = f"the mean of {len(net.members)} networks, the first {name}"
-    readable, files = [row for row in range(len(rows)) if row not in faults], []
+    # Probabilities, of what can be read
+    probs, faults = net.answer(list(frame["files"]), args.tta)
+    left_out = f"{len(faults)} of {len(frame)} cannot be read"
+    if len(faults) == len(frame):
+        raise InputError(f"{left_out}: {'; '.join(list(faults.values())[:5])}")
+    frame, probs = frame.drop(frame.index[list(faults)]), np.delete(probs, list(faults), axis=0)
+    chosen, ids, files = net.chosen(probs, thresholds), frame["ID"].astype(str).tolist(), []
 
     # One: a table and a picture. Many: a sheet, and on request a picture each
     if not many:
-        print(f"{ids[0]}, by {name}:")
-        print_table(net.names, probs[0], chosen[0], thresholds)
+        print(f"{ids[0]}, by {net.title()}:")
+        width = max(map(len, net.names))
+        for k, name in enumerate(net.names):
+            limit = "" if thresholds is None else f"  threshold {thresholds[k]:.4f}"
+            print(f"  {name:{width}}  {probs[0, k]:.4f}{limit}{'  <--' if chosen[0, k] else ''}")
+        print(f"  <-- {'the strongest class' if thresholds is None else 'above its threshold'}")
         files = ["prediction.png"]
     else:
-        write_table(net, frame, probs, chosen, args.out / "predictions.csv")
-        print(f"{args.out / 'predictions.csv'} written: {len(readable)} predicted by {name}.")
-        for label, count in zip(net.labels, chosen[readable].sum(0), strict=True):
+        path, table = args.out / "predictions.csv", pd.DataFrame({"ID": ids})
+        table[net.labels] = probs.astype(float)
+        table["predicted"] = [";".join(np.array(net.labels)[row]) for row in chosen]
+        if net.rendered:
+            table["trained_on"] = "RENDERED pictures"
+        replace_file(path, lambda stream: table.to_csv(stream, index=False, float_format="%.7f"), "w")
+        print(f"{path} written: {len(table)} predicted by {net.title()}.")
+        for label, count in zip(net.labels, chosen.sum(0), strict=True):
             print(f"  {label}: {count}")
         if args.figures:
-            files = file_names(ids[row] for row in readable)
-    for row, file in zip(readable, files, strict=False):
-        print(draw(net, rows[row], probs[row], thresholds, ids[row], args.out / file))
+            files = file_names(ids)
+    for k, file in enumerate(files):
+        print(draw(net, frame["files"].iloc[k], probs[k], thresholds, ids[k], args.out / file))
     print(NO_DEVICE)
     if faults:
         print("\n".join(faults.values()), file=sys.stderr)
-        print(f"{len(faults)} of {len(rows)} cannot be read and are left out", file=sys.stderr)
+        print(f"{left_out} and are left out", file=sys.stderr)
     return int(bool(faults))
 
 

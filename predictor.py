@@ -57,10 +57,7 @@ class Predictor:
             self.thresholds, self.prior = self.saved["thresholds"], np.array(self.saved["prior"])
             self.ordered, self.rendered = self.saved["ordered"], self.saved["data"]["rendered"]
             self.names = tables.full_names(self.args.dataset, self.labels)
-            try:
-                check_args(self.args)
-            except InputError as error:
-                raise InputError(f"{path} was made with flags that cannot be: {error}") from error
+            check_args(self.args)
             size, trunk = eval_size(self.args), self.args.trunk
             self.model = models.build_model(self.args.model, len(self.labels), "none", size, trunk)
             models.load_strict(self.model, self.saved["model"], path)
@@ -74,17 +71,25 @@ class Predictor:
         self.precision = engine.pick_precision(precision or self.args.precision, self.device)
         self.fast = features.with_fast_trunk(self.model, self.precision)
 
+    def title(self):
+        """What it is called in lines and captions: the run's name, its data set, network and precision."""
+        folder = self.path.resolve().parent  # a run that was moved or copied has its folder's name
+        name = folder.name if (folder / "run.json").exists() else self.args.name
+        name = f"{name} ({self.args.dataset}, {self.args.model}, {self.precision})"
+        if len(self.members) > 1:
+            name = f"the mean of {len(self.members)} networks, the first {name}"
+        return name
+
     def limits(self, threshold=0.5, learned=False):
         """A threshold for each label; None for classes that exclude each other: the strongest wins."""
         if not 0 <= threshold <= 1:
             raise InputError(f"--threshold {threshold}: expected 0 to 1")
-        if self.task == "multiclass" and (learned or threshold != 0.5):
-            classes = f"the classes {', '.join(self.labels)} exclude each other"
-            raise InputError(f"--threshold, --learned: {classes}, the strongest is predicted")
+        if self.task == "multiclass":
+            if learned or threshold != 0.5:
+                raise InputError("--threshold, --learned: the classes exclude each other, the strongest wins")
+            return None
         if learned and self.thresholds is None:
             raise InputError("--learned needs one network, trained with --folds or --calibration-fraction")
-        if self.task == "multiclass":
-            return None
         return self.thresholds if learned else [threshold] * len(self.labels)
 
     def chosen(self, probs, limits):
@@ -93,8 +98,8 @@ class Predictor:
 
     def evaluate(self, part, criterion=None, mirrored=False):
         """(mean loss, probs (n, K)) of a dataset.Part; `mirrored`: probs are the mean of both views."""
-        criterion = criterion or engine.Criterion(self.task)
         kept = features.TrunkFeatures(self.model, self.args, self.precision, self.device)
+        criterion = criterion or engine.Criterion(self.task)
         loss, probs = features.evaluate(self.model, kept, part, criterion)
         if mirrored:
             probs = (probs + self.live(part, mirrored=True)) / 2
@@ -136,9 +141,7 @@ class Predictor:
         found = np.array(reasons, object).reshape(len(rows), self.per_row)
         faults = {row: "; ".join(filter(None, reasons)) for row, reasons in enumerate(found) if any(reasons)}
         table = pd.DataFrame({"ID": range(len(rows)), "files": list(map(tuple, rows))})
-        targets = np.zeros((len(rows), len(self.labels)), np.float32)  # nobody looks at them
-        if self.task == "multiclass":
-            targets = np.zeros(len(rows), np.int64)
+        targets = np.zeros((len(rows), len(self.labels)), np.float32)  # nobody looks at the loss
         part = Part(table, pictures, targets, len(rows), size, how)
         return part.subset([row for row in range(len(rows)) if row not in faults]), faults
 
@@ -180,9 +183,8 @@ class Predictor:
         if all(isinstance(source, str | Path) for source in given):
             frame, many = tables.given_rows(self.args.dataset, given)
             return list(frame["files"]), many
-        knees = self.args.dataset == "mrnet"
-        if len(given) != self.per_row or knees:
-            takes = "paths alone" if knees else f"{self.per_row} of a patient, or a list"
+        if len(given) != self.per_row or self.args.dataset == "mrnet":
+            takes = f"{self.per_row} of a patient, or a list, and of knees paths alone"
             raise InputError(f"{len(given)} picture(s) in memory were given; this network takes {takes}")
         return [given], False
 
@@ -195,7 +197,8 @@ class Predictor:
 
 
 def decode_sources(sources, how, size, workers):
-    """Paths, PIL images and arrays as the network sees them: uint8 (n, size, size, 3), why there is none."""
+    """Paths, PIL images and arrays as the network sees them: uint8 (n, size, size, 3), why a file gives none.
+    Raises InputError for what lies in memory and is no picture."""
     for place, source in enumerate(sources):
         # A picture that Pillow opened and has not decoded is read from its file, as the command line does.
         if isinstance(source, ImageFile.ImageFile) and source.tile and source.filename and not source.tell():
@@ -207,10 +210,7 @@ def decode_sources(sources, how, size, workers):
             array[place], _, reason, _, system = next(decoded)
             reasons[place] = reason or system
             continue
-        try:
-            with reading("an array or PIL image in memory", "a picture"):
-                image = source if isinstance(source, Image.Image) else Image.fromarray(np.asarray(source))
-                array[place] = prepare(to_rgb(image), how, size)
-        except InputError as error:
-            reasons[place] = str(error)
+        with reading("an array or PIL image in memory", "a picture"):
+            image = source if isinstance(source, Image.Image) else Image.fromarray(np.asarray(source))
+            array[place] = prepare(to_rgb(image), how, size)
     return array, reasons

@@ -123,26 +123,24 @@ def classification_text(part, chosen, net):
     """scikit-learn's report of what is predicted, `chosen` (n, K)."""
     from sklearn.metrics import classification_report
 
-    truth, predicted, numbers = part.targets.astype(int), chosen.astype(int), range(len(net.labels))
+    predicted, numbers = chosen.astype(int), range(len(net.labels))
     if net.task == "multiclass":
         predicted = chosen.argmax(1)
     elif len(net.labels) == 1:  # scikit-learn takes one column for two classes
-        truth, predicted, numbers = truth.ravel(), predicted.ravel(), [1]
+        numbers = [1]
     rules = dict(labels=numbers, target_names=net.names, digits=4, zero_division=0)
-    return classification_report(truth, predicted, **rules)
+    return classification_report(part.targets.astype(int), predicted, **rules)
 
 
 def draw_all(part, probs, chosen, net, threshold):
     """{file name: figure}; samples and heat maps are of the first row that carries each label."""
     truth, names = net.truth(part), np.array(net.names)
-    first = [int(column.argmax()) for column in truth.T if column.any()]
+    rows = list(dict.fromkeys(int(column.argmax()) for column in truth.T if column.any())) or [0]
     samples, lines = [], []
-    rows = list(dict.fromkeys(first)) or [0]
     for row in rows:
-        known, answer = names[truth[row]].tolist(), names[chosen[row]].tolist()
         sample = {"title": part.ids()[row], "pictures": part.shown(row), "aspect": part.aspect(row)}
-        sample["probs"] = dict(zip(net.names, probs[row].tolist(), strict=True))
-        samples.append({**sample, "truth": known, "prediction": answer})
+        sample |= {"truth": names[truth[row]].tolist(), "prediction": names[chosen[row]].tolist()}
+        samples.append({**sample, "probs": dict(zip(net.names, probs[row].tolist(), strict=True))})
     drawn = {
         "confusion.png": figures.confusion(part.targets, probs, net.names, net.task, threshold),
         "roc.png": figures.roc(part.targets, probs, net.names, net.task),
@@ -187,8 +185,6 @@ def main(argv=None):
     args = get_args_parser().parse_args(argv)
     net = predictor.load(args.ckpt, args.device, args.precision, args.workers)
     limits = net.limits(args.threshold)
-    if args.resamples < 1:
-        raise InputError(f"--resamples {args.resamples}: expected 1 or more")
     part, facts, loss, probs = evaluate(args, net)
     patients, duplicates = len(set(part.patients())), facts["duplicates"]
     notes = facts["notes"]
@@ -199,9 +195,14 @@ def main(argv=None):
     for note in notes:
         print(f"note: {note}")
     rendered = facts["rendered"] or net.rendered
-    left = f", {facts['left_out']} of {part.expected} left out" if facts["left_out"] else ""
-    about = f"{net.args.dataset}{' (RENDERED)' if rendered else ''}, {args.split}: {len(part)} rows"
-    print(f"{about}, {patients} patients{left}; {net.args.model} on {net.device} in {net.precision}")
+    where = args.split if facts["own"] else f"{args.split} of {facts['root']}"
+    details = f"{len(part)} rows, {patients} patients"
+    if facts["left_out"]:
+        details += f", {facts['left_out']} of {part.expected} left out"
+    if args.tta:
+        details += ", mean with the mirrored pictures"
+    about = f"{net.title()}, {where}{' (RENDERED)' if rendered else ''}: {details}"
+    print(f"{about}, on {net.device}")
 
     # Scores
     result = {"checkpoint": {"digest": net.digest, "epoch": net.saved["epoch"], "loss": net.saved["loss"]}}
@@ -209,11 +210,9 @@ def main(argv=None):
     result["data"] = {name: facts[name] for name in ("root", "own", "digest")} | {"rendered": rendered}
     result |= {"split": args.split, "threshold": args.threshold, "tta": args.tta, "rows": len(part)}
     result |= {"expected_rows": part.expected, "patients": patients, "duplicates": duplicates}
-    result["resamples"] = args.resamples
-    result |= {"precision": net.precision, "weights": net.args.weights, "thresholds": None}
+    result |= {"precision": net.precision, "weights": net.args.weights, "resamples": args.resamples}
     result["loss"] = loss if len(net.members) == 1 and not args.tta else None
-    if net.thresholds:
-        result["thresholds"] = dict(zip(net.labels, net.thresholds, strict=True))
+    result["thresholds"] = dict(zip(net.labels, net.thresholds, strict=True)) if net.thresholds else None
     result |= report_scores(part, probs, net, args)
     chosen = net.chosen(probs, limits)
     text = classification_text(part, chosen, net)
@@ -227,8 +226,9 @@ def main(argv=None):
     for name, figure in draw_all(part, probs, chosen, net, args.threshold).items():
         if rendered:
             figures.mark_rendered(figure)
-        look = {"dpi": 110, "format": "png", "pil_kwargs": {"compress_level": 3}}  # 6 takes twice as long
-        replace_file(out / name, lambda stream, figure=figure, look=look: figure.savefig(stream, **look))
+        decides = limits is not None and name in ("confusion.png", "samples.png")
+        figures.caption(figure, f"{about}, threshold {args.threshold:g}" if decides else about)
+        figures.save(figure, out / name)
         written.append(name)
     checkpoint.save_json(out / "test_scores.json", result)
     print(f"\n{out}/: {', '.join([*written, 'test_scores.json'])}")

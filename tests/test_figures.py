@@ -52,21 +52,9 @@ def test_confusion_multilabel_by_hand():
 
 def test_confusion_multiclass_by_hand():
     y_prob = np.array([[0.8, 0.1, 0.1], [0.2, 0.7, 0.1], [0.1, 0.8, 0.1]])
-    figure = figures.confusion(
-        [0, 0, 1], y_prob, list("abc"), "multiclass"
-    )  # nobody has c: its row stays empty
-    assert texts(figure) == [
-        *"110010000",
-        "0.50",
-        "0.50",
-        "0.00",
-        "0.00",
-        "1.00",
-        "0.00",
-        "0.00",
-        "0.00",
-        "0.00",
-    ]
+    figure = figures.confusion([0, 0, 1], y_prob, list("abc"), "multiclass")
+    never = "0\n0%"  # nobody has c: its row stays empty
+    assert texts(figure) == ["1\n50%", "1\n50%", never, never, "1\n100%", never, never, never, never]
 
 
 @pytest.mark.parametrize("task", ["multilabel", "multiclass"])
@@ -197,6 +185,34 @@ def test_the_mark_stands_above_every_word_and_picture():
     assert all(text.get_fontsize() >= 9 for text in figure.axes[0].texts)
 
 
+GRADES = ["0 none", "1 mild", "2 moderate", "3 severe", "4 proliferative"]
+SMALL = {
+    "grades": lambda: figures.confusion([0, 1, 2, 3, 4], np.eye(5), GRADES, "multiclass"),
+    "one matrix": lambda: figures.confusion(np.eye(2)[:, :1], np.eye(2)[:, :1], ["a"], "multilabel"),
+    "one curve": lambda: figures.roc(np.eye(2)[:, :1], np.eye(2)[:, :1], ["a"], "multilabel"),
+    "reliability": lambda: figures.reliability(np.eye(2), np.eye(2)),
+    "one map": lambda: figures.heatmaps([heat_row("1", ["N"], {"N": 0.5})], random_trunk=True),
+    "one answer": lambda: figures.prediction([heat_row("1", [], {"N": 0.5})], 0.5, "No medical device."),
+}
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_mark_and_caption_touch_nothing_on_small_figures(name):
+    figure = figures.mark_rendered(SMALL[name]())
+    said = figure.get_supxlabel()
+    figures.caption(figure, "a-$-name (aptos, efficientnet-b1, bf16), test: 366 rows, 366 patients")
+    array = drawn(figure)
+    assert figure.get_supxlabel().startswith(said) and "366 rows" in figure.get_supxlabel().replace("\n", " ")
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    figure.draw(renderer)
+    drawings = [ax.get_tightbbox(renderer) for ax in figure.axes]
+    words, mark = (text.get_window_extent(renderer) for text in (figure._supxlabel, figure._suptitle))
+    assert words.y1 <= min(box.y0 for box in drawings) and mark.y0 >= max(box.y1 for box in drawings)
+    for box in (words, mark):
+        assert 0 <= box.x0 and box.x1 <= figure.bbox.width and 0 <= box.y0 and box.y1 <= figure.bbox.height
+    assert (array[0] == 255).all() and (array[-1] == 255).all(), "words are cut"
+
+
 def patient(labels, probs, planes, **more):
     """What `prediction` takes of a patient: a line for each picture."""
     rows = [
@@ -259,11 +275,10 @@ def test_reliability_shows_the_bins_of_the_metric(answers, of_classes):
 
 
 def test_grades_come_in_words():
-    names = ["0 none", "1 mild", "2 moderate", "3 severe", "4 proliferative"]
-    figure = figures.confusion([0, 1, 2, 3, 4], np.eye(5), names, "multiclass")
+    figure = SMALL["grades"]()
     drawn(figure)
     ticks = [tick.get_text().replace("\n", " ") for tick in figure.axes[0].get_yticklabels()]
-    assert ticks == names
+    assert ticks == GRADES
 
 
 def test_rendered_pictures_say_so():

@@ -147,13 +147,20 @@ def test_eyes_of_one_patient_are_counted_and_resampled_together(trained, run, tm
 
 
 def test_every_file_is_there_and_marked(trained, run, tmp_path, capsys, monkeypatch):
+    folder = copied(trained("odir"), tmp_path / "moved")  # to a folder of another name
     marked, mark = [], figures.mark_rendered
     monkeypatch.setattr(
         figures, "mark_rendered", lambda figure, *words: marked.append(figure) or mark(figure, *words)
     )
-    folder = copied(trained("odir"), tmp_path / "run")
+    said, caption = [], figures.caption
+    monkeypatch.setattr(
+        figures, "caption", lambda figure, words: said.append(words) or caption(figure, words)
+    )
     assert run("--ckpt", folder, pictures=True) == 0
     text = capsys.readouterr().out
+    about = "moved (odir, v0, fp32), val (RENDERED): 8 rows, 8 patients"
+    captions = [f"{about}, threshold 0.5", about, about, f"{about}, threshold 0.5", about]
+    assert [words for words in said if "rows" in words] == captions and about in text
     for name in [*SHEETS, *PICTURES, "submission.csv"]:
         assert (folder / name).stat().st_size > 0 and name in text, name
     assert len(marked) == 5 and "(RENDERED)" in text
