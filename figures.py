@@ -1,6 +1,6 @@
 """Every picture this repository draws: arrays in, a matplotlib Figure out.
 
-    figures.save(figures.roc(y_true, y_prob, labels, "multilabel"), "roc.png")
+    figures.roc(y_true, y_prob, labels, "multilabel").savefig("roc.png", dpi=110)
 
 Built without pyplot: nothing global is touched, no screen is needed. Okabe-Ito and viridis suit the
 colour-blind. A picture is uint8, (H, W, 3) or (H, W); `aspect` is its width / height before preprocessing
@@ -17,7 +17,6 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from PIL import Image
 
 import metrics
-from cache import replace_file
 
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#B8C4CC"
 SOFT, RIGHT, PARTLY, WRONG = "#555555", "#00694D", "#5A4A00", "#A84300"
@@ -43,12 +42,6 @@ def caption(fig, text):
     above, words = fig.get_supxlabel(), plain(text, int(13 * fig.get_figwidth()))
     fig.set_figheight(fig.get_figheight() + 0.1 + 0.14 * (1 + words.count("\n")))
     fig.supxlabel(f"{above}\n{words}".strip(), fontsize=8, color=SOFT)
-
-
-def save(fig, path):
-    """A figure as a PNG, whole or not at all."""
-    look = {"dpi": 110, "format": "png", "pil_kwargs": {"compress_level": 3}}  # 6 takes twice as long
-    replace_file(path, lambda stream: fig.savefig(stream, **look))
 
 
 def panels(count):

@@ -72,7 +72,9 @@ def draw(net, row, probs, thresholds, name, path):
         notes.append("The trunk has random weights: its maps mean nothing.")
     if net.rendered:
         notes.append(RENDERED)
-    figures.save(figures.prediction(lines, thresholds, " ".join(notes)), path)
+    figure = figures.prediction(lines, thresholds, " ".join(notes))
+    look = {"dpi": 120, "format": "png", "bbox_inches": "tight", "pad_inches": 0.1}
+    replace_file(path, lambda stream: figure.savefig(stream, **look))
     return f"{path} written"
 
 
