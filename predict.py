@@ -57,6 +57,18 @@ def get_args(argv):
     return args
 
 
+def print_table(names, probs, chosen, thresholds):
+    """A line per label: probability, a bar of 40 characters with the threshold, a mark if predicted."""
+    width = max(map(len, names))
+    for k, (name, prob) in enumerate(zip(names, probs, strict=True)):
+        bar = list(f"{'#' * round(40 * prob):.<40}")
+        if thresholds is not None:
+            bar[min(round(40 * thresholds[k]), 39)] = "|"
+        print(f"  {name:{width}}  {prob:6.4f}  {''.join(bar)}{'  <--' if chosen[k] else ''}")
+    words = "the strongest class" if thresholds is None else "above its threshold, the | in the bar"
+    print(f"  {'':{width}}  <-- {words}")
+
+
 def draw(net, row, probs, thresholds, name, path):
     """One answer as a picture, with heat maps of the network that gave the numbers -> what was done."""
     part, _ = net.open_rows([row])
@@ -98,11 +110,7 @@ def main(argv=None):
     # One: a table and a picture. Many: a sheet, and on request a picture each
     if not many:
         print(f"{ids[0]}, by {net.title()}:")
-        width = max(map(len, net.names))
-        for k, name in enumerate(net.names):
-            limit = "" if thresholds is None else f"  threshold {thresholds[k]:.4f}"
-            print(f"  {name:{width}}  {probs[0, k]:.4f}{limit}{'  <--' if chosen[0, k] else ''}")
-        print(f"  <-- {'the strongest class' if thresholds is None else 'above its threshold'}")
+        print_table(net.names, probs[0], chosen[0], thresholds)
         files = ["prediction.png"]
     else:
         path, table = args.out / "predictions.csv", pd.DataFrame({"ID": ids})

@@ -204,6 +204,15 @@ def test_one_exam_as_folder_and_as_three_files(trained, rendered, tmp_path, caps
     assert "coronal.npy is missing" in capsys.readouterr().err
 
 
+def test_marks_only_what_is_above_the_threshold(capsys):
+    predict.print_table(["a", "bb"], [0.5, 0.501], [False, True], [0.5, 0.5])
+    first, second, _ = capsys.readouterr().out.splitlines()
+    assert first.split() == ["a", "0.5000", "#" * 20 + "|" + "." * 19]
+    assert second.split() == ["bb", "0.5010", "#" * 20 + "|" + "." * 19, "<--"]
+    predict.print_table(["a"], [1.0], [True], [1.0])  # the threshold's sign stays inside the bar
+    assert capsys.readouterr().out.splitlines()[0].split()[2] == "#" * 39 + "|"
+
+
 def test_real_data_is_not_called_rendered(trained, rendered, tmp_path, capsys):
     state = checkpoint.load_checkpoint(trained("retina") / "best.pt")
     state["data"] = {**state["data"], "rendered": False}
