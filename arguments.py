@@ -46,9 +46,9 @@ RESUMABLE = {*SCHEDULE_FLAGS, *MACHINE, *"resume epochs patience folds data miss
 # Two runs that differ in these alone are one experiment.
 WHERE = [*MACHINE, "seed", "name", "resume", "runs", "data"]
 LEAST = dict(size=16, batch=1, epochs=1, patience=1, freeze_epochs=0, views=0, seed=0, split_seed=0, lr=1e-12)
-LEAST |= dict(max_lr=1e-12, weight_decay=0, momentum=0, schedule_epochs=1, workers=0)
+LEAST |= dict(max_lr=1e-12, weight_decay=0, momentum=0, min_confidence=0, schedule_epochs=1, workers=0)
 LEAST |= dict(warmup_epochs=0, trunk_lr=0, ema=0, folds=0, weight_power=0, calibration_fraction=0, gamma=1e-6)
-MOST = dict(momentum=1, ema=0.99999, calibration_fraction=0.5, gamma=0.999999)
+MOST = dict(momentum=1, min_confidence=1, ema=0.99999, calibration_fraction=0.5, gamma=0.999999)
 
 
 def add_machine_flags(parser, precision="auto"):
@@ -75,6 +75,7 @@ def get_args_parser(dataset="odir", description=None):
     add("--split-seed", type=int, default=42, help="seed of the split (write-up)")
     add("--shuffle-labels", action="store_true", help="control: the training patients' labels, shuffled")
     add("--pseudo-labels", metavar="FILE", help="retina: spread_labels.py's CSV joins the training part")
+    add("--min-confidence", type=float, default=0.0, help="least confidence of a pseudo-label")
 
     add = parser.add_argument_group("pictures").add_argument
     text = "fov: the eye alone (write-up); none: scaled; centre: shorter side, then crop; crop: of knees"
@@ -211,6 +212,8 @@ def check_pictures(args):
         raise InputError(f"--labels {' '.join(args.labels)}: a label is named twice")
     if args.pseudo_labels and name != "retina":
         raise InputError("--pseudo-labels belongs to --dataset retina")
+    if args.min_confidence and not args.pseudo_labels:
+        raise InputError("--min-confidence needs --pseudo-labels")
     if args.crop and (args.augment == "none" or knees or not 16 <= args.crop <= args.size):
         raise InputError(f"--crop {args.crop} needs --augment and a --size ({args.size}) that it fits into")
     recipes = RECIPES.get(name, ("eyes", "lab"))
@@ -233,10 +236,11 @@ def check_network(args):
         raise InputError(f"--trunk belongs to --model v0, v1, v2: give --model {args.trunk}")
     if not args.fine_tune and (args.freeze_epochs or args.trunk_lr != 1):
         raise InputError("--freeze-epochs, --trunk-lr: without --fine-tune the trunk does not learn")
-    kept = name == "odir" and args.feature_cache and not args.fine_tune and args.bn != "batch"
-    if args.folds and (args.folds == 1 or not kept or args.calibration_fraction):
-        rule = "2 or more, with kept features of eye pairs; else use --calibration-fraction alone"
-        raise InputError(f"--folds {args.folds}: expected {rule}")
+    kept_features = args.feature_cache and not args.fine_tune and args.bn != "batch"
+    if args.folds == 1 or args.folds and not (kept_features and name == "odir"):
+        raise InputError("--folds needs 2 or more, and kept features of eye pairs; or --calibration-fraction")
+    if args.calibration_fraction and args.folds:
+        raise InputError("--calibration-fraction and --folds are two ways to learn thresholds: choose one")
 
 
 def check_optimisation(args):
@@ -254,7 +258,7 @@ def check_optimisation(args):
     if args.warmup_epochs is not None and args.warmup_epochs > args.epochs:
         raise InputError(f"--warmup-epochs {args.warmup_epochs:g}: expected --epochs {args.epochs} or less")
     one_class = args.dataset not in ("odir", "mrnet")
-    if args.calibration_fraction and one_class:
+    if (args.folds or args.calibration_fraction) and one_class:
         raise InputError(f"{args.dataset} has one class a picture: there are no thresholds to learn")
     if args.sampler == "weighted" and not one_class:
         raise InputError(f"--sampler weighted needs one class a picture; for {args.dataset} use balanced")

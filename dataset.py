@@ -305,7 +305,8 @@ def load(args):
         labels, notes = table.labels, table.notes
         frames = split(args.dataset, table.frame, args.val_fraction, args.test_fraction, args.split_seed)
         if args.pseudo_labels:
-            frames["train"], added = tables.add_pseudo_labels(frames, labels, root, args.pseudo_labels)
+            chosen = args.pseudo_labels, args.min_confidence
+            frames["train"], added = tables.add_pseudo_labels(frames, labels, root, *chosen)
             notes.append(f"{added} pseudo-labelled picture(s) join the training part")
         if args.calibration_fraction:
             frames["train"], frames["calibration"] = set_aside(frames["train"], args)

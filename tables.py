@@ -263,20 +263,23 @@ def unlabelled_pictures(root):
     return sorted(str(file) for file in (Path(root) / "test").glob("*") if file.suffix.lower() in SUFFIXES)
 
 
-def add_pseudo_labels(parts, labels, root, path):
-    """parts["train"] with the pictures of pseudo_labels.csv (filename, label) -> (frame, number).
+def add_pseudo_labels(parts, labels, root, path, min_confidence):
+    """parts["train"] with the pictures of pseudo_labels.csv (filename, label, confidence) -> (frame, number).
 
     No picture of `parts` may come back, nor another one of a patient who is in validation or test.
     """
-    sheet = read_sheet(path, ["filename", "label"], dtype={"filename": str, "label": str})
+    sheet = read_sheet(path, ["filename", "label", "confidence"], dtype={"filename": str, "label": str})
     names = check_names(path, sheet["filename"], "filename")
     check_rows(path, ~sheet["label"].isin(labels), f"label that is not one of {labels}", sheet["label"])
+    confidence = pd.to_numeric(sheet["confidence"], errors="coerce")
+    check_rows(path, ~confidence.between(0, 1), "confidence outside 0 to 1", sheet["confidence"])
     more = picture_frame(path, names, Path(root) / "test", sheet["label"].map(labels.index), "train")
     labelled = [name for frame in parts.values() for name in plain_names(frame["ID"])]
     known = pd.Series(plain_names(names), names.index).isin(labelled)
     check_rows(path, known, "a picture that is labelled already", names)
     held_out = [*parts["val"]["patient"], *parts["test"]["patient"]]
     check_rows(path, more["patient"].isin(held_out), "a patient of validation or test", names)
+    more = more[confidence >= min_confidence]
     return pd.concat([parts["train"], more], ignore_index=True), len(more)
 
 

@@ -122,7 +122,7 @@ def test_pictures_that_train_would_refuse_get_no_label(tmp_path, capsys):
     parts = {part: frame.loc[list(names)] for part, names in net.saved["rows"].items()}
     sheet = pd.DataFrame({"filename": ["1_right.jpg", "5.jpg"], "label": "yes", "confidence": 1})
     sheet.to_csv(tmp_path / "pseudo.csv", index=False)
-    assert add_pseudo_labels(parts, net.labels, root, tmp_path / "pseudo.csv")[1] == 2, (
+    assert add_pseudo_labels(parts, net.labels, root, tmp_path / "pseudo.csv", 0)[1] == 2, (
         "training takes what is left"
     )
 
@@ -169,7 +169,8 @@ def test_spread_then_train_on(trained, rendered, train_here, tmp_path, capsys):
         assert f"  {label}: {count}\n" in text
     assert "quartiles" in text
 
-    for name, weights in (("scratch", "none"), ("continued", ckpt)):
+    least = float(sheet["confidence"].median())
+    for name, weights, sure in (("scratch", "none", 0.0), ("continued", ckpt, least)):
         flags = [
             "--dataset",
             "retina",
@@ -183,6 +184,8 @@ def test_spread_then_train_on(trained, rendered, train_here, tmp_path, capsys):
         train_here(
             tmp_path,
             *flags,
+            "--min-confidence",
+            sure,
             "--weights",
             weights,
             "--name",
@@ -193,9 +196,10 @@ def test_spread_then_train_on(trained, rendered, train_here, tmp_path, capsys):
             8,
         )
         said = capsys.readouterr().out
-        assert f"{len(sheet)} pseudo-labelled picture(s) join" in said and len(sheet)
+        more = int((sheet["confidence"] >= sure).sum())
+        assert f"{more} pseudo-labelled picture(s) join" in said and 0 < more <= len(sheet)
         parts = json.loads((tmp_path / "runs" / name / "run.json").read_text())["data"]["parts"]
-        assert parts["train"] == before["train"] + len(sheet) and parts["val"] == before["val"]
+        assert parts["train"] == before["train"] + more and parts["val"] == before["val"]
         again = checkpoint.load_checkpoint(tmp_path / "runs" / name / "best.pt")
         assert again["rows"]["val"] == checkpoint.load_checkpoint(ckpt)["rows"]["val"]
 

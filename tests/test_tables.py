@@ -233,20 +233,24 @@ def test_unlabelled_and_pseudo_labelled_pictures(tmp_path):
     parts = {"train": table, "val": table[:0], "test": table[:0]}
     path = tmp_path / "pseudo_labels.csv"
     path.write_text("filename,label,confidence\na.jpg,normal,0.9\nb.png,glaucoma,0.4\n")
-    more, added = add_pseudo_labels(parts, labels, tmp_path, path)
+    more, added = add_pseudo_labels(parts, labels, tmp_path, path, 0.4)
     assert (
         added == 2
         and more["target"].tolist() == [2, 0, 1, 2, 2, 1]
         and more["files"].iloc[-1] == (str(tmp_path / "test" / "b.png"),)
     )
+    more, added = add_pseudo_labels(parts, labels, tmp_path, path, 0.5)
+    assert added == 1 and more["ID"].tolist()[-1] == "a.jpg" and len(more) == len(table) + 1
     for text, words in (
         ("filename,label,confidence\na.jpg,drusen,0.9\n", ["not one of", "row(s) 2"]),
+        ("filename,label,confidence\na.jpg,normal,1.5\n", ["confidence outside", "row(s) 2"]),
+        ("filename,label,confidence\na.jpg,normal,\n", ["confidence outside", "row(s) 2"]),
         ("filename,label,confidence\na.jpg,normal,1\na.jpg,normal,1\n", ["doubled filename", "row(s) 3"]),
         ("filename,label,confidence\n../train/1.jpg,normal,1\n", ["leaves the data folder", "row(s) 2"]),
-        ("filename,confidence\na.jpg,1\n", ["missing: label"]),
+        ("filename,label\na.jpg,normal\n", ["missing: confidence"]),
     ):
         path.write_text(text)
-        refused(lambda: add_pseudo_labels(parts, labels, tmp_path, path), *words)
+        refused(lambda: add_pseudo_labels(parts, labels, tmp_path, path, 0.0), *words)
 
 
 # ---------------------------------------------------------------- MRNet
@@ -480,7 +484,7 @@ def test_no_labelled_picture_comes_back_with_a_pseudo_label(tmp_path):
 
     def add(*files):
         path.write_text("filename,label,confidence\n" + "".join(f"{file},normal,0.9\n" for file in files))
-        return add_pseudo_labels(parts, labels, tmp_path, path)
+        return add_pseudo_labels(parts, labels, tmp_path, path, 0.5)
 
     message = refused(lambda: add(*(f"{name}.jpg" for name in names)), "labelled already in 15 row(s)")
     assert "2 (00000.jpg)" in message
