@@ -181,6 +181,12 @@ class RunRecords:
         self.save_best()
         self.save_last()
         checkpoint.write_sheet(self.folder / "train_results.xlsx", pd.DataFrame(state["history"]))
+        # TensorBoard's table of runs: flags beside scores.
+        flags = {}
+        for name, value in vars(self.args).items():
+            flags[name] = value if type(value) in (bool, int, float) else str(value)
+        found = {f"best/{name}": value for name, value in best["scores"].items()}
+        self.tensorboard.add_hparams(flags, found, run_name=".")
         self.tensorboard.close()
         self.save_facts(status="finished", seconds_in_all=round(seconds, 1))
         family, probs = self.data.family, best["probs"].numpy()
