@@ -23,8 +23,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 SETTINGS = {  # data set -> (patients, pixels of the rendered pictures, flags of train.py)
-    "odir": (40, 96, ["--size", "64", "--model", "v0"]),
-    "aptos": (36, 96, ["--size", "64", "--batch", "8"]),
+    "odir": (40, 96, ["--size", "64", "--model", "v0", "--trunk", "shufflenet_v2_x0_5", "--bn", "fitted"]),
+    "aptos": (36, 96, ["--size", "64", "--batch", "8", "--model", "mobilenet_v3_small"]),
     "dr": (40, 96, ["--size", "72", "--crop", "64", "--batch", "8", "--freeze-epochs", "1"]),
     "retina": (60, 96, ["--size", "96", "--batch", "8"]),
     "mrnet": (8, 96, ["--size", "72", "--batch", "2"]),
