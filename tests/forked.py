@@ -21,7 +21,8 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = ["--weights", "none", "--device", "cpu", "--precision", "fp32", "--workers", "0"]
-EYES = ["--dataset", "odir", "--size", "32", "--batch", "8", "--trunk", "resnet18", "--bn", "fitted"]
+EYES = ["--dataset", "odir", "--size", "32", "--batch", "8", "--bn", "fitted"]
+EYES += ["--trunk", "shufflenet_v2_x0_5"]
 ONE = ["--dataset", "aptos", "--model", "alexnet", "--size", "72", "--batch", "8"]  # the smallest network
 SIGNALS = {signal.SIGTERM: 143, signal.SIGINT: 130}
 PRELOAD = ["pytest", "forked", "train", "records", "figures", "torch.utils.tensorboard", "sklearn.metrics"]
@@ -88,7 +89,10 @@ def fork(target, *args):
 
 
 def script(name, *arguments, cwd, status=None, timeout=300):
-    """Run a script as a user would -> CompletedProcess, its output as text; `status`: asserted if given."""
+    """Run a script as a user would -> CompletedProcess, its output as text; `status`: asserted if given.
+
+    Not with --workers: a process that the server has forked waits for its own pool of processes for ever.
+    """
     argv = [str(ROOT / name), *map(str, arguments)]
     ranks = ("LOCAL_RANK", "RANK", "WORLD_SIZE")
     environment = {key: value for key, value in os.environ.items() if key not in ranks}
