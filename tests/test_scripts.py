@@ -203,7 +203,8 @@ def test_scores_are_those_of_the_sheets(chain):
 
 def test_predicting_twice_gives_the_same(chain, tmp_path, monkeypatch):
     here, _, out = chain
-    monkeypatch.chdir(tmp_path)  # another directory and process: from the pictures again, nothing is kept there
+    # From another directory and process, from the pictures again: nothing is kept there.
+    monkeypatch.chdir(tmp_path)
     given = ["--ckpt", str(here / "best.pt"), "--split", "all", "--resamples", "5", "--workers", "0"]
     given += ["--out", "again", "--data", str(here / "data" / "odir"), "--cache", "cache"]
     script = load("test")
