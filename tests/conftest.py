@@ -33,11 +33,11 @@ SMALL = ["--weights", "none", "--epochs", "2", "--size", "32", "--device", "cpu"
 SMALL += ["--precision", "fp32", "--workers", "0"]
 
 # The files that take longest come first, so that no worker is left alone with one at the end.
-LONGEST = "readme test report resume distributed trunks predictor scripts predict kill models features".split()
+LONGEST = "readme test report resume distributed trunks predictor scripts predict kill models"
 
 
 def pytest_collection_modifyitems(items):
-    names = [f"test_{name}.py" for name in LONGEST]
+    names = [f"test_{name}.py" for name in LONGEST.split()]
     items.sort(key=lambda item: names.index(item.path.name) if item.path.name in names else len(names))
 
 
