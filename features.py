@@ -23,7 +23,7 @@ from preprocess import default_workers
 from samplers import Batches
 
 BatchNorm = nn.modules.batchnorm._BatchNorm
-EXTRACT_BATCH = {"cpu": 16, "cuda": 256}  # pictures of 224 pixels; a CPU's caches hold a layer of 16
+EXTRACT_BATCH = {"cpu": 8, "cuda": 256}  # pictures of 224 pixels; a CPU's caches hold a layer of 8
 BN_PICTURES = 1024  # about what a running mean with momentum 0.1 over batches of 32 pairs remembers
 
 

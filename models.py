@@ -174,9 +174,10 @@ def build_trunk(name, size, from_scratch):
     network of torchvision. Raises InputError for one that is unknown, left out, or does not take this size.
     """
     if name in EFFICIENTNETS:
-        # Its BatchNorm remembers 100 steps, ten times torch's: a short run from random weights would be
-        # validated on what it began with.
-        changed = {"batch_norm_momentum": 0.9 if from_scratch else 0.99}
+        # As published B1's BatchNorm remembers 100 steps, ten times torch's. A short run, or one from random
+        # weights, would be validated on what it began with.
+        published = name == "efficientnet-b1" and not from_scratch
+        changed = {"batch_norm_momentum": 0.99 if published else 0.9}
         if name == "efficientnet-b1":
             network = EfficientNet.from_name(name, **changed)
             network.set_swish(memory_efficient=False)  # the same numbers, and it can be compiled
@@ -184,7 +185,8 @@ def build_trunk(name, size, from_scratch):
             blocks, settings = get_model_params("efficientnet-b0", {**changed, "image_size": size})
             network = EfficientNet([block._replace(se_ratio=None) for block in blocks], settings)
             for module in [network, *network._blocks]:
-                module._swish = nn.ReLU6()
+                module._swish = nn.ReLU6(inplace=True)
+        pad_inside(network)
         dropout, network._dropout = network._dropout.p, nn.Identity()  # kept features must not be dropped out
         return *without_head(network), dropout
     known = torchvision.models.list_models(module=torchvision.models)
@@ -197,6 +199,15 @@ def build_trunk(name, size, from_scratch):
     if name.startswith(("vit_", "maxvit_")) and size != 224:
         raise InputError(f"{name} takes pictures of one size only: give --size 224 (with --crop: --crop 224)")
     return *without_head(torchvision.models.get_model(name)), 0.0
+
+
+def pad_inside(network):
+    """Let convolutions pad by themselves where the library pads before them, the same on all sides."""
+    for layer in network.modules():
+        if isinstance(getattr(layer, "static_padding", None), nn.ZeroPad2d):
+            left, right, top, bottom = layer.static_padding.padding
+            if left == right and top == bottom:  # else, as TensorFlow does at stride 2, it has to stay
+                layer.padding, layer.static_padding = (top, left), nn.Identity()
 
 
 def without_head(network):

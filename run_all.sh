@@ -83,7 +83,7 @@ finish_test() { # wait for the test under way
 }
 
 run() { # run NAME FLAGS...: train what is not finished, then test it
-    local name=$1 study=${1%%-*} small=() number; shift
+    local name=$1 study=${1%%-*} small=() number file; shift
     is_chosen "$name" || return 0
     if [ -n "$demo" ]; then
         read -ra small -d '' < <(demo_flags "$name" "$@")
@@ -98,6 +98,9 @@ run() { # run NAME FLAGS...: train what is not finished, then test it
         local folder="runs/$full"
         if grep -qs '"status": "finished"' "$folder/run.json"; then
             [ ${#extra[@]} -eq 0 ] || echo "== $full: ${extra[*]} changes nothing, it keeps the flags and the data of $folder/run.json"
+            for file in "$@"; do # what it was trained from: an earlier run's weights and spread labels
+                [ ! -f "$file" ] || [ ! "$file" -nt "$folder/run.json" ] || echo "== $full: $file is newer than this run: delete $folder to run it again"
+            done
             is_tested "$folder" && { echo "== $full: finished before (delete $folder to run it again)"; continue; }
             echo "== $full: finished before, tested again"
         elif [ -f "$folder/last.pt" ]; then

@@ -250,6 +250,16 @@ def test_a_stale_test_is_made_again(run_all):
     assert len(run_all("3")[0]["test"]) == 1 and not run_all("3")[0]["test"]
 
 
+def test_a_run_is_told_whose_weights_or_labels_were_made_anew(run_all):
+    run_all("retina")
+    weights = run_all.folder / "runs/retina-1/best.pt"
+    os.utime(weights, (0, 0))
+    assert "newer" not in run_all("retina")[1].stdout
+    os.utime(weights)
+    told = [line for line in run_all("retina")[1].stdout.splitlines() if "newer" in line]
+    assert len(told) == 1 and told[0].startswith("== retina-2: runs/retina-1/best.pt is newer than this run")
+
+
 # ---------------------------------------------------------------- failures and signals
 
 
