@@ -141,7 +141,7 @@ def checkout(tmp_path_factory):
     for name in ("run.sh", "conftest.py", "test_metrics.py"):
         shutil.copy(ROOT / "tests" / name, folder / "tests")
     add_recipes(folder)
-    render(folder, "data/rendered/odir", "--dataset", "odir", "--patients", "24", "--size", "96")
+    render(folder, "data/rendered/odir", "--dataset", "odir", "--patients", "16", "--size", "96")
     render(folder, "data/small", "--dataset", "odir", "--patients", "64", "--size", "64")
     shutil.copytree(folder / "data/small", folder / "data/demo/odir")
     render(folder, "data/idrid", "--dataset", "aptos", "--patients", "60", "--size", "64")
