@@ -60,7 +60,7 @@ def once(tmp_path_factory):
     def made(place, make):
         with open(common / f"{place.replace('/', '-')}.lock", "a") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            if not lock.tell():
+            if not os.fstat(lock.fileno()).st_size:
                 make(common)
                 lock.write("made")
         return common / place
