@@ -1,4 +1,4 @@
-"""What several test files share, made once per session, by the scripts themselves:
+"""What several test files share, made once for all workers of a session, by the scripts themselves:
 
     rendered(name)  the folder of a small rendered data set ("odir", "aptos", "dr", "retina", "mrnet")
     trained(name)   the run folder of a network trained on it for two epochs, small, on the CPU in float32;
@@ -12,8 +12,8 @@ Treat the folders as read-only: give the scripts an --out of your own, or copy t
 """
 
 import contextlib
+import fcntl
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -23,8 +23,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 SETTINGS = {  # data set -> (patients, pixels of the rendered pictures, flags of train.py)
-    "odir": (40, 96, ["--size", "64", "--model", "v0"]),
-    "aptos": (36, 96, ["--size", "64", "--batch", "8"]),
+    "odir": (40, 96, ["--size", "64", "--model", "v0", "--trunk", "shufflenet_v2_x0_5", "--bn", "fitted"]),
+    "aptos": (36, 96, ["--size", "64", "--batch", "8", "--model", "mobilenet_v3_small"]),
     "dr": (40, 96, ["--size", "72", "--crop", "64", "--batch", "8", "--freeze-epochs", "1"]),
     "retina": (60, 96, ["--size", "96", "--batch", "8"]),
     "mrnet": (8, 96, ["--size", "72", "--batch", "2"]),
@@ -32,48 +32,64 @@ SETTINGS = {  # data set -> (patients, pixels of the rendered pictures, flags of
 SMALL = ["--weights", "none", "--epochs", "2", "--size", "32", "--device", "cpu"]
 SMALL += ["--precision", "fp32", "--workers", "0"]
 
+# The files that take longest come first, so that no worker is left alone with one at the end.
+LONGEST = "readme test report resume distributed trunks predictor scripts predict kill models"
 
-def run_script(name, *arguments, cwd, status=None, timeout=300):
-    command = [sys.executable, str(ROOT / name), *map(str, arguments)]
-    ranks = ("LOCAL_RANK", "RANK", "WORLD_SIZE")
-    environment = {key: value for key, value in os.environ.items() if key not in ranks}
-    options = dict(capture_output=True, text=True, cwd=cwd, timeout=timeout, env=environment)
-    done = subprocess.run(command, **options)
-    said = f"{name} ended with {done.returncode}\n{done.stdout}\n{done.stderr}"
-    assert status is None or done.returncode == status, said
-    return done
+
+def pytest_collection_modifyitems(items):
+    names = [f"test_{name}.py" for name in LONGEST.split()]
+    items.sort(key=lambda item: names.index(item.path.name) if item.path.name in names else len(names))
 
 
 @pytest.fixture(scope="session")
 def script():
-    return run_script
+    import forked  # here, because it imports torch
+
+    return forked.script
 
 
 @pytest.fixture(scope="session")
-def rendered(tmp_path_factory):
-    base, made = tmp_path_factory.mktemp("rendered"), {}
+def once(tmp_path_factory):
+    """once(place, make): `place`, a path in a folder of all workers, after the first of them has called `make`."""
+    common = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        common = common.parent
+    common /= "common"
+    common.mkdir(exist_ok=True)
 
+    def made(place, make):
+        with open(common / f"{place.replace('/', '-')}.lock", "a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not os.fstat(lock.fileno()).st_size:
+                make(common)
+                lock.write("made")
+        return common / place
+
+    return made
+
+
+@pytest.fixture(scope="session")
+def rendered(once, script):
     def folder(name):
-        if name not in made:
+        def make(common):
             patients, size, _ = SETTINGS[name]
             flags = ["--dataset", name, "--patients", patients, "--size", size]
-            run_script("render_data.py", base / name, *flags, cwd=base, status=0)
-            made[name] = base / name
-        return made[name]
+            script("render_data.py", common / "rendered" / name, *flags, cwd=common, status=0)
+
+        return once(f"rendered/{name}", make)
 
     return folder
 
 
 @pytest.fixture(scope="session")
-def trained(tmp_path_factory, rendered, train_here):
-    base, made = tmp_path_factory.mktemp("trained"), {}
-
+def trained(once, rendered, train_here):
     def folder(name):
-        if name not in made:
+        def make(common):
             flags = ["--dataset", name, "--data", rendered(name), "--name", name]
-            flags += ["--runs", base / "runs", "--cache", base / "cache", *SETTINGS[name][2]]
-            made[name] = train_here(base, *flags)
-        return made[name]
+            flags += ["--runs", common / "runs", "--cache", common / "cache", *SETTINGS[name][2]]
+            train_here(common, *flags)
+
+        return once(f"runs/{name}", make)
 
     return folder
 

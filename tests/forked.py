@@ -1,14 +1,17 @@
-"""Training runs as processes of their own, without paying the imports each time: forked from one that has
-made them. Each has one thread, so that nothing depends on the machine, its own working directory and output.
+"""Scripts as processes of their own, without paying the imports each time: forked from one that has made
+them. Each has one thread, so that nothing depends on the machine, its own working directory and output.
 """
 
 import multiprocessing
 import os
 import re
 import resource
+import runpy
 import signal
 import socket
+import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -18,7 +21,8 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = ["--weights", "none", "--device", "cpu", "--precision", "fp32", "--workers", "0"]
-EYES = ["--dataset", "odir", "--size", "32", "--batch", "8", "--trunk", "resnet18", "--bn", "fitted"]
+EYES = ["--dataset", "odir", "--size", "32", "--batch", "8", "--bn", "fitted"]
+EYES += ["--trunk", "shufflenet_v2_x0_5"]
 ONE = ["--dataset", "aptos", "--model", "alexnet", "--size", "72", "--batch", "8"]  # the smallest network
 SIGNALS = {signal.SIGTERM: 143, signal.SIGINT: 130}
 PRELOAD = ["pytest", "forked", "train", "records", "torch.utils.tensorboard", "sklearn.metrics"]
@@ -26,13 +30,14 @@ PRELOAD += ["openpyxl", "predictor"]
 _context = multiprocessing.get_context("forkserver")
 
 
-def begin(target, out, *args):
-    """Runs in the child: output to a file, one thread, then `target(*args)` as a script would end."""
+def begin(target, out, error, *args):
+    """Runs in the child: output to files, one thread, then `target(*args)` as a script would end."""
     os.chdir(args[-1])
-    stream = open(out, "a", buffering=1)
-    os.dup2(stream.fileno(), 1)
-    os.dup2(stream.fileno(), 2)
-    sys.stdout = sys.stderr = stream
+    sys.stdout = sys.stderr = open(out, "a", buffering=1)
+    if error != out:
+        sys.stderr = open(error, "a", buffering=1)
+    os.dup2(sys.stdout.fileno(), 1)
+    os.dup2(sys.stderr.fileno(), 2)
     torch.set_num_threads(1)
     sys.exit(target(*args[:-1]))
 
@@ -52,18 +57,49 @@ def train_main(argv, environment):
     return guard(train.main, argv)
 
 
+def script_main(argv, environment):
+    """Runs in the child: a script from its first line to its last, as `python script.py` does."""
+    os.environ.clear()
+    os.environ.update(environment)
+    sys.argv = argv
+    runpy.run_path(argv[0], run_name="__main__")
+
+
 def start(argv, cwd, environment=None, out=None):
     """Start `train.py *argv` in `cwd` -> process; its output goes to cwd/out.txt."""
     cwd = Path(cwd)
     cwd.mkdir(parents=True, exist_ok=True)
+    out = out or cwd / "out.txt"
+    return fork(begin, train_main, out, out, [str(a) for a in argv], environment or {}, cwd)
+
+
+def fork(target, *args):
+    """A process of the server, which is started with the first one."""
     if "forked_server" not in os.environ:
         path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
         os.environ.update(forked_server="1", OMP_NUM_THREADS="1", PYTHONPATH=path)
         _context.set_forkserver_preload(PRELOAD)
-    args = (train_main, out or cwd / "out.txt", [str(a) for a in argv], environment or {}, cwd)
-    process = _context.Process(target=begin, args=args)
+    process = _context.Process(target=target, args=args)
     process.start()
     return process
+
+
+def script(name, *arguments, cwd, status=None, timeout=300):
+    """Run a script as a user would -> CompletedProcess, its output as text; `status`: asserted if given.
+
+    Not with --workers: a process that the server has forked waits for its own pool of processes for ever.
+    """
+    argv = [str(ROOT / name), *map(str, arguments)]
+    ranks = ("LOCAL_RANK", "RANK", "WORLD_SIZE")
+    environment = {key: value for key, value in os.environ.items() if key not in ranks}
+    with tempfile.TemporaryDirectory() as folder:
+        out, error = Path(folder) / "out", Path(folder) / "error"
+        process = fork(begin, script_main, out, error, argv, environment, Path(cwd))
+        join(process, timeout)
+        done = subprocess.CompletedProcess(argv, process.exitcode, out.read_text(), error.read_text())
+    said = f"{name} ended with {done.returncode}\n{done.stdout}\n{done.stderr}"
+    assert status is None or done.returncode == status, said
+    return done
 
 
 def join(process, timeout):

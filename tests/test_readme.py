@@ -66,14 +66,16 @@ SHORT = {
     f"{IDRID} --name idrid": f"{IDRID} --size 32 --epochs 1 --name idrid",
     "python test.py --ckpt runs/idrid --split test": None,
 }
-# What one process does with each piece of work: a script's main, or a block of Python; its output to a file.
+# One process does all pieces of work, a script's main or a block of Python, each with its output in a file.
 RUNNER = """
 import contextlib, importlib, json, pathlib, sys, traceback
 from errors import guard
 
-for number, (kind, text) in enumerate(json.load(open("work.json"))):
+answers = sys.stdout
+for line in sys.stdin:
+    kind, text = json.loads(line)
     status = 1
-    with open(f"out-{number}.txt", "w", buffering=1) as out:
+    with open("out.txt", "w", buffering=1) as out:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
             try:
                 if kind == "script":
@@ -84,7 +86,7 @@ for number, (kind, text) in enumerate(json.load(open("work.json"))):
                     status = 0
             except (Exception, SystemExit):
                 traceback.print_exc()
-    pathlib.Path(f"status-{number}").write_text(str(status))
+    print("status", status, file=answers, flush=True)
 """
 
 
@@ -139,7 +141,7 @@ def checkout(tmp_path_factory):
     for name in ("run.sh", "conftest.py", "test_metrics.py"):
         shutil.copy(ROOT / "tests" / name, folder / "tests")
     add_recipes(folder)
-    render(folder, "data/rendered/odir", "--dataset", "odir", "--patients", "24", "--size", "96")
+    render(folder, "data/rendered/odir", "--dataset", "odir", "--patients", "16", "--size", "96")
     render(folder, "data/small", "--dataset", "odir", "--patients", "64", "--size", "64")
     shutil.copytree(folder / "data/small", folder / "data/demo/odir")
     render(folder, "data/idrid", "--dataset", "aptos", "--patients", "60", "--size", "64")
@@ -179,39 +181,40 @@ def environment(folder):
     return {**os.environ, **ours}
 
 
-def run_together(folder, work):
-    """Run pieces of work [(kind, text)] in one process of the checkout, and assert that all went well."""
-    for old in folder.glob("status-*"):
-        old.unlink()
-    (folder / "work.json").write_text(json.dumps(work))
-    done = subprocess.run(
-        [sys.executable, "-c", RUNNER], cwd=folder, env=environment(folder), capture_output=True, text=True
-    )
-    for number, (_, text) in enumerate(work):
-        status = folder / f"status-{number}"
-        said = (folder / f"out-{number}.txt").read_text() if status.exists() else done.stderr
-        assert status.exists() and status.read_text() == "0", f"{text}\n{said[-3000:]}"
+@pytest.fixture(scope="module")
+def runner(checkout):
+    """runner(kind, text) does a piece of work in a process of the checkout, and asserts that all went well."""
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    place = dict(cwd=checkout, env=environment(checkout))
+    with open(checkout / "said.txt", "w") as said:
+        process = subprocess.Popen([sys.executable, "-c", RUNNER], stderr=said, **pipes, **place)
+
+    def run(kind, text):
+        print(json.dumps([kind, text]), file=process.stdin, flush=True)
+        answer = "none"
+        while answer and not answer.startswith("status "):
+            answer = process.stdout.readline()
+        said = (checkout / ("out.txt" if answer else "said.txt")).read_text()
+        assert answer == "status 0\n", f"{text}\n{said[-3000:]}"
+
+    yield run
+    process.communicate()
 
 
-def run_page(folder, page):
+def run_page(folder, page, runner):
     """Run all commands of a page in their order, and its Python blocks after them."""
-    scripts = []
-    for command in [*commands(page), None]:
-        short = command and small_form(command)
-        if short and short.startswith("python ") and " -m " not in short:
-            scripts.append(("script", short.split()[1:]))
+    for command in commands(page):
+        short = small_form(command)
+        if short.startswith("python ") and " -m " not in short:
+            runner("script", short.split()[1:])
             continue
-        if scripts:
-            run_together(folder, scripts)
-            scripts = []
-        if short:
-            done = subprocess.run(
-                short, shell=True, cwd=folder, env=environment(folder), capture_output=True, text=True
-            )
-            assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
-    rest = [code for sentence, code in python_blocks(page) if file_of(sentence) == (None, None)]
-    if rest:
-        run_together(folder, [("block", code) for code in rest])
+        done = subprocess.run(
+            short, shell=True, cwd=folder, env=environment(folder), capture_output=True, text=True
+        )
+        assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+    for sentence, code in python_blocks(page):
+        if file_of(sentence) == (None, None):
+            runner("block", code)
 
 
 def test_every_command_is_known_and_none_is_forgotten():
@@ -223,9 +226,9 @@ def test_every_command_is_known_and_none_is_forgotten():
     assert all(command in found for command in ("bash run_all.sh --demo", literal, "bash run_all.sh"))
 
 
-def test_every_command_and_block_of_the_pages_runs(checkout):
+def test_every_command_and_block_of_the_pages_runs(checkout, runner):
     for page in PAGES:
-        run_page(checkout, page)
+        run_page(checkout, page, runner)
     made = "best.pt prediction.png answers/predictions.csv test-best/probs.xlsx runs/results.csv"
     made += " runs/report.html runs/compare.html runs/odir-v0-001/run.json runs/demo-odir-03/run.json"
     made += " runs/idrid/probs.xlsx"
@@ -235,7 +238,7 @@ def test_every_command_and_block_of_the_pages_runs(checkout):
     assert json.loads(clinic.read_text())["labels"] == ["0", "1", "2"]
 
 
-def test_explore_runs_and_the_python_call_says_what_the_command_line_says(checkout):
+def test_explore_runs_and_the_python_call_says_what_the_command_line_says(checkout, runner):
     assert "predictor.load" in python_blocks(ROOT / "README.md")[0][1]
     code = "import pandas, predictor\nnet = predictor.load('runs/explore-plain')\n"
     code += "sheet = pandas.read_csv('same/predictions.csv')\n"
@@ -245,7 +248,9 @@ def test_explore_runs_and_the_python_call_says_what_the_command_line_says(checko
     assert cell_lines.count('"--epochs", "40"') == 1
     predict = "predict.py --ckpt runs/explore-plain FOLDER --out same".split()
     explore = cell_lines.replace('"--epochs", "40"', '"--epochs", "2"')
-    run_together(checkout, [("explore", explore), ("script", predict), ("block", code)])
+    runner("explore", explore)
+    runner("script", predict)
+    runner("block", code)
     for name in ("explore-plain", "explore-weighted"):
         assert (checkout / "runs" / name / "test_scores.json").exists()
 

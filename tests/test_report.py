@@ -166,6 +166,23 @@ def edit(folder, file, **changes):
     (folder / file).write_text(json.dumps(content))
 
 
+@pytest.fixture(autouse=True, scope="module")
+def compiled_once():
+    """The page's template is compiled by the first test that writes one, and kept for the others."""
+    import jinja2
+
+    kept, compile_ = {}, jinja2.Environment.compile
+    with pytest.MonkeyPatch.context() as patch:
+
+        def compile_once(self, source, *more, **options):
+            if source not in kept:
+                kept[source] = compile_(self, source, *more, **options)
+            return kept[source]
+
+        patch.setattr(jinja2.Environment, "compile", compile_once)
+        yield
+
+
 def rows_here(runs, lines=None):
     """{experiment: row} of run folders."""
     published = runfolders.read_published(ROOT / "published.csv")
