@@ -158,6 +158,7 @@ def test_one_pair(trained, rendered, tested, tmp_path, capsys, monkeypatch):
     images = rendered("odir") / "images"
     threshold = float(np.sort(expected.loc[patient])[-2:].mean())  # between the two strongest
     pair = [images / f"{patient}_left.jpg", images / f"{patient}_right.jpg"]
+    capsys.readouterr()  # of the training, where this test is the first that asks for it
     assert (
         run(
             "--ckpt",
@@ -221,6 +222,7 @@ def test_real_data_is_not_called_rendered(trained, rendered, tmp_path, capsys):
         state.pop("kind"),
         **{key: value for key, value in state.items() if key != "format"},
     )
+    capsys.readouterr()
     assert run("--ckpt", tmp_path / "real.pt", rendered("retina") / "test", "--out", tmp_path) == 0
     text = capsys.readouterr().out
     assert "RENDERED" not in text and "Not a medical device" in text
