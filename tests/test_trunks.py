@@ -102,6 +102,7 @@ FAMILIES = [
     ("efficientnet_v2_s", 64),
     ("vit_b_16", 224),
     (LITE0, 64),
+    ("efficientnet-b1", 64),
 ]
 
 
