@@ -170,13 +170,14 @@ def load(path):
 
 
 def scalars(folder):
-    """{tag: [(epoch, value)]} of all event files of a run."""
+    """{tag: [(epoch, value)]} of all event files of a run, without the final table of arguments."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events, found = EventAccumulator(str(folder), size_guidance={"scalars": 0}), {}
     events.Reload()
     for tag in events.Tags()["scalars"]:
-        found[tag] = [(event.step, event.value) for event in events.Scalars(tag)]
+        if not tag.startswith("best/"):
+            found[tag] = [(event.step, event.value) for event in events.Scalars(tag)]
     return found
 
 
