@@ -77,9 +77,9 @@ def draw(net, row, probs, thresholds, name, path):
         lines = net.map_rows(part, 0, probs)
     except InputError as error:  # a network without a map of features
         return f"no picture: {error}"
-    notes = [f"{name}.", NO_DEVICE, "Each map is scaled to its own maximum."]
+    notes = [f"{name}, by {net.title()}.", NO_DEVICE, "Each map is scaled to its own maximum."]
     if len(net.members) > 1:
-        notes.append(f"Mean of {len(net.members)} networks, maps of the first.")
+        notes.append("The maps are those of the first.")
     if net.random_trunk:
         notes.append("The trunk has random weights: its maps mean nothing.")
     if net.rendered:
