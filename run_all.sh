@@ -60,9 +60,9 @@ demo_flags() { # what makes line $1 small; later flags win over its own. Lite0's
     echo "--data data/demo/${1%%-*}"
     case "$1" in
         odir-10)     echo --trunk efficientnet-lite0 --size 128 --epochs 8 ;;
-        odir-1[3-7]) echo --trunk efficientnet-lite0 --size 96 --epochs 4 --batch 8 --lr 0.01 --precision fp32
+        odir-1[3-7]) echo --trunk efficientnet-lite0 --size 96 --epochs 3 --batch 8 --lr 0.01 --precision fp32
                      [[ "$*" != *" --crop "* ]] || echo --crop 84 ;;
-        odir-best)   echo --size 64 --crop 56 --epochs 5 --batch 8 --ema 0.9 --precision fp32 ;;
+        odir-best)   echo --size 64 --crop 56 --epochs 4 --batch 8 --ema 0.9 --precision fp32 ;;
         odir-*)      echo --trunk efficientnet-lite0 --size 96 --epochs 8 ;;
         aptos-*)     echo --model efficientnet-lite0 --size 64 --epochs 5 --batch 8 --lr 0.0005 --gamma 0.9 ;;
         dr-*-scratch) echo --size 64 --crop 56 --epochs 4 --freeze-epochs 0 --batch 8 ;;
