@@ -60,7 +60,7 @@ def load_last(folder):
     InputError: another process trains the run; or last.pt is damaged, with the epoch that best.pt holds.
     """
     folder = Path(folder)
-    if not folder.is_dir():
+    if not (folder / "run.json").exists() and not (folder / "last.pt").exists():
         raise InputError(f"--resume {folder}: there is no such run folder")
     lock = lock_run(folder) if os.environ.get("RANK", "0") == "0" else None  # under torchrun: for all
     try:
@@ -71,7 +71,7 @@ def load_last(folder):
             epoch = load_checkpoint(best)["epoch"]
             left = f"The last good epoch is {epoch}, in {best}: for test.py, or a new run's --weights"
         except InputError as other:
-            left = f"No epoch of this run can be trusted ({other}): delete {folder} and start it again"
+            left = f"No epoch of this run can be read ({other}): start a new one, under another --name"
         raise InputError(f"{error}. {left}") from error
 
 

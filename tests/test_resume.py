@@ -223,6 +223,9 @@ def test_a_missing_or_damaged_last_pt_is_refused_and_the_last_good_epoch_named(t
     train(flags(CASES["kept features"]), tmp_path)
     folder = tmp_path / "runs/x"
     best, whole = load(folder / "best.pt")["epoch"], (folder / "last.pt").read_bytes()
+    (tmp_path / "notes").mkdir()
+    assert "no such run folder" in train(["--resume", "notes"], tmp_path, 2)
+    assert not list((tmp_path / "notes").iterdir())  # not a lock either
     assert "no such run folder" in train(["--resume", "runs/none"], tmp_path, 2)
     middle = len(whole) // 2
     flipped = whole[:middle] + bytes([whole[middle] ^ 255]) + whole[middle + 1 :]
@@ -235,7 +238,7 @@ def test_a_missing_or_damaged_last_pt_is_refused_and_the_last_good_epoch_named(t
         assert damaged is None or (folder / "last.pt").read_bytes() == damaged
     (folder / "best.pt").write_bytes(b"")
     said = train(["--resume", "runs/x"], tmp_path, 2)
-    assert "No epoch of this run can be trusted" in said
+    assert "No epoch of this run can be read" in said
 
 
 def test_other_data_or_another_trunk_is_refused(tmp_path, flags, rendered):
