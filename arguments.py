@@ -185,6 +185,10 @@ def compare_with_stored(args, state):
     if refused:
         kept = ", ".join(f"--{name.replace('_', '-')} {stored[name]}" for name in refused)
         raise InputError(f"a resumed run keeps its {kept}: start a new run to change it")
+    if args.epochs < state["epoch"] or args.patience < stored["patience"]:
+        asked = f"--epochs {args.epochs} --patience {args.patience}"
+        had = f"this run has had {state['epoch']} epochs with --patience {stored['patience']}"
+        raise InputError(f"{asked}: {had}; expected as many or more")
     for name in changed:
         # The cosine schedule falls to zero at the last epoch.
         if name in SCHEDULE_FLAGS or name == "epochs" and args.scheduler == "cosine":

@@ -328,7 +328,7 @@ def load(args):
     seen = seen_in_training(train, args)
     facts = dict(root=str(root), rendered=tables.is_rendered(root), notes=notes, left_out=left_out)
     facts |= dict(unreadable=unreadable, repaired=sorted(repaired), digest=digest(rows))
-    facts["duplicates"] = count_duplicates(train, val, seen, args)
+    facts["duplicates"] = count_duplicates(val, seen, args)
     facts["parts"] = {name: len(frame) for name, frame in frames.items()}
     facts["patients"] = {name: frame["patient"].nunique() for name, frame in frames.items()}
     if args.shuffle_labels:
@@ -343,18 +343,23 @@ def seen_in_training(train, args):
     for files in train.contents():
         seen.update(*files)
     with together():  # the file of --weights may be damaged on one machine alone
-        if Path(args.weights).is_file():
+        if Path(args.weights).is_file() and not args.resume:  # a resumed run knows what it has seen
             state = load_file(args.weights)
             if isinstance(state, dict):  # a best.pt, or a trunk's own state_dict
                 seen.update(state.get("seen", []))
     return seen
 
 
-def count_duplicates(train, val, seen, args):
+def at_training_size(part, args):
+    """The part with pictures of --size, at which the digests of trained pixels were taken."""
+    if part.pictures is None or part.size == args.size:
+        return part
+    return replace(part, pictures=decode_files(part.table["files"], args, args.size))
+
+
+def count_duplicates(val, seen, args):
     """Validation rows of which a picture was trained on; InputError where there are some, unless allowed."""
-    if val.pictures is not None and val.size != train.size:  # pixels are compared at one size
-        val = replace(val, pictures=decode_files(val.table["files"], args, train.size))
-    found = val.trained_on(seen)
+    found = at_training_size(val, args).trained_on(seen)
     if found and args.duplicates == "stop":
         problem = f"{len(found)} validation row(s) hold a picture that is in training too: "
         raise InputError(f"{problem}{', '.join(found[:5])}. Remove one of each, or give --duplicates keep")
@@ -386,16 +391,16 @@ def load_part(args, saved, split, root=None, missing="stop"):
     shared = [name for name in rows if name in known and known[name][1]]  # test pictures were never opened
     replaced = sum(known[name][1] != rows[name][1] for name in shared)
     own, notes = not replaced, table.notes
-    if other:  # fewer rows from another folder are no test of the run's own part
+    if other:  # fewer rows from another folder, or pictures that nothing is known of, are not the run's own
         same = not changed and len(part) == expected and rows.keys() <= known.keys()
-        own = own and same
+        own = own and same and len(shared) == len(rows)
         words = "the rows and labels are the run's" if same else "other rows or labels than the run's"
         notes.append(f"--data names another folder than the run's; {words}")
     if replaced:
         notes.append(f"{replaced} row(s) have other pictures than in training")
     facts = {"root": str(root), "rendered": tables.is_rendered(root), "notes": notes, "own": own}
     facts["digest"] = saved["data"]["digest"] if own else digest({split: rows})
-    facts["duplicates"] = len(part.trained_on(set(saved["seen"])))
+    facts["duplicates"] = len(at_training_size(part, args).trained_on(set(saved["seen"])))
     return part, {**facts, "left_out": expected - len(part)}
 
 

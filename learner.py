@@ -97,11 +97,11 @@ def with_classifier(model, classifier):
     return copy.deepcopy(model, shared | {id(model.classifier): classifier})
 
 
-def build_model(args, labels, rendered):
+def build_model(args, labels, rendered, load=True):
     """The network with its weights; on rendered data random ones, loudly, where ImageNet's cannot be had."""
     engine.seed_everything(args.seed)
     try:
-        return models.build_model(args.model, len(labels), args.weights, eval_size(args), args.trunk)
+        return models.build_model(args.model, len(labels), args.weights, eval_size(args), args.trunk, load)
     except InputError as error:
         if not (rendered and args.weights == "imagenet"):
             raise
@@ -164,7 +164,9 @@ def build_criterion(args, data, targets, device):
 def build_learner(args, data, precision, device, stored=None):
     """The Learner of a run with these arguments on this dataset.Data, as it starts (`stored`: last.pt)."""
     with engine.together():
-        model = build_model(args, data.labels, data.facts["rendered"]).to(device)
+        # All weights of a fine-tuned run that goes on are in last.pt; the file of --weights may be gone.
+        load = not (stored and args.fine_tune)
+        model = build_model(args, data.labels, data.facts["rendered"], load).to(device)
         criterion = build_criterion(args, data, data.train.targets, device)
         if stored:
             model.backbone.load_state_dict(stored["buffers"], strict=False)

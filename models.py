@@ -219,10 +219,10 @@ def without_head(network):
     return network, layer.in_features
 
 
-def build_model(name, num_labels, weights="none", size=224, trunk="resnet50"):
+def build_model(name, num_labels, weights="none", size=224, trunk="resnet50", load=True):
     """The network `name` with `num_labels` outputs, in float32 on the CPU.
     name: one of HEADS (both eyes, on `trunk`), mrnet, alexnet (the retina study's), or a single trunk.
-    weights: see `load_weights`. size: pixels a side. Raises InputError.
+    weights: see `load_weights`. size: pixels a side. load=False: for `weights`, which come later. InputError.
     """
     if name == "mrnet":
         model, trunk = MRNet(num_labels), "alexnet"
@@ -237,7 +237,8 @@ def build_model(name, num_labels, weights="none", size=224, trunk="resnet50"):
             head = nn.Linear(width, num_labels)
             model = SingleNet(backbone, nn.Sequential(nn.Dropout(dropout), head) if dropout else head)
     model.name, model.trunk_name = name, trunk
-    load_weights(model, weights)
+    if load:
+        load_weights(model, weights)
     return model
 
 

@@ -47,14 +47,18 @@ def open_run(args, stored, data, learner):
     if not stored:
         folder = engine.from_rank0(checkpoint.new_run_folder, args)
         lock = checkpoint.lock_run(folder) if engine.rank() == 0 else None
-        return folder, {**NEW_STATE, "history": [], "digest": data.facts["digest"]}, lock
+        known = {name: data.facts[name] for name in ("digest", "duplicates")} | {"seen": sorted(data.seen)}
+        return folder, {**NEW_STATE, "history": [], **known}, lock
     folder = Path(args.resume)
     with engine.together():
         if stored["digest"] != data.facts["digest"]:
             root = data.facts["root"]
             raise InputError(f"the data in {root} are not those of {folder}: give the same ones")
         learning.restore(args, stored, learner, folder)
-    return folder, {name: stored[name] for name in (*NEW_STATE, "digest")}, stored["lock"]
+    # The file of --weights may be another by now, or gone.
+    data.seen, data.facts["duplicates"] = set(stored["seen"]), stored["duplicates"]
+    state = {name: stored[name] for name in (*NEW_STATE, "digest", "duplicates", "seen")}
+    return folder, state, stored["lock"]
 
 
 def is_over(args, state):
@@ -65,7 +69,8 @@ def is_over(args, state):
 def is_finished(args, stored, folder):
     """Whether a resume has nothing to do: no epoch, no thresholds, no last files."""
     written = checkpoint.run_facts(folder).get("status") == "finished"
-    return written and is_over(args, stored) and args.folds == stored["args"]["folds"]
+    whole = written and (Path(folder) / "best.pt").exists()
+    return whole and is_over(args, stored) and args.folds == stored["args"]["folds"]
 
 
 def history_row(epoch, lr, train_loss, val_loss, train_scores, val_scores):
@@ -91,14 +96,16 @@ class RunRecords:
         replace_file(folder / "split.csv", functools.partial(table.to_csv, index=False), "w")
         if data.facts["repaired"]:
             (folder / "repaired.txt").write_text("\n".join(data.facts["repaired"]) + "\n")
-        commands = [checkpoint.run_facts(folder).get("command"), shlex.join(["python", *sys.argv])]
+        before = checkpoint.run_facts(folder) if args.resume else {}
+        commands = [before.get("command"), shlex.join(["python", *sys.argv])]
         versions = {module.__name__: module.__version__ for module in (torch, torchvision, np)}
         versions["python"] = platform.python_version()
         # What run.json says of how the run was made.
         self.about = {"args": vars(args), "command": " ; ".join(filter(None, commands)), **self.task}
         self.about |= {"commit": checkpoint.commit(), "versions": versions, "precision": learner.precision}
         self.about |= {"device": checkpoint.describe_machine(learner.device), "processes": engine.world()}
-        self.about |= {"trunk_name": learner.model.trunk_name, "trunk_digest": learner.features.digest}
+        started_from = before.get("trunk_digest", learner.features.digest)
+        self.about |= {"trunk_name": learner.model.trunk_name, "trunk_digest": started_from}
         self.about["data"] = {**data.facts, "repaired": len(data.facts["repaired"])}
         self.about["started"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         self.save_facts(status="running")
@@ -123,6 +130,7 @@ class RunRecords:
     def save_last(self):
         """last.pt: everything that the next epoch needs, the best network so far included."""
         self.save("last", args=vars(self.args), **self.learner.state(), **self.state)
+        self.saved_epoch = self.state["epoch"]
 
     def save_best(self):
         """best.pt: the network as it was in the kept epoch, and all else that test.py needs."""
@@ -164,7 +172,8 @@ class RunRecords:
         if self.state["best"] and not self.best_digest:
             self.save_best()
         self.save_facts(status="interrupted")
-        print(f"\nstopped after {self.state['epoch']} whole epoch(s); a resume repeats the one under way")
+        whole = self.state["epoch"]
+        print(f"\nstopped after {whole} whole epoch(s); a resume goes on after {self.saved_epoch} of them")
 
     def save_facts(self, **more):
         """run.json"""

@@ -83,7 +83,11 @@ def make_rows(published, lines, runs):
 def counted(runs):
     """The finished runs whose mean is shown: one part of one data set, each seed once. Names the others."""
     done, seeds = [], {}
-    for run in sorted(runs, key=lambda run: (run["status"] != "finished", not run["tested"])):
+
+    def rank(run):  # finished, tested, and in the folder that is called after the experiment
+        return run["status"] != "finished", not run["tested"], run["bare"] != run["experiment"]
+
+    for run in sorted(runs, key=rank):
         seed, network = str(run["args"].get("seed")), run["info"].get("best_digest")
         if run["status"] != "finished":
             why = f"it is {run['status']}"
@@ -116,6 +120,8 @@ def make_row(entry, runs):
     shown = first or {"status": "not run", "data": "", "differs": []}
     row = {**entry, "runs": runs, "n": len(done), "first": first, "cells": {}}
     row |= {key: shown[key] for key in ("status", "data", "differs")}
+    if done and entry["study"] == "aptos" and entry["kind"] == "published" and first["part"] != "test":
+        first["problems"].append("these scores are of its validation part, the published ones of a test part")
     if done and row["data"] == "rendered":
         row["status"] = "rendered"
     elif done and row["differs"]:
@@ -228,6 +234,7 @@ def print_table(rows):
         for name in names:
             cell = row["cells"].get(name, NOTHING)
             spread = "" if cell["std"] is None else f" ± {cell['std']:.4f}"
+            spread += f" (n {cell['n']})" if cell["n"] not in (None, row["n"]) else ""
             line += f"{show(cell['published']):6} | {show(cell['measured']) + spread:18}"
         print(line.rstrip())
         if row["differs"] and row["status"] != "rendered":
@@ -242,6 +249,11 @@ def print_comparison(first, second, about):
     from tables import patients_of
 
     flags = arguments.differences(second["args"], types.SimpleNamespace(**first["args"]))
+    seeds = [run["args"].get("seed") for run in (first, second)]
+    if seeds[0] != seeds[1]:
+        flags.append(f"seed {seeds[1]} not {seeds[0]}")
+    if first["digest"] != second["digest"]:
+        flags.append("other data, or another split of them")
     print(f"A {first['folder']}\nB {second['folder']}\nflags of B: {', '.join(flags) or 'those of A'}")
     for problem in first["problems"] + second["problems"]:
         print(f"    ! {problem}")

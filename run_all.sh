@@ -33,6 +33,7 @@ for name in "${chosen[@]}"; do
 done
 for flag in "${extra[@]}"; do
     case "$flag" in --runs*|--name*|--resume*|--dataset*) die "$flag is set by each line of this script" ;; esac
+    case "$flag" in --shuffle-labels*) die "$flag: bash run_all.sh --control ... trains with shuffled labels, and says so" ;; esac
     case "$flag" in --demo|--control|--seeds) die "$flag comes before the first flag of train.py" ;; esac
 done
 [[ "$seeds" =~ ^[1-9][0-9]*$ ]] || die "--seeds $seeds is no number"
@@ -53,7 +54,8 @@ is_chosen() { # is run $1 among the experiments asked for?
 
 is_tested() { # is the test in folder $1 one of its best checkpoint, by content?
     local digest; digest=$(sed -n 's/^ *"best_digest": \("[0-9a-f]*"\).*/\1/p' "$1/run.json")
-    grep -qsF "\"digest\": ${digest:-none}" "$1/test_scores.json"
+    grep -qsF "\"digest\": ${digest:-none}" "$1/test_scores.json" && grep -q '"tta": false' "$1/test_scores.json" &&
+        grep -q '"threshold": 0.5,' "$1/test_scores.json" && [ "$(grep -c '"path":' "$1/test_scores.json")" = 1 ]
 }
 
 demo_flags() { # what makes line $1 small; later flags win over its own. Lite0's real weights, where the line does not say none

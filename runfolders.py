@@ -93,6 +93,8 @@ def read_tested(path, run):
         found[key] = {score: flatten({"": one}, convert) for score, one in (tested.get(name) or {}).items()}
     if tested.get("resamples", 1000) < 1000:
         run["problems"].append(f"its intervals are of {tested['resamples']} resamples alone")
+    if tested.get("duplicates"):
+        run["problems"].append(f"{tested['duplicates']} of its rows hold a picture that it was trained on")
     if tested["rows"] != tested["expected_rows"]:
         run["problems"].append(f"scored {tested['rows']} of the {tested['expected_rows']} rows of its part")
     run |= found | {"tested": tested, "part": str(tested["split"])}

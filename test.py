@@ -52,7 +52,12 @@ def evaluate(args, net):
             other = f"{member.path} has another {args.split} part than {net.path}"
             raise InputError(f"{other}: a mean needs the same rows, which no network was trained on")
         found.append((part, facts, *member.evaluate(part, mirrored=args.tta)))
-    return *found[0][:3], np.mean([probs for *_, probs in found], axis=0)
+    part, facts, loss, _ = found[0]
+    every = [one for _, one, *_ in found]  # what is known of a mean is what is known of any of its networks
+    facts["own"], facts["trained_on"] = all(one["own"] for one in every), any(one["own"] for one in every)
+    facts["duplicates"] = max(one["duplicates"] for one in every)
+    facts["notes"] = list(dict.fromkeys(note for one in every for note in one["notes"]))
+    return part, facts, loss, np.mean([probs for *_, probs in found], axis=0)
 
 
 def output_folder(args, net, facts):
@@ -185,12 +190,14 @@ def main(argv=None):
     args = get_args_parser().parse_args(argv)
     net = predictor.load(args.ckpt, args.device, args.precision, args.workers)
     limits = net.limits(args.threshold)
+    if args.resamples < 1:
+        raise InputError(f"--resamples {args.resamples}: expected 1 or more")
     part, facts, loss, probs = evaluate(args, net)
     patients, duplicates = len(set(part.patients())), facts["duplicates"]
     notes = facts["notes"]
     if duplicates:
         notes.append(f"{duplicates} row(s) hold a picture that the network was trained on")
-    if args.split == "all" and facts["own"]:
+    if args.split == "all" and facts["trained_on"]:
         notes.append("all rows include those it was trained on: these scores are no measure of it")
     for note in notes:
         print(f"note: {note}")

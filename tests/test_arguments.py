@@ -154,7 +154,7 @@ def test_flags_that_do_not_go_together_are_refused(words):
 
 
 def test_every_rule_has_its_test():
-    """Each `raise InputError` of arguments.py is reached by a line of RULES, but for that of a resume."""
+    """Each `raise InputError` of arguments.py is reached by a line of RULES, but for those of a resume."""
     source = (ROOT / "arguments.py").read_text()
     raised = {node.lineno for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Raise)}
     reached = set()
@@ -168,7 +168,9 @@ def test_every_rule_has_its_test():
                     reached.add(trace.tb_lineno)
                 trace = trace.tb_next
     missing = [source.splitlines()[line - 1].strip() for line in sorted(raised - reached)]
-    assert missing == ['raise InputError(f"a resumed run keeps its {kept}: start a new run to change it")']
+    resume = ["a resumed run keeps its {kept}: start a new run to change it"]
+    resume += ["{asked}: {had}; expected as many or more"]
+    assert missing == [f'raise InputError(f"{message}")' for message in resume]
 
 
 # data set -> flags, values as published

@@ -357,5 +357,6 @@ def test_a_run_is_locked_before_it_is_read(tmp_path, monkeypatch):
         return {"epoch": 1}
 
     monkeypatch.setattr(checkpoint, "load_checkpoint", load_checkpoint)
+    (tmp_path / "run.json").touch()
     state = checkpoint.load_last(tmp_path)
     assert state["epoch"] == 1 and state["lock"].is_locked

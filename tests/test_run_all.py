@@ -30,7 +30,8 @@ case "$script" in
     render_data.py) mkdir -p "$place"; touch "$place/rendered.json" ;;
     test.py)
         [ ! -f fail_test ] || { echo "error: no eyes"; exit 2; }
-        printf '{"checkpoint": {\\n "digest": "%s"}}\\n' "$(cat digest)" > "$folder/test_scores.json" ;;
+        printf '{"digest": "%s",\\n "path": "",\\n "tta": false,\\n "threshold": 0.5,\\n}' "$(cat digest)" \\
+            > "$folder/test_scores.json" ;;
     spread_labels.py) [ ! -f fail_spread ] || exit "$(cat fail_spread)" ;;
 esac
 """
@@ -246,6 +247,10 @@ def test_a_stale_test_is_made_again(run_all):
     scores.write_text(scores.read_text().replace("abc", "abcd"))
     calls, done = run_all("3")
     assert not calls["train"] and len(calls["test"]) == 1 and "tested again" in done.stdout
+    for other in ('"tta": true', '"threshold": 0.4', '"path": "",\n "path": ""'):  # what the report refuses
+        name, whole = other.split(":")[0], scores.read_text().splitlines()
+        scores.write_text("\n".join([line for line in whole if name not in line] + [f" {other},"]))
+        assert len(run_all("3")[0]["test"]) == 1
     scores.unlink()
     assert len(run_all("3")[0]["test"]) == 1 and not run_all("3")[0]["test"]
 
