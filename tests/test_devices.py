@@ -416,3 +416,41 @@ def test_views_are_drawn_on_the_cpu_and_computed_on_the_device():
     assert uniforms.device == CPU and uniforms.dtype == torch.float32
     shown = torch.zeros(2, 2, 3, 32, 32, device=META)
     assert augment.augment(shown, uniforms.to(META), "pair", 28).shape == (2, 2, 3, 28, 28)
+
+
+# ---------------------------------------------------------------- precision, and runs that repeat
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_a_run_that_must_repeat_does_not_look_for_the_fastest_algorithm(deterministic, monkeypatch):
+    """cuDNN's search takes what is fastest at the moment: another algorithm, other last digits."""
+    asked, environment = [], {}
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", deterministic)
+    monkeypatch.setattr(torch, "use_deterministic_algorithms", asked.append)
+    monkeypatch.setattr(engine.os, "environ", environment)
+    assert engine.start_processes(CPU, deterministic) == CPU
+    assert torch.backends.cudnn.benchmark is not deterministic
+    assert asked == [True] * deterministic and ("CUBLAS_WORKSPACE_CONFIG" in environment) is deterministic
+
+
+def test_autocast_computes_in_the_precision_that_is_named():
+    one = torch.ones(2, 2)
+    with engine.autocast(CPU, "bf16"):
+        assert (one @ one).dtype == torch.bfloat16
+    for precision, enabled in (("fp32", True), ("bf16", False)):
+        with engine.autocast(CPU, precision, enabled):
+            assert (one @ one).dtype == torch.float32
+
+
+def test_auto_is_the_fast_precision_that_the_hardware_has_itself(monkeypatch):
+    for has in (True, False):
+        emulated = lambda including_emulation=True, has=has: has or including_emulation  # noqa: E731
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", emulated)
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda has=has: has)
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+        assert engine.pick_precision("auto", CUDA) == ("bf16" if has else "fp16")
+        assert engine.pick_precision("auto", CPU) == ("bf16" if has else "fp32")
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    assert engine.pick_precision("auto", CPU) == "bf16"
+    assert engine.pick_precision("auto", torch.device("mps")) == "fp32"
+    assert engine.pick_precision("fp32", CUDA) == "fp32"  # what is asked for

@@ -175,6 +175,22 @@ def test_averaged_weights_are_those_of_the_formula(prepared):
     assert own.kept_weights().keys() == {f"classifier.{name}" for name in network.classifier.state_dict()}
 
 
+SCALED = {  # in fp16: whatever trains in it; a head on kept features trains in float32
+    "kept features": ([*ONE, "--no-fine-tune"], False),
+    "a whole network": ([*ONE, "--fine-tune"], True),
+    "knees, whose features are not kept": (["--dataset", "mrnet", "--no-fine-tune", "--size", "72"], True),
+}
+
+
+@pytest.mark.parametrize("case", SCALED)
+def test_the_loss_is_scaled_where_half_precision_trains(case, prepared):
+    flags, scaled = SCALED[case]
+    args, data, own = prepared(flags)
+    assert not own.scaler.is_enabled()  # fp32
+    half = learner.build_learner(args, data, "fp16", torch.device("cpu"))
+    assert half.scaler.is_enabled() is scaled
+
+
 KEPT = {
     "frozen": [*ONE, "--no-fine-tune", "--optimizer", "sgd", "--lr", "3", "--epochs", "5", "--patience", "9"],
     "frozen, weighted, averaged": [*EYES, "--weighted-loss", "--lr", "5", "--epochs", "4", "--ema", "0.5"],
@@ -263,6 +279,7 @@ def test_all_rows_of_a_patient_are_in_one_fold():
     assert all(len(set(fold[patients == name])) == 1 for name in "abcd") and set(fold) == {0, 1, 2}
     with pytest.raises(InputError, match="there are 2 training patients"):
         learner.folds_of(args, patients[:2])
+    assert sorted(learner.folds_of(args, np.array(["a", "b", "c"]))) == [0, 1, 2]  # each patient alone
 
 
 def test_the_folds_train_on_the_other_rows_with_the_runs_own_sampler():
@@ -313,3 +330,26 @@ def test_when_a_run_is_over():
     assert not records.is_over(args, {"epoch": 9, "stale": 2})
     args.keep = "last"  # a fixed number of epochs does not look at validation
     assert not records.is_over(args, {"epoch": 9, "stale": 9})
+
+
+# ---------------------------------------------------------------- what a run says as it begins
+
+
+RANDOM = "the trunk's weights are random and stay so"
+
+
+@pytest.mark.parametrize(
+    "words, network, note",
+    [
+        ("", "v0 on resnet50, weights imagenet", False),
+        ("--weights none", "v0 on resnet50, weights none", True),
+        ("--weights none --fine-tune", "v0 on resnet50, weights none", False),
+        ("--dataset aptos --model alexnet", "alexnet, weights imagenet", False),
+    ],
+)
+def test_the_network_is_named_and_a_random_trunk_noted(words, network, note, capsys):
+    facts = dict(notes=[], duplicates=0, rendered=False, unreadable=0, repaired={})
+    data = SimpleNamespace(train=range(7), val=range(2), facts=facts)
+    records.print_data(arguments.parse(words.split()), data, "cpu", "fp32")
+    said = capsys.readouterr().out
+    assert f"\n{network}, on cpu in fp32" in said and (RANDOM in said) is note

@@ -5,6 +5,7 @@ import ast
 import importlib
 import inspect
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -160,7 +161,9 @@ def test_chain_writes_what_is_promised(chain):
     facts = json.loads((run / "run.json").read_text())
     assert facts["status"] == "finished" and facts["data"]["rendered"]
     assert facts["data"]["parts"] == {"train": 28, "val": 8, "test": 4}
+    assert re.fullmatch(r"[0-9a-f]{12,}\+?|unknown", facts["commit"])
     split = pd.read_csv(run / "split.csv")
+    assert list(split) == ["ID", "part"]
     assert (
         split.groupby("part").size().to_dict() == {"train": 28, "val": 8, "test": 4} and split["ID"].is_unique
     )

@@ -298,6 +298,13 @@ def test_learned_thresholds_are_a_family_of_their_own(trained, run, tmp_path, ca
     assert probs_before
 
 
+def test_the_shift_to_half_keeps_the_order_of_each_labels_rows():
+    """Else the area under the curve of a submission would not be the network's."""
+    probs, limits = np.array([[0, 0.1], [0.2, 0.3], [0.4, 0.6], [0.6, 0.8], [1, 1]]), np.array([0.2, 0.6])
+    by_hand = np.array([[0, 1 / 12], [0.5, 0.25], [0.625, 0.5], [0.75, 0.75], [1, 1]])
+    np.testing.assert_allclose(test.shifted_to_half(probs, limits), by_hand, atol=1e-12)
+
+
 @pytest.mark.parametrize("limit", [0.0, 1e-300, 1e-9, 0.1, 0.5, 0.7, 1 - 1e-12, 1.0])
 def test_the_shift_keeps_order_and_decisions(limit):
     rng = np.random.default_rng(0)
