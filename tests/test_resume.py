@@ -17,6 +17,7 @@ from PIL import Image
 import checkpoint
 import engine
 import samplers
+from checkpoint import run_facts
 from dataset import PictureSet
 from decode import Pictures
 
@@ -217,6 +218,38 @@ def test_a_finished_run_can_learn_its_thresholds_later(tmp_path, flags):
     same(after["model"], before["model"])
     assert before["thresholds"] is None and len(after["thresholds"]) == 8
     check_best(tmp_path / "runs/x")
+
+
+def test_a_fine_tuned_run_goes_on_without_the_file_of_its_weights(tmp_path, flags):
+    """It knows what that network had seen, and where it started from."""
+    train([*flags(CASES["fine-tuned"]), "--epochs", "1"], tmp_path / "a")
+    given = tmp_path / "given.pt"
+    (tmp_path / "a/runs/x/best.pt").rename(given)
+    state = load(given)
+    torch.save({**state, "seen": [*state["seen"], "another"]}, given)
+    train([*flags(CASES["fine-tuned"]), "--epochs", "1", "--weights", str(given)], tmp_path / "b")
+    started = run_facts(tmp_path / "b/runs/x")["trunk_digest"]
+    given.unlink()
+    train(["--resume", "runs/x", "--epochs", "2"], tmp_path / "b")
+    assert "another" in load(tmp_path / "b/runs/x/best.pt")["seen"]
+    assert run_facts(tmp_path / "b/runs/x")["trunk_digest"] == started
+
+
+def test_fewer_epochs_or_less_patience_than_a_run_had_are_refused(tmp_path, flags):
+    """A report would take its long training for a short one."""
+    train(flags(CASES["kept features"]), tmp_path)
+    for less in (["--epochs", "1"], ["--patience", "3"]):
+        assert "expected as many or more" in train(["--resume", "runs/x", *less], tmp_path, 2)
+
+
+def test_a_finished_run_gets_its_lost_best_pt_back(tmp_path, flags):
+    train(flags(CASES["kept features"]), tmp_path)
+    best = tmp_path / "runs/x/best.pt"
+    before = load(best)
+    best.unlink()
+    train(["--resume", "runs/x"], tmp_path)
+    same(load(best)["model"], before["model"])
+    assert load(best)["digest"] == before["digest"]
 
 
 def test_a_missing_or_damaged_last_pt_is_refused_and_the_last_good_epoch_named(tmp_path, flags):

@@ -16,6 +16,7 @@ import figures
 import metrics
 import predictor
 import test
+from dataset import load_part
 from errors import InputError, guard
 
 REAL = Path(os.environ.get("REAL_DATA", "absent"))
@@ -351,6 +352,21 @@ def test_mirrored_views_and_several_checkpoints_give_means(trained, run, tmp_pat
     other = changed(one, tmp_path / "two/other.pt", rows=rows)
     assert run("--ckpt", one, other) == 2
     assert "another val part" in capsys.readouterr().err
+
+
+def test_a_mean_is_as_trained_as_any_of_its_networks(trained, run, tmp_path, capsys):
+    one = copied(trained("odir"), tmp_path / "one")
+    net = predictor.load(one, "cpu")
+    part, _ = load_part(net.args, net.saved, "val")
+    seen = set(net.saved["seen"])
+    for files in part.contents():
+        seen.update(*files)
+    (tmp_path / "two").mkdir()
+    two = changed(one, tmp_path / "two/best.pt", seen=sorted(seen))
+    for number, order in enumerate(([one, two], [two, one])):
+        assert run("--ckpt", *order, "--out", tmp_path / str(number)) == 0
+        assert f"{len(part)} row(s) hold a picture that the network was trained on" in capsys.readouterr().out
+        assert scores_of(tmp_path / str(number))["duplicates"] == len(part)
 
 
 # ---------------------------------------------------------------- while things change
