@@ -793,7 +793,7 @@ def test_the_same_seed_twice_is_no_second_seed(tmp_path):
     fake_run(tmp_path, "copy", line="odir-03", final=0.4)
     row = rows_here(tmp_path)["odir-03"]
     assert row["n"] == 1 and row["cells"]["final"]["std"] is None
-    assert report.problems_of(row) == ["odir-03: not counted: it has the seed of copy"]
+    assert report.problems_of(row) == ["copy: not counted: it has the seed of odir-03"]
 
 
 def test_scores_of_other_data_or_of_another_part_are_not_averaged(tmp_path):
