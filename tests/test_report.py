@@ -796,6 +796,25 @@ def test_the_same_seed_twice_is_no_second_seed(tmp_path):
     assert report.problems_of(row) == ["copy: not counted: it has the seed of odir-03"]
 
 
+def test_what_a_row_says_of_its_figures(tmp_path, capsys):
+    """Rows that were trained on, another part than the published one, fewer runs than the row has."""
+    fake_run(tmp_path, "odir-03")
+    edit(tmp_path / "odir-03", "test_scores.json", duplicates=3)
+    fake_run(tmp_path, "odir-03-seed43", tested=False)
+    fake_run(tmp_path, "clinic", line="odir-05", final=0.9)
+    for file in ("run.json", "test_scores.json"):
+        edit(tmp_path / "clinic", file, data={"digest": "other"})
+    fake_run(tmp_path, "odir-05")
+    fake_run(tmp_path, "aptos-1", dataset="aptos")
+    rows = rows_here(tmp_path)
+    assert "3 of its rows hold a picture that it was trained on" in str(report.problems_of(rows["odir-03"]))
+    assert rows["odir-05"]["first"]["name"] == "odir-05"  # not the first of the alphabet
+    assert "clinic: not counted: it was scored on other data" in str(report.problems_of(rows["odir-05"]))
+    assert "of its validation part" in str(report.problems_of(rows["aptos-1"]))
+    report.print_table([rows["odir-03"]])
+    assert rows["odir-03"]["n"] == 2 and "(n 1)" in capsys.readouterr().out
+
+
 def test_scores_of_other_data_or_of_another_part_are_not_averaged(tmp_path):
     for name in ("odir-03", "odir-03-seed43", "odir-03-seed44"):
         fake_run(tmp_path, name)
@@ -1152,6 +1171,10 @@ def test_compare_prints_flags_differences_and_patients(tmp_path, capsys):
     gaps = np.abs(first - second).max(1)
     listed = [int(line.split(":")[0]) for line in printed.split("disagree on most\n")[1].splitlines()[:10]]
     assert listed == list(np.argsort(-gaps, kind="stable")[:10])
+    edit(pair[1], "run.json", args={"seed": 7}, data={"digest": "other"})
+    edit(pair[1], "test_scores.json", data={"digest": "other"})
+    assert main_of("--runs", tmp_path / "runs", "--compare", *pair) == 0
+    assert "seed 7 not 42, other data, or another split of them" in capsys.readouterr().out
     page = (tmp_path / "runs/compare.html").read_text()
     assert '"chosen": [0, 1]' in page and not (tmp_path / "runs/report.html").exists()
 

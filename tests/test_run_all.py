@@ -176,7 +176,7 @@ def test_seeds_and_control(run_all):
 @pytest.mark.parametrize(
     "given",
     ["18", "cifar", "odir-99", "--name x 3", "--resume=runs/x", "--seeds two 3", "--seeds"]
-    + ["--seeds 0 3", "odir-0.", "3 --lr 0.1 --demo", "3 --dataset dr"]
+    + ["--seeds 0 3", "odir-0.", "3 --lr 0.1 --demo", "3 --dataset dr", "3 --shuffle-labels"]
     + ["--seeds 2 3 --seed 43", "--seeds 2 3 --seed=43"],  # the same run twice as n = 2
 )
 def test_what_means_nothing_is_refused(run_all, given):

@@ -542,6 +542,13 @@ def test_the_same_pictures_in_another_folder_are_the_runs_own(trained, rendered,
     found = scores_of(folder)
     assert found["data"]["own"] and found["duplicates"] == 0 and found["resamples"] == 20
     saved = checkpoint.load_checkpoint(folder / "best.pt")
+    rows = {**saved["rows"], "test": {key: (row[0], "") for key, row in saved["rows"]["val"].items()}}
+    rows["val"] = {}  # as those of a test part, its pictures were not opened in training
+    assert (
+        run("--ckpt", changed(folder, tmp_path / "test.pt", rows=rows), "--data", root, "--split", "test")
+        == 0
+    )
+    assert not scores_of(next((tmp_path / "test-test").glob("test-test-*")))["data"]["own"]
     (root / "images" / f"{list(saved['rows']['val'])[0]}_left.jpg").unlink()
     (folder / "test_scores.json").unlink()
     assert run("--ckpt", folder, "--data", root, "--missing", "drop") == 0
