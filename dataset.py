@@ -369,7 +369,8 @@ def count_duplicates(val, seen, args):
 def load_part(args, saved, split, root=None, missing="stop"):
     """The rows of a checkpoint's part in their order, opened -> (Part, facts). `all`: every row of the data.
 
-    facts: root, rendered, notes, own (rows, labels and pictures are the run's), digest, duplicates, left_out.
+    facts: root, rendered, notes, own (rows, labels and pictures are the run's), digest, left_out,
+    trained_on (IDs of the rows that hold a picture the network was trained on).
     Raises InputError where rows or labels are not the run's, unless `root` names another data set.
     """
     home, root = saved["data"]["root"], root or saved["data"]["root"]
@@ -400,7 +401,7 @@ def load_part(args, saved, split, root=None, missing="stop"):
         notes.append(f"{replaced} row(s) have other pictures than in training")
     facts = {"root": str(root), "rendered": tables.is_rendered(root), "notes": notes, "own": own}
     facts["digest"] = saved["data"]["digest"] if own else digest({split: rows})
-    facts["duplicates"] = len(at_training_size(part, args).trained_on(set(saved["seen"])))
+    facts["trained_on"] = at_training_size(part, args).trained_on(set(saved["seen"]))
     return part, {**facts, "left_out": expected - len(part)}
 
 

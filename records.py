@@ -55,8 +55,7 @@ def open_run(args, stored, data, learner):
             root = data.facts["root"]
             raise InputError(f"the data in {root} are not those of {folder}: give the same ones")
         learning.restore(args, stored, learner, folder)
-    # The file of --weights may be another by now, or gone.
-    data.seen, data.facts["duplicates"] = set(stored["seen"]), stored["duplicates"]
+    data.facts["duplicates"] = stored["duplicates"]  # the file of --weights may be another by now, or gone
     state = {name: stored[name] for name in (*NEW_STATE, "digest", "duplicates", "seen")}
     return folder, state, stored["lock"]
 
@@ -104,7 +103,8 @@ class RunRecords:
         self.about = {"args": vars(args), "command": " ; ".join(filter(None, commands)), **self.task}
         self.about |= {"commit": checkpoint.commit(), "versions": versions, "precision": learner.precision}
         self.about |= {"device": checkpoint.describe_machine(learner.device), "processes": engine.world()}
-        started_from = before.get("trunk_digest", learner.features.digest)
+        # What it started from: a fine-tuned run that goes on has other weights by now.
+        started_from = before.get("trunk_digest", learner.trunk if args.resume else learner.features.digest)
         self.about |= {"trunk_name": learner.model.trunk_name, "trunk_digest": started_from}
         self.about["data"] = {**data.facts, "repaired": len(data.facts["repaired"])}
         self.about["started"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
@@ -141,7 +141,7 @@ class RunRecords:
         about["data"] = {name: facts[name] for name in kept} | {"root": str(Path(facts["root"]).resolve())}
         about |= {"args": vars(self.args), "prior": data.prior(), "rows": data.rows}
         digest = checkpoint.network_digest(weights, best["thresholds"])
-        self.save("best", model=weights, digest=digest, seen=sorted(data.seen), **about)
+        self.save("best", model=weights, digest=digest, seen=self.state["seen"], **about)
         self.best_digest = digest
 
     def log(self, row):

@@ -54,8 +54,9 @@ def evaluate(args, net):
         found.append((part, facts, *member.evaluate(part, mirrored=args.tta)))
     part, facts, loss, _ = found[0]
     every = [one for _, one, *_ in found]  # what is known of a mean is what is known of any of its networks
-    facts["own"], facts["trained_on"] = all(one["own"] for one in every), any(one["own"] for one in every)
-    facts["duplicates"] = max(one["duplicates"] for one in every)
+    facts["own_of_any"] = any(one["own"] for one in every)
+    facts["own"] = all(one["own"] for one in every)
+    facts["duplicates"] = len(set().union(*(one["trained_on"] for one in every)))
     facts["notes"] = list(dict.fromkeys(note for one in every for note in one["notes"]))
     return part, facts, loss, np.mean([probs for *_, probs in found], axis=0)
 
@@ -197,7 +198,7 @@ def main(argv=None):
     notes = facts["notes"]
     if duplicates:
         notes.append(f"{duplicates} row(s) hold a picture that the network was trained on")
-    if args.split == "all" and facts["trained_on"]:
+    if args.split == "all" and facts["own_of_any"]:
         notes.append("all rows include those it was trained on: these scores are no measure of it")
     for note in notes:
         print(f"note: {note}")

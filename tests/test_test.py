@@ -362,8 +362,12 @@ def test_a_mean_is_as_trained_as_any_of_its_networks(trained, run, tmp_path, cap
     for files in part.contents():
         seen.update(*files)
     (tmp_path / "two").mkdir()
-    two = changed(one, tmp_path / "two/best.pt", seen=sorted(seen))
-    for number, order in enumerate(([one, two], [two, one])):
+    half = set(net.saved["seen"])
+    for files in list(part.contents())[: len(part) // 2]:
+        half.update(*files)
+    two = changed(one, tmp_path / "two/best.pt", seen=sorted(half))
+    three = changed(one, tmp_path / "two/other.pt", seen=sorted((seen - half) | set(net.saved["seen"])))
+    for number, order in enumerate(([one, two, three], [three, two, one])):
         assert run("--ckpt", *order, "--out", tmp_path / str(number)) == 0
         assert f"{len(part)} row(s) hold a picture that the network was trained on" in capsys.readouterr().out
         assert scores_of(tmp_path / str(number))["duplicates"] == len(part)
