@@ -4,7 +4,6 @@ from contextlib import ExitStack
 
 import numpy as np
 import torch
-import torchvision
 
 from augment import prepare_batch
 from errors import InputError
@@ -22,9 +21,10 @@ def cam_layers(model, inputs):
     if hasattr(model, "cam_layer"):
         return [trunk.get_submodule(model.cam_layer) for trunk in trunks]
     trunk = trunks[0]
-    if isinstance(trunk, torchvision.models.VisionTransformer):
+    family = type(trunk).__name__  # torchvision is not imported for its name alone
+    if family == "VisionTransformer":
         return [trunk.encoder.layers[-1].ln_1]
-    if isinstance(trunk, torchvision.models.SwinTransformer):  # before it the channels come last
+    if family == "SwinTransformer":  # before it the channels come last
         return [trunk.permute]
     pixels = {}  # of each module's map, in the order of the calls; 0 of an activation that is shared
 

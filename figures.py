@@ -1,6 +1,6 @@
 """Every picture this repository draws: arrays in, a matplotlib Figure out.
 
-    figures.roc(y_true, y_prob, labels, "multilabel").savefig("roc.png", dpi=110)
+    figures.save(figures.roc(y_true, y_prob, labels, "multilabel"), "roc.png")
 
 Built without pyplot: nothing global is touched, no screen is needed. Okabe-Ito and viridis suit the
 colour-blind. A picture is uint8, (H, W, 3) or (H, W); `aspect` is its width / height before preprocessing
@@ -12,11 +12,13 @@ import textwrap
 
 import numpy as np
 from matplotlib import colormaps
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from PIL import Image
 
 import metrics
+from cache import replace_file
 
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#B8C4CC"
 SOFT, RIGHT, PARTLY, WRONG = "#555555", "#00694D", "#5A4A00", "#A84300"
@@ -42,6 +44,15 @@ def caption(fig, text):
     above, words = fig.get_supxlabel(), plain(text, int(13 * fig.get_figwidth()))
     fig.set_figheight(fig.get_figheight() + 0.1 + 0.14 * (1 + words.count("\n")))
     fig.supxlabel(f"{above}\n{words}".strip(), fontsize=8, color=SOFT)
+
+
+def save(fig, path, dpi=110):
+    """`fig` as a PNG, as a whole or not at all. Its own `savefig` would lay it out and draw it twice."""
+    fig.set_dpi(dpi)
+    canvas = FigureCanvasAgg(fig)
+    canvas.draw()
+    image = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+    replace_file(path, lambda stream: image.save(stream, "PNG", compress_level=3))  # 6 takes twice as long
 
 
 def panels(count):

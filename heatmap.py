@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from arguments import add_machine_flags
-from cache import file_names, replace_file
+from cache import file_names
 from errors import InputError, Parser, guard
 
 
@@ -85,7 +85,7 @@ def main(argv=None):
             figure, drawn = figures.heatmaps(lines, net.random_trunk), row
             if net.rendered:
                 figures.mark_rendered(figure, "a network trained on RENDERED pictures")
-        replace_file(out / file, lambda stream, figure=figure: figure.savefig(stream, dpi=110, format="png"))
+        figures.save(figure, out / file)
     print(f"{len(files)} PNGs in {out}")
 
 

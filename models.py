@@ -13,7 +13,6 @@ from collections import OrderedDict
 from pathlib import Path
 
 import torch
-import torchvision
 from efficientnet_pytorch import EfficientNet
 from efficientnet_pytorch.utils import get_model_params, url_map
 from torch import nn
@@ -32,6 +31,13 @@ LEFT_OUT = {
     "inception_v3": "it answers twice while it trains",
     "googlenet": "it answers three times while it trains",
 }
+
+
+def library():
+    """torchvision's networks, imported late: with them comes the compiler, two seconds that Lite0 saves."""
+    import torchvision
+
+    return torchvision.models
 
 
 class Normalise(nn.Module):
@@ -153,7 +159,7 @@ class MRNet(nn.Module):
     def __init__(self, num_labels=3):
         super().__init__()
         # torchvision's own random weights fade to nothing here: no lesson would reach the first layers.
-        self.backbone = he_normal(nn.ModuleList(torchvision.models.alexnet().features for _ in range(3)))
+        self.backbone = he_normal(nn.ModuleList(library().alexnet().features for _ in range(3)))
         self.classifier = nn.Linear(3 * 256, num_labels)
         self.normalise = nn.Identity()  # augment.prepare_volumes does it, exam by exam
         self.cam_layer = "10"  # the last convolution of each trunk
@@ -190,7 +196,7 @@ def build_trunk(name, size, from_scratch):
         pad_inside(network)
         dropout, network._dropout = network._dropout.p, nn.Identity()  # kept features must not be dropped out
         return *without_head(network), dropout
-    known = torchvision.models.list_models(module=torchvision.models)
+    known = library().list_models(module=library())
     if name not in known:
         close = difflib.get_close_matches(name, [*known, *EFFICIENTNETS, *HEADS, "mrnet"], 3, 0.4)
         raise InputError(f"no network is called {name!r}; close to it: {', '.join(close) or 'none'}")
@@ -199,7 +205,7 @@ def build_trunk(name, size, from_scratch):
             raise InputError(f"{name} is left out: {reason}")
     if name.startswith(("vit_", "maxvit_")) and size != 224:
         raise InputError(f"{name} takes pictures of one size only: give --size 224 (with --crop: --crop 224)")
-    return *without_head(torchvision.models.get_model(name)), 0.0
+    return *without_head(library().get_model(name)), 0.0
 
 
 def pad_inside(network):
@@ -251,8 +257,8 @@ def load_weights(model, weights):
     if weights == "none":
         return
     known = {"imagenet": None} if model.trunk_name in EFFICIENTNETS else {}
-    if model.trunk_name in torchvision.models.list_models(module=torchvision.models):
-        published = torchvision.models.get_model_weights(model.trunk_name)
+    if not known and model.trunk_name in library().list_models(module=library()):
+        published = library().get_model_weights(model.trunk_name)
         known = {"imagenet": published.DEFAULT} | {one.name: one for one in published}
     if weights in known:
         load_imagenet(model, known[weights], weights)
@@ -333,7 +339,7 @@ def load_strict(module, state, source):
     """`module` filled from a state_dict: every key, and no other. Raises InputError."""
     if not hasattr(state, "_metadata"):  # a plain dict; an MNASNet asks it for its version
         state = OrderedDict(state)
-        names = [name for name, net in module.named_modules() if isinstance(net, torchvision.models.MNASNet)]
+        names = [name for name, net in module.named_modules() if type(net).__name__ == "MNASNet"]
         state._metadata = {name: {"version": 2} for name in names}
     try:
         module.load_state_dict(state)

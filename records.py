@@ -7,12 +7,12 @@ import shlex
 import shutil
 import sys
 import time
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
-import torchvision
 
 import checkpoint
 import engine
@@ -97,7 +97,8 @@ class RunRecords:
             (folder / "repaired.txt").write_text("\n".join(data.facts["repaired"]) + "\n")
         before = checkpoint.run_facts(folder) if args.resume else {}
         commands = [before.get("command"), shlex.join(["python", *sys.argv])]
-        versions = {module.__name__: module.__version__ for module in (torch, torchvision, np)}
+        versions = {"torch": torch.__version__, "numpy": np.__version__}
+        versions["torchvision"] = metadata.version("torchvision")
         versions["python"] = platform.python_version()
         # What run.json says of how the run was made.
         self.about = {"args": vars(args), "command": " ; ".join(filter(None, commands)), **self.task}

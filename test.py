@@ -236,8 +236,7 @@ def main(argv=None):
             figures.mark_rendered(figure)
         decides = limits is not None and name in ("confusion.png", "samples.png")
         figures.caption(figure, f"{about}, threshold {args.threshold:g}" if decides else about)
-        look = {"dpi": 110, "format": "png", "pil_kwargs": {"compress_level": 3}}  # 6 takes twice as long
-        replace_file(out / name, lambda stream, figure=figure, look=look: figure.savefig(stream, **look))
+        figures.save(figure, out / name)
         written.append(name)
     checkpoint.save_json(out / "test_scores.json", result)
     print(f"\n{out}/: {', '.join([*written, 'test_scores.json'])}")
