@@ -40,11 +40,17 @@ done
 [[ "$seeds" = 1 || " ${extra[*]} " != *" --seed"[\ =]* ]] || die "--seeds and --seed: the same seed twice is no second run"
 [ ${#control[@]} -eq 0 ] || prefix="control-$prefix"
 . ./setup.sh
-failed=() absent=() testing="" tested=""
+failed=() absent=() pids=() titles=() logs=() folders=() slots=1
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive} # a test runs beside the next training: threads that spin would slow both
+if [ -n "$demo" ]; then # its small lines run beside each other, each on one core
+    slots=$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
+    [ "$slots" -le 4 ] || slots=4
+    export OMP_NUM_THREADS=1
+fi
 export END_WITH_PARENT=$$ # a script that loses this one ends, and says how to go on
-trap 'kill $(jobs -p) 2>/dev/null; wait; exit 143' TERM HUP
-trap 'kill $(jobs -p) 2>/dev/null; wait; exit 130' INT
+stop() { kill $(jobs -p) 2>/dev/null; wait; echo "stopped: the same command goes on" >&2; exit "$1"; }
+trap 'stop 143' TERM HUP
+trap 'stop 130' INT
 
 is_chosen() { # is run $1 among the experiments asked for?
     local name
@@ -62,12 +68,12 @@ demo_flags() { # what makes line $1 small; later flags win over its own. Lite0's
     echo "--data data/demo/${1%%-*}"
     case "$1" in
         odir-10)     echo --trunk efficientnet-lite0 --size 128 --epochs 8 ;;
-        odir-1[3-7]) echo --trunk efficientnet-lite0 --size 96 --epochs 3 --batch 8 --lr 0.01 --precision fp32
-                     [[ "$*" != *" --crop "* ]] || echo --crop 84 ;;
+        odir-1[3-7]) echo --trunk efficientnet-lite0 --size 64 --epochs 5 --batch 8 --lr 0.01 --precision fp32
+                     [[ "$*" != *" --crop "* ]] || echo --crop 56 ;;
         odir-best)   echo --size 64 --crop 56 --epochs 4 --batch 8 --ema 0.9 --precision fp32 ;;
         odir-*)      echo --trunk efficientnet-lite0 --size 96 --epochs 8 ;;
         aptos-*)     echo --model efficientnet-lite0 --size 64 --epochs 5 --batch 8 --lr 0.0005 --gamma 0.9 ;;
-        dr-*-scratch) echo --size 64 --crop 56 --epochs 4 --freeze-epochs 0 --batch 8 ;;
+        dr-*-scratch) echo --size 64 --crop 56 --epochs 2 --freeze-epochs 0 --batch 8 ;;
         dr-*)        echo --model efficientnet-lite0 --size 64 --crop 56 --epochs 4 --freeze-epochs 1 --batch 8 --lr 0.003 ;;
         retina-*)    echo --size 96 --epochs 6 ;;
         mrnet-*)     echo --weights none --preprocess none --size 64 --epochs 2 --lr 0.0001 ;;
@@ -79,9 +85,34 @@ python_() { # in the background, because bash hears of a signal only while it wa
     "$PYTHON" "$@" & wait $!
 }
 
-finish_test() { # wait for the test under way
-    [ -z "$testing" ] || wait "$testing" || { failed+=("test of $tested"); tail -n 3 "$tested/test.log" >&2; }
-    testing=""
+begin() { # begin TITLE LOG FOLDER COMMAND...: a job beside what follows; FOLDER: the run that is then to be tested, or ""
+    while [ ${#pids[@]} -ge "$slots" ]; do finish_one; done
+    "${@:4}" > "$2" 2>&1 &
+    pids+=($!) titles[${!}]=$1 logs[${!}]=$2 folders[${!}]=$3
+}
+
+begin_test() { # of the run in folder $1; APTOS was published on its test part, the others on validation
+    local part=val; [[ "$1" != *aptos-* ]] || part=test
+    begin "test of $1" "$1/test.log" "" "$PYTHON" test.py --ckpt "$1" --split $part
+}
+
+finish_one() { # wait until one of the jobs has ended
+    local k pid
+    while true; do
+        for k in "${!pids[@]}"; do kill -0 "${pids[k]}" 2>/dev/null || break 2; done
+        sleep 0.1 & wait $!
+    done
+    pid=${pids[k]}; unset "pids[k]"
+    if ! wait "$pid"; then
+        failed+=("${titles[pid]}"); tail -n 3 "${logs[pid]}" >&2
+    elif [ -n "${folders[pid]}" ]; then
+        grep "^runs/.* scores: " "${logs[pid]}"
+        begin_test "${folders[pid]}"
+    fi
+}
+
+finish_all() {
+    while [ ${#pids[@]} -gt 0 ]; do finish_one; done
 }
 
 run() { # run NAME FLAGS...: train what is not finished, then test it
@@ -95,7 +126,7 @@ run() { # run NAME FLAGS...: train what is not finished, then test it
         absent+=("data/$study"); return 0
     fi
     for ((number = 42; number < 42 + seeds; number++)); do
-        local full="$prefix$name" seed=() status=0 part=val
+        local full="$prefix$name" seed=() flags=() status=0
         [ "$number" -eq 42 ] || { full+="-seed$number"; seed=(--seed "$number"); }
         local folder="runs/$full"
         if grep -qs '"status": "finished"' "$folder/run.json"; then
@@ -105,18 +136,23 @@ run() { # run NAME FLAGS...: train what is not finished, then test it
             done
             is_tested "$folder" && { echo "== $full: finished before (delete $folder to run it again)"; continue; }
             echo "== $full: finished before, tested again"
+            begin_test "$folder"
+            continue
         elif [ -f "$folder/last.pt" ]; then
             echo "== $full: goes on"
-            python_ train.py --resume "$folder" "${extra[@]}" || status=$?
+            flags=(--resume "$folder" "${extra[@]}")
         else
             echo "== $full"
-            python_ train.py --name "$full" --dataset "$study" "$@" "${small[@]}" "${control[@]}" "${extra[@]}" "${seed[@]}" || status=$?
+            flags=(--name "$full" --dataset "$study" "$@" "${small[@]}" "${control[@]}" "${extra[@]}" "${seed[@]}")
         fi
-        finish_test
+        if [ -n "$demo" ]; then
+            mkdir -p runs
+            begin "$full" "$folder.log" "$folder" "$PYTHON" train.py "${flags[@]}"
+            continue
+        fi
+        python_ train.py "${flags[@]}" || status=$?
         case "$status" in
-            0) [ "$study" != aptos ] || part=test # APTOS was published on its test part, the others on validation
-               "$PYTHON" test.py --ckpt "$folder" --split $part > "$folder/test.log" 2>&1 & # beside the next training
-               testing=$! tested=$folder ;;
+            0) begin_test "$folder" ;; # beside the next training
             130|143) exit "$status" ;; # Ctrl-C: the next call goes on here
             *) failed+=("$full"); echo "== $full: FAILED with status $status" >&2 ;;
         esac
@@ -126,6 +162,7 @@ run() { # run NAME FLAGS...: train what is not finished, then test it
 spread() { # label the unlabelled pictures with the model of run $1, for the runs $2 and $3
     is_chosen "$2" || is_chosen "$3" || return 0
     local folder="runs/$prefix$1" status=0
+    [ -z "$demo" ] || finish_all # its model is one of them
     if [ ! -f "$folder/best.pt" ] || [ "$folder/pseudo_labels.csv" -nt "$folder/best.pt" ]; then return 0; fi
     python_ spread_labels.py --ckpt "$folder" || status=$?
     case "$status" in 0) ;; 130|143) exit "$status" ;; *) failed+=("spread of $1") ;; esac
@@ -183,7 +220,7 @@ run mrnet-abnormal $knee --labels abnormal
 run mrnet-acl      $knee --labels acl
 run mrnet-meniscus $knee --labels meniscus
 
-finish_test
+finish_all
 if [ ${#absent[@]} -gt 0 ]; then
     folders=$(printf '%s\n' "${absent[@]}" | sort -u | paste -sd ' ')
     echo "${#absent[@]} experiments were not run, as there is no $folders: docs/data.md says where these come from, and bash run_all.sh --demo runs all on rendered stand-ins."

@@ -56,6 +56,10 @@ def checkout(tmp_path):
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "python").write_text(PYTHON)
     (tmp_path / "bin" / "python").chmod(0o755)
+    (tmp_path / "bin" / "getconf").write_text(
+        "#!/bin/sh\necho 2\n"
+    )  # cores: as many lines of the demo at once
+    (tmp_path / "bin" / "getconf").chmod(0o755)
     (tmp_path / "waits.py").write_text(WAITS)
     (tmp_path / "digest").write_text("abc")
     for study in arguments.PUBLISHED:
@@ -289,6 +293,21 @@ def test_a_failed_test_is_named_with_its_reason(run_all):
     calls, done = run_all("3", "5", status=1)
     assert len(calls["train"]) == 2 and done.stderr.count("error: no eyes") == 2
     assert "FAILED: test of runs/odir-03 test of runs/odir-05" in done.stderr
+    calls, done = run_all("--demo", "3", "5", "6", status=1)
+    assert len(calls["train"]) == len(calls["test"]) == 3 and done.stderr.count("error: no eyes") == 3
+    assert "FAILED: test of runs/demo-odir-03 test of runs/demo-odir-05 test of" in done.stderr
+    (run_all.folder / "fail").write_text("2")
+    calls, done = run_all("--demo", "7", status=1)
+    assert not calls["test"] and "FAILED: demo-odir-07" in done.stderr
+
+
+def test_the_demo_waits_for_the_model_that_spreads_labels(run_all):
+    run_all("--demo", "retina")
+    calls = [line.split() for line in (run_all.folder / "calls").read_text().splitlines()]
+    order = [call[0] for call in calls if "retina-1" in " ".join(call[:4])]
+    assert order == ["train.py", "test.py", "spread_labels.py"]
+    spread = next(i for i, call in enumerate(calls) if call[0] == "spread_labels.py")
+    assert not any("demo-retina-2" in call or "demo-retina-3" in call for call in calls[:spread])
 
 
 def is_alive(pid):
@@ -308,13 +327,14 @@ def wait_until(happened, seconds):
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="asks /proc whether a process has ended")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL, signal.SIGHUP])
-def test_its_training_and_its_test_end_with_it(number, checkout):
+@pytest.mark.parametrize("demo", [[], ["--demo"]])
+def test_its_training_and_its_test_end_with_it(number, demo, checkout):
     """Within two seconds, whatever ends it; the training says how to go on."""
     folder, environment = checkout
     (folder / "slow").write_text("test.py|odir-05")  # the test of 3 runs beside the training of 5
     pids = [folder / "train.py.pid", folder / "test.py.pid"]
     with open(folder / "out", "w") as out:
-        command = ["bash", "run_all.sh", "3", "5", "6"]
+        command = ["bash", "run_all.sh", *demo, "3", "5", "6"]
         process = subprocess.Popen(command, cwd=folder, env=environment, stdout=out, stderr=out)
         try:
             wait_until(lambda: all(path.exists() and path.read_text() for path in pids), 20)
@@ -324,7 +344,9 @@ def test_its_training_and_its_test_end_with_it(number, checkout):
         finally:
             process.kill()
     assert "odir-06" not in (folder / "calls").read_text()
-    assert "Go on with:" in (folder / "out").read_text()
+    said = (folder / "out").read_text()
+    assert "Go on with:" in (folder / "runs/demo-odir-05.log" if demo else folder / "out").read_text()
+    assert number == signal.SIGKILL or "the same command goes on" in said
 
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="asks /proc whether a process has ended")
