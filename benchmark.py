@@ -136,12 +136,15 @@ def extraction(args, device):
     """Features of pictures in memory: folded, in the fast precision, compiled; against a matrix product."""
     precision = engine.pick_precision("auto", device)
     net = models.build_trunk(args.trunk, args.size, True)[0].eval().to(device)
+    loop = net
+    if args.trunk in models.EFFICIENTNETS:  # as its library has it, with layers that only pad
+        loop = models.efficientnet(args.trunk, args.size, True).eval().to(device)
     images = torch.randn(args.pictures, 3, args.size, args.size, device=device)
     n, batch = MATRIX.get(device.type, 4096), EXTRACT_BATCH.get(device.type, 16)
     matrix = torch.randn(n, n, device=device, dtype=engine.PRECISIONS[precision])
     for how in ("eager", "compiled"):
         fast = FastTrunk(net, precision, how == "compiled").to(device)
-        sides = [partial(each, net, images.split(64)), partial(each, fast, images.split(batch))]
+        sides = [partial(each, loop, images.split(64)), partial(each, fast, images.split(batch))]
         plain, ours, product = in_turn(args.repeats, *sides, partial(torch.mm, matrix, matrix))
         name = f"extraction, {args.trunk}, {args.size}, {precision}, {how}"
         show(name, plain, ours, "pictures/s", len(images))

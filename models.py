@@ -181,18 +181,7 @@ def build_trunk(name, size, from_scratch):
     network of torchvision. Raises InputError for one that is unknown, left out, or does not take this size.
     """
     if name in EFFICIENTNETS:
-        # As published B1's BatchNorm remembers 100 steps, ten times torch's. A short run, or one from random
-        # weights, would be validated on what it began with.
-        published = name == "efficientnet-b1" and not from_scratch
-        changed = {"batch_norm_momentum": 0.99 if published else 0.9}
-        if name == "efficientnet-b1":
-            network = EfficientNet.from_name(name, **changed)
-            network.set_swish(memory_efficient=False)  # the same numbers, and it can be compiled
-        else:
-            blocks, settings = get_model_params("efficientnet-b0", {**changed, "image_size": size})
-            network = EfficientNet([block._replace(se_ratio=None) for block in blocks], settings)
-            for module in [network, *network._blocks]:
-                module._swish = nn.ReLU6(inplace=True)
+        network = efficientnet(name, size, from_scratch)
         pad_inside(network)
         dropout, network._dropout = network._dropout.p, nn.Identity()  # kept features must not be dropped out
         return *without_head(network), dropout
@@ -206,6 +195,23 @@ def build_trunk(name, size, from_scratch):
     if name.startswith(("vit_", "maxvit_")) and size != 224:
         raise InputError(f"{name} takes pictures of one size only: give --size 224 (with --crop: --crop 224)")
     return *without_head(library().get_model(name)), 0.0
+
+
+def efficientnet(name, size, from_scratch):
+    """One of EFFICIENTNETS as its library builds it, with its last layer and its padding."""
+    # As published B1's BatchNorm remembers 100 steps, ten times torch's. A short run, or one from random
+    # weights, would be validated on what it began with.
+    published = name == "efficientnet-b1" and not from_scratch
+    changed = {"batch_norm_momentum": 0.99 if published else 0.9}
+    if name == "efficientnet-b1":
+        network = EfficientNet.from_name(name, **changed)
+        network.set_swish(memory_efficient=False)  # the same numbers, and it can be compiled
+        return network
+    blocks, settings = get_model_params("efficientnet-b0", {**changed, "image_size": size})
+    network = EfficientNet([block._replace(se_ratio=None) for block in blocks], settings)
+    for module in [network, *network._blocks]:
+        module._swish = nn.ReLU6(inplace=True)
+    return network
 
 
 def pad_inside(network):
