@@ -107,10 +107,16 @@ def find_checkpoint(path):
     return path / "best.pt" if (path / "best.pt").exists() else path
 
 
-def home_of(path):
-    """Where files about a checkpoint go: its folder where that is a run's, else one beside it."""
-    path = Path(path)  # no path that is stored in a checkpoint is ever written to
-    return path.parent if (path.parent / "run.json").exists() else path.with_name(f"test-{path.stem}")
+def is_own(path, digest):
+    """Whether the checkpoint `path`, of a network with this digest, is the best one of the run it lies in."""
+    best = run_facts(path.parent).get("best_digest")  # none yet while the run is training
+    return (path.parent / "run.json").exists() and best in (None, digest)
+
+
+def home_of(path, digest):
+    """Where files about a checkpoint go: into its folder where that is its run's, else into one beside it."""
+    # No path that is stored in a checkpoint is ever written to.
+    return path.parent if is_own(path, digest) else path.with_name(f"test-{path.stem}")
 
 
 def check_name(args):

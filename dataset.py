@@ -168,14 +168,13 @@ class Part:
         return self.table["patient"].to_numpy()
 
     def contents(self):
-        """Yields of each row, for each file: [digest of bytes, of pixels], or [of a plane's middle slice]."""
+        """Yields of each row, for each file: [digest of bytes, of pixels], or [of all slices of a plane]."""
         if self.pictures is not None:
             for places in self.pictures.rows:
                 yield [self.pictures.contents[place] for place in places]
         else:
             for files in self.table["files"]:
-                volumes = [read_volume(file) for file in files]
-                yield [[digest(volume[len(volume) // 2], volume.shape)] for volume in volumes]
+                yield [[digest(read_volume(file))] for file in files]
 
     def rows(self):
         """{ID: (target as text, digest of its files' bytes)}: what each row is, for comparisons."""
@@ -324,30 +323,47 @@ def load(args):
     rows = {name: part.rows() for name, part in parts.items()}
     closed = zip(frames["test"]["ID"], targets_of(frames["test"], labels).tolist(), strict=True)
     rows["test"] = {str(name): (str(target), "") for name, target in closed}
-    train, val = parts["train"], parts["val"]
-    seen = seen_in_training(train, args)
+    train, val, calibration = parts["train"], parts["val"], parts.get("calibration")
+    seen = pictures_of(train) | seen_by_weights(args, frames, notes)
+    if calibration:  # thresholds are learned from it: it knows nothing of training, nor validation of it
+        if count_duplicates(calibration, seen, args, "calibration"):
+            notes.append("the thresholds are learned on rows that are trained on too (--duplicates keep)")
+        seen |= pictures_of(calibration)
     facts = dict(root=str(root), rendered=tables.is_rendered(root), notes=notes, left_out=left_out)
     facts |= dict(unreadable=unreadable, repaired=sorted(repaired), digest=digest(rows))
-    facts["duplicates"] = count_duplicates(val, seen, args)
+    facts["duplicates"] = count_duplicates(val, seen, args, "validation")
     facts["parts"] = {name: len(frame) for name, frame in frames.items()}
     facts["patients"] = {name: frame["patient"].nunique() for name, frame in frames.items()}
     if args.shuffle_labels:
         train.targets = train.targets[np.random.default_rng(args.seed).permutation(len(train))]
     task, family = DATASETS[args.dataset]["task"], DATASETS[args.dataset]["family"]
-    return Data(train, val, labels, task, family, table.ordered, facts, rows, seen, parts.get("calibration"))
+    return Data(train, val, labels, task, family, table.ordered, facts, rows, seen, calibration)
 
 
-def seen_in_training(train, args):
-    """Digests of the training pictures, and of those that a best.pt of --weights was trained on."""
+def pictures_of(part):
+    """Digests of a part's pictures."""
     seen = set()
-    for files in train.contents():
+    for files in part.contents():
         seen.update(*files)
+    return seen
+
+
+def seen_by_weights(args, frames, notes):
+    """Digests of the pictures that a best.pt of --weights was trained on; `notes` says what else is known."""
+    state = {}
     with together():  # the file of --weights may be damaged on one machine alone
         if Path(args.weights).is_file() and not args.resume:  # a resumed run knows what it has seen
             state = load_file(args.weights)
-            if isinstance(state, dict):  # a best.pt, or a trunk's own state_dict
-                seen.update(state.get("seen", []))
-    return seen
+    if not isinstance(state, dict) or "seen" not in state:  # a trunk's own state_dict
+        return set()
+    if state["data"]["rendered"]:
+        notes.append("--weights was trained on RENDERED pictures")
+    if state["args"]["dataset"] == args.dataset:
+        theirs = set(tables.patients_of(state["rows"]["train"]))
+        known = {name for name in frames["val"]["patient"].astype(str) if name in theirs}
+        if known:
+            notes.append(f"--weights was trained on {len(known)} of the validation patients, by their names")
+    return set(state["seen"])
 
 
 def at_training_size(part, args):
@@ -357,11 +373,11 @@ def at_training_size(part, args):
     return replace(part, pictures=decode_files(part.table["files"], args, args.size))
 
 
-def count_duplicates(val, seen, args):
-    """Validation rows of which a picture was trained on; InputError where there are some, unless allowed."""
-    found = at_training_size(val, args).trained_on(seen)
+def count_duplicates(part, seen, args, name):
+    """Rows of a part of which a picture was trained on; InputError where there are some, unless allowed."""
+    found = at_training_size(part, args).trained_on(seen)
     if found and args.duplicates == "stop":
-        problem = f"{len(found)} validation row(s) hold a picture that is in training too: "
+        problem = f"{len(found)} {name} row(s) hold a picture that is in training too: "
         raise InputError(f"{problem}{', '.join(found[:5])}. Remove one of each, or give --duplicates keep")
     return len(found)
 
@@ -399,6 +415,9 @@ def load_part(args, saved, split, root=None, missing="stop"):
         notes.append(f"--data names another folder than the run's; {words}")
     if replaced:
         notes.append(f"{replaced} row(s) have other pictures than in training")
+    trained = rows.keys() & saved["rows"]["train"].keys()
+    if split == "all" and trained:
+        notes.append(f"{len(trained)} row(s), by name, are those it was trained on: no measure of it")
     facts = {"root": str(root), "rendered": tables.is_rendered(root), "notes": notes, "own": own}
     facts["digest"] = saved["data"]["digest"] if own else digest({split: rows})
     facts["trained_on"] = at_training_size(part, args).trained_on(set(saved["seen"]))

@@ -45,6 +45,7 @@ def rows_of_split(net, args):
         asked += [(row, f"{label}-{part.ids()[row]}") for row in rows]
         if not rows:
             print(f"nobody in this part carries {label}")
+    net.rendered |= facts["rendered"]
     return part, sorted(asked)
 
 
@@ -73,18 +74,18 @@ def main(argv=None):
         part.table["ID"] = frame["ID"].to_numpy()
         asked, probs = list(enumerate(part.ids())), net.live(part)
         truth = np.zeros(probs.shape, bool)  # not known
-    rendered = ", trained on RENDERED pictures" if net.rendered else ""
+    rendered = ", RENDERED pictures" if net.rendered else ""
     print(f"{net.title()}{rendered}: {len(dict(asked))} rows")
 
     # A figure for each row, under the name of each label that it was chosen for
-    out = args.out or checkpoint.home_of(checkpoint.find_checkpoint(args.ckpt)) / "heatmaps"
+    out = args.out or checkpoint.home_of(net.path, net.digest) / "heatmaps"
     files, drawn = file_names(stem for _, stem in asked), None
     for (row, _), file in engine.progress(list(zip(asked, files, strict=True)), "heat maps"):
         if row != drawn:
             lines = net.map_rows(part, row, probs[row], np.array(net.names)[truth[row]])
             figure, drawn = figures.heatmaps(lines, net.random_trunk), row
             if net.rendered:
-                figures.mark_rendered(figure, "a network trained on RENDERED pictures")
+                figures.mark_rendered(figure)
         figures.save(figure, out / file)
     print(f"{len(files)} PNGs in {out}")
 

@@ -94,6 +94,9 @@ def main(argv=None):
     # The networks, and what they are asked about
     args = get_args(argv)
     net = predictor.load(args.ckpt, args.device, args.precision, args.workers)
+    places = {folder for one in args.given for folder in (Path(one), *Path(one).resolve().parents[:2])}
+    if any((folder / "rendered.json").exists() for folder in places):
+        print("note: these are RENDERED pictures")
     if net.rendered:
         print(f"{'!' * 84}\n!! {RENDERED}\n{'!' * 84}", flush=True)
     thresholds = net.limits(args.threshold, args.learned)

@@ -73,8 +73,8 @@ class Predictor:
 
     def title(self):
         """What it is called in lines and captions: the run's name, its data set, network and precision."""
-        folder = self.path.resolve().parent  # a run that was moved or copied has its folder's name
-        name = folder.name if (folder / "run.json").exists() else self.args.name
+        path = self.path.resolve()  # a run that was moved or copied has its folder's name
+        name = path.parent.name if checkpoint.is_own(path, self.digest) else self.args.name
         name = f"{name} ({self.args.dataset}, {self.args.model}, {self.precision})"
         if len(self.members) > 1:
             name = f"the mean of {len(self.members)} networks, the first {name}"

@@ -224,6 +224,10 @@ def main(argv=None):
     settings_file = args.dst / "preprocess.json"
     if not settings_file.is_file() or settings_file.read_bytes() != settings:  # older pictures are made again
         cache.replace_file(settings_file, lambda stream: stream.write(settings))
+    for marker in (src / "rendered.json", src.parent / "rendered.json"):
+        if marker.exists():  # what was drawn stays marked
+            content = marker.read_bytes()
+            cache.replace_file(dst / marker.name, lambda stream, content=content: stream.write(content))
     for folder in {target.parent for _, target in jobs}:
         cache.remove_leftovers(folder)
     todo = [job for job in jobs if not is_finished(job, settings_file)]

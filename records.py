@@ -208,6 +208,9 @@ class RunRecords:
         if state["epoch"] < self.args.epochs:
             print(f"stopped: {state['stale']} epochs without a lower validation loss (--patience)")
         print(f"{self.folder}: {place}, {family} scores: {scores}")
+        if Path("run.json").exists():
+            print("the best.pt here stays: it is another run's")
+            return
         try:  # last, because a folder that cannot be written must not cost the scores
             with replacing(Path("best.pt")) as temporary:
                 shutil.copyfile(self.folder / "best.pt", temporary)

@@ -58,10 +58,17 @@ is_chosen() { # is run $1 among the experiments asked for?
     [ ${#chosen[@]} -eq 0 ]
 }
 
+part_of() { # the part that run $1 is tested on: APTOS was published on its test part, the others on validation
+    case "$1" in *aptos-*) echo test ;; *) echo val ;; esac
+}
+
 is_tested() { # is the test in folder $1 one of its best checkpoint, by content?
     local digest; digest=$(sed -n 's/^ *"best_digest": \("[0-9a-f]*"\).*/\1/p' "$1/run.json")
-    grep -qsF "\"digest\": ${digest:-none}" "$1/test_scores.json" && grep -q '"tta": false' "$1/test_scores.json" &&
-        grep -q '"threshold": 0.5,' "$1/test_scores.json" && [ "$(grep -c '"path":' "$1/test_scores.json")" = 1 ]
+    local asked
+    for asked in "\"digest\": ${digest:-none}" '"own": true' "\"split\": \"$(part_of "$1")\"" '"tta": false' '"threshold": 0.5,'; do
+        grep -qsF "$asked" "$1/test_scores.json" || return 1
+    done
+    [ "$(grep -c '"path":' "$1/test_scores.json")" = 1 ]
 }
 
 demo_flags() { # what makes line $1 small; later flags win over its own. Lite0's real weights, where the line does not say none
@@ -91,9 +98,8 @@ begin() { # begin TITLE LOG FOLDER COMMAND...: a job beside what follows; FOLDER
     pids+=($!) titles[${!}]=$1 logs[${!}]=$2 folders[${!}]=$3
 }
 
-begin_test() { # of the run in folder $1; APTOS was published on its test part, the others on validation
-    local part=val; [[ "$1" != *aptos-* ]] || part=test
-    begin "test of $1" "$1/test.log" "" "$PYTHON" test.py --ckpt "$1" --split $part
+begin_test() { # of the run in folder $1
+    begin "test of $1" "$1/test.log" "" "$PYTHON" test.py --ckpt "$1" --split "$(part_of "$1")"
 }
 
 finish_one() { # wait until one of the jobs has ended

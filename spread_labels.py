@@ -131,7 +131,7 @@ def main(argv=None):
         raise InputError("no label reached any picture: raise --neighbors, or take another --kernel")
     sheet = pd.DataFrame({"filename": files[reached], "label": np.array(net.labels)[found[reached]]})
     sheet["confidence"] = confidence[reached]
-    out = (args.out or checkpoint.home_of(checkpoint.find_checkpoint(args.ckpt))) / "pseudo_labels.csv"
+    out = (args.out or checkpoint.home_of(net.path, net.digest)) / "pseudo_labels.csv"
     replace_file(out, lambda stream: sheet.to_csv(stream, index=False, float_format="%.6f"), "w")
 
     # What came of it

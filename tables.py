@@ -94,8 +94,8 @@ def targets_of(frame, labels):
 
 
 def is_rendered(root):
-    """Whether `root` was drawn by render_data.py (its marker file says so)."""
-    return (Path(root) / "rendered.json").exists()
+    """Whether `root` or a folder in it was drawn by render_data.py (its marker file says so)."""
+    return any((place / "rendered.json").exists() for place in (Path(root), *Path(root).glob("*/")))
 
 
 def plain_names(names):
@@ -164,12 +164,17 @@ def read_image_folder(root):
     """{train,val,test}/<class>/picture. The folders' names are the classes, by grade where they hold one."""
     classes = sorted(folder.name for folder in (root / "train").iterdir() if folder.is_dir())
     grades, notes, rows = {grade_of(name) for name in classes}, [], []
-    ordered = None not in grades and len(grades) == len(classes)
-    if ordered:
+    graded = None not in grades and len(grades) == len(classes)
+    if graded:
         classes.sort(key=grade_of)
-    else:
-        order = f"the classes come in alphabetical order: {', '.join(classes)}"
-        notes.append(f"{order}. Their names hold no grades (a number each), so there is no quadratic kappa")
+    # A kappa with squared distances counts classes: of grades 0, 1 and 4 it would take the wrong ones.
+    ordered = graded and max(grades) - min(grades) == len(grades) - 1
+    if not ordered:
+        order = f"the classes come in {'the' if graded else 'alphabetical'} order {', '.join(classes)}"
+        notes.append(f"{order}. Their names hold no grades, or leave some out: there is no quadratic kappa")
+    taken = {"ID", "predicted", "trained_on"}.intersection(classes)  # columns of the sheets of results
+    if taken:
+        raise InputError(f"{root / 'train'}: no class may be called {', '.join(taken)}. Rename the folder")
     for file in sorted(file for part in PARTS for file in (root / part).glob("*/*")):
         part, name = file.parts[-3:-1]
         if name not in classes:
@@ -279,6 +284,13 @@ def add_pseudo_labels(parts, labels, root, path, min_confidence):
     check_rows(path, known, "a picture that is labelled already", names)
     held_out = [*parts["val"]["patient"], *parts["test"]["patient"]]
     check_rows(path, more["patient"].isin(held_out), "a patient of validation or test", names)
+    beside = Path(path).with_name("split.csv")  # of the run whose training pictures the labels come from
+    if beside.is_file():
+        theirs = read_sheet(beside, ["ID", "part"], dtype=str)
+        leaked = set(held_out).intersection(patients_of(theirs["ID"][theirs["part"] == "train"]))
+        if leaked:
+            problem = f"{path} was spread from {len(leaked)} patient(s) of validation or test"
+            raise InputError(f"{problem}: give the split of {beside.parent} (--split-seed, --val-fraction)")
     more = more[confidence >= min_confidence]
     return pd.concat([parts["train"], more], ignore_index=True), len(more)
 
@@ -309,6 +321,9 @@ def given_rows(name, given):
         raise InputError(f"{shown}: this network takes {wanted}; no file twice")
     if name == "odir" and swapped(paths):
         raise InputError(f"{shown}: by their names a right eye, then a left one. Give LEFT RIGHT")
+    names = [path.stem for path in paths]
+    if name == "odir" and all(map(SIDE.search, names)) and len(set(patients_of(names))) > 1:
+        print(f"note: by their names {shown} are eyes of two patients")
     if name in GIVEN:
         return pd.DataFrame({"ID": [ident], "files": [tuple(map(str, paths))]}), False
     names = [path.name for path in paths]

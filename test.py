@@ -4,7 +4,8 @@
 
 prints scikit-learn's classification report and every score with its 95 % bootstrap interval over patients.
 Writes probs.xlsx, ground_truth.xlsx, classification_report.txt, confusion.png, roc.png, samples.png,
-heatmaps.png, reliability.png, test_scores.json (and submission.csv for ODIR) into the folder of the run.
+heatmaps.png, reliability.png, test_scores.json (of ODIR submission.csv, and submission-learned.csv, in which
+0.5 means the learned thresholds) into the folder of the run.
 Another part, threshold or data set gets a folder of its own there. Several checkpoints: their mean.
 """
 
@@ -54,7 +55,6 @@ def evaluate(args, net):
         found.append((part, facts, *member.evaluate(part, mirrored=args.tta)))
     part, facts, loss, _ = found[0]
     every = [one for _, one, *_ in found]  # what is known of a mean is what is known of any of its networks
-    facts["own_of_any"] = any(one["own"] for one in every)
     facts["own"] = all(one["own"] for one in every)
     facts["duplicates"] = len(set().union(*(one["trained_on"] for one in every)))
     facts["notes"] = list(dict.fromkeys(note for one in every for note in one["notes"]))
@@ -65,7 +65,7 @@ def output_folder(args, net, facts):
     """Where the files go: what is not the run's own published result gets a folder of its own."""
     if args.out:
         return args.out
-    home = checkpoint.home_of(checkpoint.find_checkpoint(args.ckpt[0]))
+    home = checkpoint.home_of(net.path, net.digest)
     name = f"test-{args.split}"
     if args.threshold != 0.5:
         name += f"-{args.threshold:g}"
@@ -170,8 +170,8 @@ def shifted_to_half(probs, thresholds):
     return np.where(probs > thresholds, above, np.minimum(shifted, 0.5))
 
 
-def write_files(out, part, probs, net, text):
-    """Sheets and the report -> their names."""
+def write_files(out, part, probs, net, text, learned):
+    """Sheets and the report -> their names; `learned`: a submission by the learned thresholds, too."""
     answers, truths = (part.table[["ID"]].reset_index(drop=True) for _ in range(2))
     answers[net.labels], truths[net.labels] = probs.astype(float), net.truth(part).astype(int)
     checkpoint.write_sheet(out / "probs.xlsx", answers)
@@ -179,10 +179,12 @@ def write_files(out, part, probs, net, text):
     replace_file(out / "classification_report.txt", lambda stream: stream.write(text), "w")
     written = ["probs.xlsx", "ground_truth.xlsx", "classification_report.txt"]
     if net.args.dataset == "odir":
-        if net.thresholds:
-            answers[net.labels] = shifted_to_half(probs.astype(float), np.array(net.thresholds))
         replace_file(out / "submission.csv", lambda stream: answers.to_csv(stream, index=False), "w")
         written.append("submission.csv")
+    if net.args.dataset == "odir" and learned:
+        answers[net.labels] = shifted_to_half(probs.astype(float), np.array(net.thresholds))
+        replace_file(out / "submission-learned.csv", lambda stream: answers.to_csv(stream, index=False), "w")
+        written.append("submission-learned.csv")
     return written
 
 
@@ -198,8 +200,6 @@ def main(argv=None):
     notes = facts["notes"]
     if duplicates:
         notes.append(f"{duplicates} row(s) hold a picture that the network was trained on")
-    if args.split == "all" and facts["own_of_any"]:
-        notes.append("all rows include those it was trained on: these scores are no measure of it")
     for note in notes:
         print(f"note: {note}")
     rendered = facts["rendered"] or net.rendered
@@ -230,12 +230,15 @@ def main(argv=None):
     # Files
     out = output_folder(args, net, facts)
     (out / "test_scores.json").unlink(missing_ok=True)  # until all files are those of this test
-    written = write_files(out, part, probs, net, text)
+    written = write_files(out, part, probs, net, text, LEARNED in result["scores"])
     for name, figure in draw_all(part, probs, chosen, net, args.threshold).items():
         if rendered:
             figures.mark_rendered(figure)
         decides = limits is not None and name in ("confusion.png", "samples.png")
-        figures.caption(figure, f"{about}, threshold {args.threshold:g}" if decides else about)
+        words = f"{about}, threshold {args.threshold:g}" if decides else about
+        if name == "heatmaps.png" and len(net.members) > 1:
+            words += "; the maps are those of the first network"
+        figures.caption(figure, words)
         figures.save(figure, out / name)
         written.append(name)
     checkpoint.save_json(out / "test_scores.json", result)

@@ -225,7 +225,8 @@ def test_real_data_is_not_called_rendered(trained, rendered, tmp_path, capsys):
     capsys.readouterr()
     assert run("--ckpt", tmp_path / "real.pt", rendered("retina") / "test", "--out", tmp_path) == 0
     text = capsys.readouterr().out
-    assert "RENDERED" not in text and "Not a medical device" in text
+    assert "Trained on RENDERED" not in text and "Not a medical device" in text
+    assert "note: these are RENDERED pictures" in text
     assert "trained_on" not in pd.read_csv(tmp_path / "predictions.csv")
 
 

@@ -20,7 +20,7 @@ PYTHON = """#!/usr/bin/env bash
 echo "$(printf '%q ' "$@")" >> calls  # at once: a test runs beside the next training
 [[ ! -f slow || ! "$*" =~ $(cat slow) ]] || exec "$REAL_PYTHON" waits.py "$1"
 script=$1 place=$2
-while [ $# -gt 0 ]; do case "$1" in --name|--resume|--ckpt) folder=runs/${2#runs/} ;; esac; shift; done
+while [ $# -gt 0 ]; do case "$1" in --split) part=$2 ;; --name|--resume|--ckpt) folder=runs/${2#runs/} ;; esac; shift; done
 case "$script" in
     train.py)
         [ ! -f fail ] || exit "$(cat fail)"
@@ -30,7 +30,7 @@ case "$script" in
     render_data.py) mkdir -p "$place"; touch "$place/rendered.json" ;;
     test.py)
         [ ! -f fail_test ] || { echo "error: no eyes"; exit 2; }
-        printf '{"digest": "%s",\\n "path": "",\\n "tta": false,\\n "threshold": 0.5,\\n}' "$(cat digest)" \\
+        printf '{"digest": "%s",\\n "path": "",\\n "own": true,\\n "split": "'$part'",\\n "tta": false,\\n "threshold": 0.5,\\n}' "$(cat digest)" \\
             > "$folder/test_scores.json" ;;
     spread_labels.py) [ ! -f fail_spread ] || exit "$(cat fail_spread)" ;;
 esac

@@ -505,13 +505,13 @@ def test_no_labelled_picture_comes_back_with_a_pseudo_label(tmp_path):
 @pytest.mark.parametrize(
     "folders, labels",
     [
-        (["10", "9", "2"], ["2", "9", "10"]),
-        (["grade 1", "grade 0", "grade 10"], ["grade 0", "grade 1", "grade 10"]),
+        (["10", "9", "8"], ["8", "9", "10"]),
+        (["grade 1", "grade 0", "grade 2"], ["grade 0", "grade 1", "grade 2"]),
         (
             ["Mild", "Moderate", "No_DR", "Proliferate_DR", "Severe"],
             ["No_DR", "Mild", "Moderate", "Severe", "Proliferate_DR"],
         ),
-        (["severe", "No DR", "proliferative-dr"], ["No DR", "severe", "proliferative-dr"]),
+        (["severe", "moderate", "proliferative-dr"], ["moderate", "severe", "proliferative-dr"]),
     ],
 )
 def test_grades_are_put_in_their_order(tmp_path, folders, labels):
@@ -522,6 +522,50 @@ def test_grades_are_put_in_their_order(tmp_path, folders, labels):
     assert table.frame.set_index("ID")["target"].to_dict() == {
         f"train/{name}/{'b.png' if k else 'a.png'}": k for k, name in enumerate(labels)
     }
+
+
+def test_grades_with_a_gap_have_no_quadratic_kappa(tmp_path):
+    """Its squared distances would be those of positions: 0, 1, 2 instead of 0, 1, 4."""
+    for name in ("grade4", "grade0", "grade1"):
+        touch(tmp_path / "train" / name, f"{name}.png")
+    table = read("aptos", tmp_path)
+    assert table.labels == ["grade0", "grade1", "grade4"] and not table.ordered
+    assert "no quadratic kappa" in table.notes[0]
+
+
+@pytest.mark.parametrize("name", ["ID", "predicted", "trained_on"])
+def test_a_class_is_no_column_of_the_results(tmp_path, name):
+    for folder in (name, "other"):
+        touch(tmp_path / "train" / folder, f"{folder}.png")
+    refused(lambda: read("aptos", tmp_path), name, "Rename the folder")
+
+
+def test_eyes_of_two_patients_are_noted(tmp_path, capsys):
+    given_rows("odir", ["0_left.jpg", "10_right.jpg"])
+    assert "eyes of two patients" in capsys.readouterr().out
+    for pair in (["left.jpg", "right.jpg"], ["0_left.jpg", "0_right.jpg"], ["a.jpg", "b.jpg"]):
+        given_rows("odir", pair)
+    assert not capsys.readouterr().out
+
+
+def test_labels_spread_from_pictures_that_are_held_out_here_are_refused(tmp_path):
+    root, csv = tmp_path / "data", tmp_path / "run/pseudo_labels.csv"
+    touch(root / "test", "new.jpg")
+    csv.parent.mkdir()
+    csv.write_text("filename,label,confidence\nnew.jpg,glaucoma,0.9\n")
+    part = pd.DataFrame({"ID": ["1.jpg", "2.jpg"], "patient": ["1", "2"]})
+    parts = {"train": part[:0], "val": part[:1], "test": part[1:]}
+
+    def add():
+        return tables.add_pseudo_labels(parts, ["glaucoma", "normal"], root, csv, 0)[1]
+
+    assert add() == 1
+    split = csv.with_name("split.csv")
+    split.write_text("ID,part\n1.jpg,val\n2.jpg,test\n3.jpg,train\n")
+    assert add() == 1
+    for leaked in ("1.jpg", "2_left.jpg"):
+        split.write_text(f"ID,part\n{leaked},train\n")
+        refused(add, "spread from 1 patient(s) of validation or test")
 
 
 @pytest.mark.parametrize(

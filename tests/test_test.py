@@ -270,12 +270,13 @@ def test_refused(trained, run, tmp_path, capsys):
 
 
 def test_learned_thresholds_are_a_family_of_their_own(trained, run, tmp_path, capsys):
-    """Beside the rule at 0.5, which they do not change; the submission is shifted so that 0.5 means them."""
+    """Beside the rule at 0.5, which they do not change, nor its submission; another one has 0.5 mean them."""
     plain = copied(trained("odir"), tmp_path / "plain")
     learned = copied(trained("odir"), tmp_path / "learned")
     probs_before = predictor.load(plain, "cpu").saved["scores"]
     limits = [0.02, 0.001, 0.3, 0.05, 0.7, 1e-6, 0.01, 0.999]
     changed(learned, learned / "best.pt", thresholds=limits)
+    (learned / "run.json").write_text("{}")  # else another best.pt than its run's
     assert run("--ckpt", plain) == 0 and run("--ckpt", learned) == 0
     first, second = scores_of(plain), scores_of(learned)
     for family in ("per label", "challenge"):
@@ -291,11 +292,20 @@ def test_learned_thresholds_are_a_family_of_their_own(trained, run, tmp_path, ca
     for name, value in by_hand.items():
         assert found[name] is None if np.isnan(value) else found[name] == pytest.approx(value)
     assert found["f1"] != second["scores"]["per label"]["f1"]
-    submission = pd.read_csv(learned / "submission.csv")[labels].to_numpy()
+    submission = pd.read_csv(learned / "submission-learned.csv")[labels].to_numpy()
     assert ((submission > 0.5) == (probs > limits)).all() and (submission > 0.5).any()
+    plain_one = (plain / "submission.csv").read_bytes()
+    assert (learned / "submission.csv").read_bytes() == plain_one
+    assert not (plain / "submission-learned.csv").exists()
+    answers = pd.read_csv(learned / "submission.csv")[labels].to_numpy()
+    assert metrics.challenge_scores(truth, answers) == pytest.approx(
+        second["scores"]["challenge"], nan_ok=True
+    )
     assert set(pd.read_csv(plain / "submission.csv")[labels].round(6).stack()) == set(probs.round(6).ravel())
     assert run("--ckpt", learned, "--threshold", 0.4) == 0
     assert list(scores_of(learned / "test-val-0.4")["scores"]) == ["per label", "challenge"]
+    assert not (learned / "test-val-0.4/submission-learned.csv").exists()
+    assert (learned / "test-val-0.4/submission.csv").read_bytes() == plain_one
     assert probs_before
 
 
