@@ -518,6 +518,57 @@ def test_a_knee_in_two_parts(rendered, tmp_path):
     refused(lambda: dataset.load(arguments.parse(flags)), "1 validation row(s)")
 
 
+def test_another_slice_makes_another_knee(rendered, tmp_path):
+    """Of every slice, not of the middle one that is shown."""
+    root = tmp_path / "mrnet"
+    shutil.copytree(rendered("mrnet"), root)
+    flags = ["--dataset", "mrnet", "--data", str(root), "--size", "72", "--cache", str(tmp_path / "cache")]
+    data = dataset.load(arguments.parse(flags))
+    file = data.val.table["files"].iloc[0][2]
+    volume = np.load(file)
+    volume[0, 128, 128] += 1
+    np.save(file, volume)
+    again = dataset.load(arguments.parse(flags))
+    changed = [name for name, row in again.rows["val"].items() if row != data.rows["val"][name]]
+    assert changed == data.val.ids()[:1]
+
+
+@pytest.mark.parametrize("taken", ["train", "val"])
+def test_calibration_patients_are_in_no_other_part(rendered, tmp_path, taken):
+    root = tmp_path / "odir"
+    shutil.copytree(rendered("odir"), root)
+    flags = ["--data", str(root), "--size", "32", "--workers", "0", "--cache", str(tmp_path / "cache")]
+    flags += ["--calibration-fraction", "0.25"]
+    data = dataset.load(arguments.parse(flags))
+    source = getattr(data, taken).table["files"].iloc[0][0]
+    shutil.copy(source, data.calibration.table["files"].iloc[1][0])
+    name = {"train": "calibration", "val": "validation"}[taken]
+    refused(lambda: dataset.load(arguments.parse(flags)), f"1 {name} row(s)", "--duplicates keep")
+    kept = dataset.load(arguments.parse([*flags, "--duplicates", "keep"]))
+    assert kept.facts["duplicates"] == (taken == "val")
+    assert any("learned on rows that are trained on" in note for note in kept.facts["notes"]) == (
+        taken == "train"
+    )
+
+
+def test_weights_that_know_a_validation_patient_by_name(retina, trained, tmp_path):
+    """Re-encoded, or the other eye: no picture is the same. And what was drawn is said to be."""
+    root, load = retina
+    for file in (root / "train").iterdir():
+        with Image.open(file) as image:
+            image.rotate(90).save(file, quality=70)
+    weights = trained("retina") / "best.pt"
+    notes = load("--weights", weights).facts["notes"]
+    assert any("RENDERED" in note for note in notes) and not any("by their names" in note for note in notes)
+    other = load("--weights", weights, "--split-seed", 7)
+    theirs = set(tables.patients_of(checkpoint.load_checkpoint(weights)["rows"]["train"]))
+    known = theirs.intersection(other.val.patients())
+    assert f"--weights was trained on {len(known)} of the validation patients" in " ".join(
+        other.facts["notes"]
+    )
+    assert known and not other.facts["duplicates"]
+
+
 @needs_real
 def test_no_real_validation_picture_is_in_training(tmp_path):
     """Of all 4 000 pictures by their bytes; by pixels the run itself looks."""
@@ -555,6 +606,9 @@ def test_a_part_comes_back_as_the_run_had_it(finished):
     assert facts["own"] and facts["rendered"] and not facts["left_out"]
     whole, facts = load("all")
     assert len(whole) == sum(map(len, saved["rows"].values())) and facts["own"]
+    assert facts["notes"][-1].startswith(
+        f"{len(saved['rows']['train'])} row(s), by name, are those it was trained"
+    )
     moved, facts = load(root=copy)  # the same rows and labels in another folder
     assert moved.ids() == part.ids() and facts["own"] and "are the run's" in facts["notes"][-1]
     refused(lambda: load("test"), "no test part", "--test-fraction")

@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import preprocess  # noqa: E402
+import tables  # noqa: E402
 from errors import InputError, guard  # noqa: E402
 from preprocess import CircleCrop, FOVExtraction, load_picture, prepare, read_picture  # noqa: E402
 
@@ -420,6 +421,15 @@ def test_a_replaced_source_is_made_again_even_if_it_is_older(tmp_path, source, h
     assert "1 written" in run(source, target, "--size", 64).stdout
     np.testing.assert_array_equal(np.asarray(Image.open(target / "f.bmp")), prepare(picture, "fov", 64))
     assert "6 skipped" in run(source, target, "--size", 64).stdout
+
+
+def test_what_was_drawn_stays_marked(tmp_path, source):
+    (tmp_path / "rendered.json").write_text("{}")  # of the data set whose images/ these are
+    assert run(source, tmp_path / "drawn/images", "--size", 64).returncode == 0
+    assert tables.is_rendered(tmp_path / "drawn/images") and tables.is_rendered(tmp_path / "drawn")
+    (tmp_path / "rendered.json").unlink()
+    assert run(source, tmp_path / "real/images", "--size", 64).returncode == 0
+    assert not tables.is_rendered(tmp_path / "real/images") and not tables.is_rendered(tmp_path / "real")
 
 
 def test_other_settings_are_not_mistaken_for_finished(tmp_path, source):

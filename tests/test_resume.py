@@ -355,6 +355,14 @@ def test_any_number_of_workers_gives_the_same_pictures_and_batches(tmp_path, ren
     same(*batches)
 
 
+def test_the_best_pt_of_the_run_whose_folder_one_works_in_stays(tmp_path, flags):
+    (tmp_path / "run.json").write_text("{}")
+    (tmp_path / "best.pt").write_text("theirs")
+    said = train([*flags(CASES["kept features"])], tmp_path)
+    assert "another run's" in said and (tmp_path / "best.pt").read_text() == "theirs"
+    assert (tmp_path / "runs/x/best.pt").exists()
+
+
 def test_two_runs_of_one_folder_exclude_each_other(tmp_path, flags):
     """--resume of a run that is training, and a second run of the same --name, are refused by name."""
     given = flags(CASES["kept features"])

@@ -259,6 +259,14 @@ def test_a_stale_test_is_made_again(run_all):
     assert len(run_all("3")[0]["test"]) == 1 and not run_all("3")[0]["test"]
 
 
+@pytest.mark.parametrize("old, new", [('"own": true', '"own": false'), ('"split": "val"', '"split": "all"')])
+def test_a_test_of_other_rows_is_made_again(run_all, old, new):
+    run_all("3")
+    scores = run_all.folder / "runs/odir-03/test_scores.json"
+    scores.write_text(scores.read_text().replace(old, new))
+    assert len(run_all("3")[0]["test"]) == 1 and not run_all("3")[0]["test"]
+
+
 def test_a_run_is_told_whose_weights_or_labels_were_made_anew(run_all):
     run_all("retina")
     weights = run_all.folder / "runs/retina-1/best.pt"

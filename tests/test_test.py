@@ -66,6 +66,16 @@ def test_the_run_is_the_folder_that_the_checkpoint_lies_in(trained, run, tmp_pat
     assert {file: file.read_bytes() for file in a.iterdir()} == before
 
 
+def test_a_checkpoint_in_another_runs_folder_keeps_its_name(trained, run, tmp_path, capsys):
+    """`cp runs/b/best.pt runs/a/`: what a had is left alone, and nothing is called a's."""
+    a = copied(trained("odir"), tmp_path / "runs/a")
+    assert run("--ckpt", a) == 0 and "a (odir, v0, fp32)" in capsys.readouterr().out
+    before = scores_of(a)
+    changed(a, a / "best.pt", thresholds=[0.4] * 8)
+    assert run("--ckpt", a) == 0 and "odir (odir, v0, fp32)" in capsys.readouterr().out
+    assert scores_of(a) == before and scores_of(a / "test-best")["checkpoint"] != before["checkpoint"]
+
+
 def test_a_lone_checkpoint_gets_a_folder_beside_it(trained, run, tmp_path):
     shutil.copyfile(trained("odir") / "best.pt", tmp_path / "best.pt")
     shutil.copyfile(trained("odir") / "best.pt", tmp_path / "mine.pt")
