@@ -332,6 +332,26 @@ def test_when_a_run_is_over():
     assert not records.is_over(args, {"epoch": 9, "stale": 9})
 
 
+@pytest.mark.parametrize("bn, fitted", [("fitted", True), ("pretrained", False)])
+def test_statistics_are_fitted_where_that_is_asked(bn, fitted, rendered, tmp_path):
+    """Random weights come with means of 0 and variances of 1."""
+    flags = [
+        "--data",
+        str(rendered("odir")),
+        "--cache",
+        str(tmp_path),
+        *EYES,
+        "--weights",
+        "none",
+        "--bn",
+        bn,
+    ]
+    args = arguments.parse([*flags, "--workers", "0", "--device", "cpu"])
+    built = learner.build_learner(args, dataset.load(args), "fp32", torch.device("cpu"))
+    means = [value for name, value in built.model.state_dict().items() if name.endswith("running_mean")]
+    assert means and all(bool(value.any()) == fitted for value in means)
+
+
 # ---------------------------------------------------------------- what a run says as it begins
 
 
