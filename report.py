@@ -164,14 +164,14 @@ def page_data(runs):
         run["number"] = number
         one = {key: run[key] for key in ("name", "study", "history", "args")}
         told.append(one)
+        if run["truth"] is None:
+            continue
         part = digest(run["digest"], run["part"], run["ids"], run["labels"])[:12]
-        if run["ids"] and part not in parts:  # one data set has one truth: reading all takes twice as long
-            runfolders.read(run, "ground_truth.xlsx", runfolders.read_answers)
-            if run["truth"] is not None:
-                parts[part] = {key: run[key] for key in ("ids", "labels", "families")}
-                parts[part] |= {"truth": run["truth"].tolist(), "ordered": run["info"].get("ordered")}
-                parts[part]["patients"] = np.unique(patients_of(run["ids"]), return_inverse=True)[1].tolist()
-        if part in parts and size < PROBS_BYTES:
+        if part not in parts:
+            parts[part] = {key: run[key] for key in ("ids", "labels", "families")}
+            parts[part] |= {"truth": run["truth"].tolist(), "ordered": run["info"].get("ordered")}
+            parts[part]["patients"] = np.unique(patients_of(run["ids"]), return_inverse=True)[1].tolist()
+        if size < PROBS_BYTES:
             # Three bytes a probability, so rounded that what is above 0.5 stays above 0.5.
             whole = np.ceil(run["probs"].reshape(-1, 1) * (2**24 - 1) - 0.5).astype(">u4")
             packed = whole.view(np.uint8)[:, 1:].tobytes()

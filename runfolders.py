@@ -113,6 +113,8 @@ def read_answers(path, run):
     """probs.xlsx, or ground_truth.xlsx that belongs to it: a row of labels for each ID."""
     import numpy as np  # here, as others below, because --help has to answer at once
 
+    import metrics
+
     sheet = json.loads(kept(path, sheet_as_json))
     ids, labels = [str(name) for name in sheet.pop("ID")], list(sheet)
     values = np.array([*sheet.values()], float).T  # (n, L)
@@ -125,7 +127,14 @@ def read_answers(path, run):
         raise ValueError("it does not fit probs.xlsx")
     if not np.isin(values, (0, 1)).all():
         raise ValueError("it holds other than 0 and 1")
-    run["truth"] = values.astype(int)
+    truth = values.astype(int)
+    for family in run["families"]:
+        asked = family, truth.argmax(1) if family == "classes" else truth, run["probs"], labels
+        scores = metrics.scores(*asked, ordered=run["info"].get("ordered", True))
+        told = [run["scores"].get(PREFIXES[family] + name, math.nan) for name in scores]
+        if not np.allclose([*scores.values()], told, rtol=0, atol=1e-6, equal_nan=True):
+            raise InputError("with probs.xlsx it gives other scores than test_scores.json has")
+    run["truth"] = truth
 
 
 def read_picture(path, run):
@@ -202,19 +211,22 @@ def read_run(folder):
         read(run, "test_scores.json", read_tested)
     if run["tested"]:  # else they are of another checkpoint too
         read(run, "probs.xlsx", read_answers)
+    if run["ids"]:
+        read(run, "ground_truth.xlsx", read_answers)
     return run
 
 
 def why_not(first, second):
     """Why the scores of two runs cannot be compared, or None."""
     for run in (first, second):
-        if not run["ids"]:
-            return f"{run['name']} lacks what test.py writes for its best checkpoint"
-        read(run, "ground_truth.xlsx", read_answers)
+        if run["truth"] is None:
+            return (
+                f"{run['name']} has no sound answers (probs.xlsx, ground_truth.xlsx) of its best checkpoint"
+            )
     if any(first[key] != second[key] for key in ("ids", "labels")):
         return "they were scored on other rows or labels"
-    if first["truth"] is None or second["truth"] is None or (first["truth"] != second["truth"]).any():
-        return "their truth differs, or is damaged"
+    if (first["truth"] != second["truth"]).any():
+        return "their truth differs"
     return None
 
 

@@ -146,7 +146,7 @@ def fake_run(
 
 
 def add_answers(folder, quality, labels="NDG", n=60, ids=None, truth_seed=1):
-    """probs.xlsx and ground_truth.xlsx -> (truth, probs), both (n, L)."""
+    """probs.xlsx, ground_truth.xlsx and their scores in test_scores.json -> (truth, probs), both (n, L)."""
     truth = (np.random.default_rng(truth_seed).random((n, len(labels))) < 0.4).astype(int)
     probs = np.clip(
         quality * truth + np.random.default_rng(sum(folder.name.encode())).random(truth.shape) * 0.7, 0, 1
@@ -155,7 +155,18 @@ def add_answers(folder, quality, labels="NDG", n=60, ids=None, truth_seed=1):
         sheet = pd.DataFrame(values, columns=list(labels))
         sheet.insert(0, "ID", range(n) if ids is None else ids)
         sheet.to_excel(folder / f"{name}.xlsx", index=False)
+    tell_scores(folder, truth, probs)
     return truth, probs
+
+
+def tell_scores(folder, truth, probs, families=("per label", "challenge")):
+    """test_scores.json as test.py writes it of these answers."""
+    classes = truth.argmax(1)
+    found = {
+        name: metrics.scores(name, classes if name == "classes" else truth, probs, "NDG") for name in families
+    }
+    content = json.loads((folder / "test_scores.json").read_text())
+    (folder / "test_scores.json").write_text(json.dumps(content | {"scores": found}))
 
 
 def edit(folder, file, **changes):
@@ -204,8 +215,8 @@ def runs(tmp_path_factory):
     (fake_run(runs, "odir-10") / "train_results.xlsx").write_bytes(b"PK\x03\x04 cut short")
     (fake_run(runs, "odir-08", pictures=True) / "roc.png").write_bytes(b"\x89PNG\r\n\x1a\n cut short")
     fake_run(runs, "control-odir-03", flags={"shuffle_labels": True}, final=0.11)
-    add_answers(runs / "odir-03", 0.3)
-    add_answers(runs / "odir-03-seed43", 0.36)
+    add_answers(runs / "odir-08", 0.3)
+    add_answers(runs / "demo-odir-05", 0.36)
     fake_run(runs, "mine", labels=("N", EVIL, "G"), pictures=True, command=f"python train.py --name '{EVIL}'")
     fake_run(runs, "aptos-1", dataset="aptos", labels=("0", "1", "2", "3", "4"))
     (runs / "features").mkdir()
@@ -575,7 +586,7 @@ def browse(page, tmp_path, width=390, pair=None):
 @pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
 def test_page_in_a_browser_as_wide_as_a_telephone(made, tmp_path):
     _, table, page = made
-    seen, console, urls = browse(page, tmp_path, pair=["odir-03", "odir-03-seed43"])
+    seen, console, urls = browse(page, tmp_path, pair=["odir-08", "demo-odir-05"])
     assert not console and not urls
     assert seen["pictures"] == seen["loaded"] == 2 * 4 - 1, (
         "confusion and ROC of four rows, one of them damaged"
@@ -594,7 +605,7 @@ def test_page_in_a_browser_as_wide_as_a_telephone(made, tmp_path):
 @pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
 def test_page_in_a_browser_at_1280_pixels(made, tmp_path):
     _, table, page = made
-    seen, console, _ = browse(page, tmp_path, width=1280, pair=["odir-03", "mine"])
+    seen, console, _ = browse(page, tmp_path, width=1280, pair=["odir-08", "mine"])
     assert not console and seen["scroll"] <= 1280
     assert seen["right"] <= 1280, "the column final, the headline, is out of view"
     assert seen["hidden"] == seen["missing"] > 30, "what was not run is hidden where anything was run"
@@ -620,18 +631,14 @@ def test_the_page_compares_two_runs_as_metrics_does(tmp_path, family):
             sheet = pd.DataFrame(truth, columns=labels)
             sheet.insert(0, "ID", ids)
             sheet.to_excel(folder / "ground_truth.xlsx", index=False)
-        scores = (
-            {"per label": {"f1": 0.5}, "challenge": {"f1": 0.5}}
-            if family == "per label"
-            else {family: {"f1": 0.5}}
-        )
+        families = ["per label", "challenge"] if family == "per label" else [family]
+        tell_scores(folder, truth, probs, families)
         tested = json.loads((folder / "test_scores.json").read_text())
-        nothing = {"intervals": {}, "trivial": {}, "scores": scores}
-        (folder / "test_scores.json").write_text(json.dumps(tested | nothing))
+        (folder / "test_scores.json").write_text(json.dumps(tested | {"intervals": {}, "trivial": {}}))
         answers.append(probs)
     assert main_of("--runs", runs) == 0
     seen, console, _ = browse((runs / "report.html").read_text(), tmp_path, pair=["odir-03", "odir-11"])
-    assert not console and list(seen["paired"]) == list(scores)
+    assert not console and list(seen["paired"]) == families
     for name, lines in seen["paired"].items():
         y_true = truth.argmax(1) if name == "classes" else truth
         rules = {"labels": labels, "patients": np.arange(n) // 2}
@@ -1212,8 +1219,22 @@ def test_compare_says_why_not(tmp_path, capsys, second, why):
     assert "no scores are compared: " in printed and why in printed and "B less A" not in printed
     edit(pair[1], "test_scores.json", checkpoint={"epoch": 1})
     assert main_of("--runs", tmp_path / "runs", "--compare", *pair) == 0
-    assert "odir-11 lacks what test.py writes for its best checkpoint" in capsys.readouterr().out
+    assert "odir-11 has no sound answers" in capsys.readouterr().out
     assert main_of("--runs", tmp_path / "runs", "--compare", pair[0], tmp_path / "none") == 2
+
+
+@pytest.mark.parametrize("copied", [["probs"], ["probs", "ground_truth"], ["ground_truth"]])
+def test_answers_that_are_not_those_of_the_scores_are_not_compared(tmp_path, capsys, copied):
+    pair = two_runs(tmp_path, truth_seed=2)
+    for name in copied:
+        shutil.copy(pair[0] / f"{name}.xlsx", pair[1])
+    assert main_of("--runs", tmp_path / "runs", "--compare", *pair) == 0
+    printed = capsys.readouterr().out
+    assert "with probs.xlsx it gives other scores than test_scores.json has" in printed
+    assert "no scores are compared: odir-11 has no sound answers" in printed and "B less A" not in printed
+    assert main_of("--runs", tmp_path / "runs") == 0
+    page = (tmp_path / "runs/report.html").read_text()
+    assert page.count('"probs"') == 1 and "other scores than test_scores.json" in page
 
 
 def test_compare_shows_the_photographs(tmp_path, rendered, capsys):
