@@ -66,6 +66,9 @@ def read_info(path, run):
         raise ValueError(f"status {info['status']!r}")
     run |= {"scores": flatten({"": info.get("scores") or {}}), "args": args, "study": str(args["dataset"])}
     run |= {"rows": dict(data["parts"]), "patients": dict(data["patients"]), "digest": data["digest"]}
+    run["notes"] = [str(note) for note in data.get("notes", [])]
+    run["scored"] = int(data["parts"]["val"]), int(data["patients"]["val"])
+    run["duplicates"] = {"val": data.get("duplicates")}
     run |= {"data": "rendered" if data["rendered"] else "real", "shuffled": args.get("shuffle_labels")}
     run |= {"status": info["status"].replace("running", "unfinished"), "info": info}
 
@@ -93,11 +96,12 @@ def read_tested(path, run):
         found[key] = {score: flatten({"": one}, convert) for score, one in (tested.get(name) or {}).items()}
     if tested.get("resamples", 1000) < 1000:
         run["problems"].append(f"its intervals are of {tested['resamples']} resamples alone")
-    if tested.get("duplicates"):
-        run["problems"].append(f"{tested['duplicates']} of its rows hold a picture that it was trained on")
     if tested["rows"] != tested["expected_rows"]:
         run["problems"].append(f"scored {tested['rows']} of the {tested['expected_rows']} rows of its part")
-    run |= found | {"tested": tested, "part": str(tested["split"])}
+    scored = int(tested["rows"]), int(tested["patients"])
+    run |= found | {"tested": tested, "part": str(tested["split"]), "scored": scored}
+    if tested.get("duplicates"):
+        run["duplicates"][run["part"]] = tested["duplicates"]
     # The families in which two runs can be compared: they share the threshold 0.5.
     run["families"] = [family for family in tested["scores"] if "thresholds" not in family]
 
@@ -199,7 +203,7 @@ def read_run(folder):
     bare = re.sub(r"^((demo|control)-)+", "", base)
     run = dict(folder=folder, name=folder.name, bare=bare, base=base, study=bare.split("-")[0])
     run |= dict(status="damaged", data="rendered" if "demo-" in folder.name else "", digest=None, part="val")
-    run |= dict(shuffled="control-" in folder.name, problems=[])
+    run |= dict(shuffled="control-" in folder.name, problems=[], notes=[], scored=("", ""), duplicates={})
     run |= dict.fromkeys(("tested", "history", "rows", "patients", "ids", "labels", "probs", "truth"))
     for key in ("info", "args", "scores", "intervals", "by_label", "label_intervals", "trivial", "pictures"):
         run[key] = {}
@@ -209,6 +213,9 @@ def read_run(folder):
     read(run, "train_results.xlsx", read_history)
     if run["info"]:
         read(run, "test_scores.json", read_tested)
+    for part, count in run["duplicates"].items():
+        if count:
+            run["problems"].append(f"{count} of its {part} rows hold a picture that it was trained on")
     if run["tested"]:  # else they are of another checkpoint too
         read(run, "probs.xlsx", read_answers)
     if run["ids"]:

@@ -60,11 +60,12 @@ def fake_run(
     args |= (
         {"name": name, "seed": int(seed[1]) if seed else 42} | ({"lr": 0.07} if own else {}) | (flags or {})
     )
+    rows = report.PUBLISHED_ROWS[dataset]
     data = {
         "root": "data",
         "digest": "abc",
         "rendered": rendered,
-        "parts": {"train": 80, "val": 20},
+        "parts": {"train": 80, "val": rows},
         "patients": {"train": 80, "val": 19},
         "left_out": 3,
         "repaired": 0,
@@ -116,8 +117,8 @@ def fake_run(
                     "data": {"root": "data", "digest": "abc", "rendered": rendered, "own": True},
                     "split": "val",
                     "threshold": 0.5,
-                    "rows": 20,
-                    "expected_rows": 20,
+                    "rows": rows,
+                    "expected_rows": rows,
                     "patients": 19,
                     "precision": "fp32",
                     "weights": args["weights"],
@@ -814,12 +815,67 @@ def test_what_a_row_says_of_its_figures(tmp_path, capsys):
     fake_run(tmp_path, "odir-05")
     fake_run(tmp_path, "aptos-1", dataset="aptos")
     rows = rows_here(tmp_path)
-    assert "3 of its rows hold a picture that it was trained on" in str(report.problems_of(rows["odir-03"]))
+    assert "3 of its val rows hold a picture that it was trained on" in str(
+        report.problems_of(rows["odir-03"])
+    )
     assert rows["odir-05"]["first"]["name"] == "odir-05"  # not the first of the alphabet
     assert "clinic: not counted: it was scored on other data" in str(report.problems_of(rows["odir-05"]))
     assert "of its validation part" in str(report.problems_of(rows["aptos-1"]))
     report.print_table([rows["odir-03"]])
     assert rows["odir-03"]["n"] == 2 and "(n 1)" in capsys.readouterr().out
+
+
+def test_figures_of_other_data_than_the_published_ones_say_so(tmp_path, capsys):
+    """24 patients of one's own, not the 698 of the publication; no figure was published for a scratch run."""
+    own, few = {"data": {"digest": "own", "parts": {"val": 24}}}, {"rows": 24, "expected_rows": 24}
+    for name in ("odir-03", "odir-05", "odir-06", "dr-resnet18-scratch", "demo-odir-08"):
+        study = "dr" if name.startswith("dr") else "odir"
+        fake_run(tmp_path, name, dataset=study, rendered="demo" in name)
+        if name != "odir-06":
+            edit(tmp_path / name, "run.json", **own)
+            edit(tmp_path / name, "test_scores.json", data={"digest": "own"}, **few)
+    (tmp_path / "odir-05/test_scores.json").unlink()  # not tested: train.py's own scores are shown
+    assert main_of("--runs", tmp_path) == 0
+    lines = capsys.readouterr().out.splitlines()
+    table = pd.read_csv(tmp_path / "results.csv").set_index("experiment")
+    page = rows_of((tmp_path / "report.html").read_text(), "results")[0]
+    told = "24 rows were scored, the published figures are of 698"
+    for name, cell in (
+        ("odir-03", "24 not 698"),
+        ("odir-05", "24 not 698"),
+        ("odir-06", "698"),
+        ("odir-08", "24"),
+    ):
+        place = next(k for k, line in enumerate(lines) if line.startswith(name))
+        assert re.split("  +", lines[place])[3] == cell
+        marked = "not" in cell
+        text = next(row[0] for row in page if row[0].startswith(name))
+        assert (told in lines[place + 1], told in str(table.loc[name, "note"]), told in text) == (marked,) * 3
+        assert table.loc[name, "rows"] == int(cell.split()[0]) and f"{cell.split()[0]} rows scored" in text
+    assert table.loc["odir-03", "patients"] == 19
+    assert "published figures" not in str(table.loc["dr-resnet18-scratch", "note"])
+
+
+def test_what_training_noted_of_its_data_and_kept_duplicates_are_named_before_a_test_too(tmp_path, capsys):
+    """A patient in several parts, a validation picture that is trained on: they make the scores too good."""
+    noted = "20 patient(s), by file name, are in several parts of the split it brings"
+    kept = "2 of its val rows hold a picture that it was trained on"
+    pair = [fake_run(tmp_path, name, tested=False) for name in ("odir-03", "odir-05")]
+    edit(pair[0], "run.json", data={"notes": [noted], "duplicates": 2})
+    assert main_of("--runs", tmp_path) == 0
+    printed, csv = capsys.readouterr().out, (tmp_path / "results.csv").read_text()
+    row = rows_of((tmp_path / "report.html").read_text(), "results")[0][3][0]
+    assert main_of("--runs", tmp_path, "--compare", *pair) == 0
+    for text in (printed, csv, row, capsys.readouterr().out):
+        assert noted in text and text.count(kept) == 1
+    fake_run(tmp_path, "aptos-1", dataset="aptos")
+    edit(tmp_path / "aptos-1", "run.json", data={"duplicates": 2})
+    edit(tmp_path / "aptos-1", "test_scores.json", split="test", duplicates=1)
+    problems = report.problems_of(rows_here(tmp_path)["aptos-1"])
+    assert [problem.split(": ")[1] for problem in problems] == [
+        kept,
+        kept.replace("2 of its val", "1 of its test"),
+    ]
 
 
 def test_scores_of_other_data_or_of_another_part_are_not_averaged(tmp_path):
@@ -891,8 +947,8 @@ def test_rows_scored_stand_beside_the_rows_there_should_be(tmp_path, capsys):
     page = (tmp_path / "runs/report.html").read_text()
     assert "scored 3 of the 24 rows of its part" in capsys.readouterr().out
     short, whole = rows_of(page, "runs")[0]
-    assert short[3] == "val 3 of 24 rows 2 patients" and whole[3] == "val 20 of 20 rows 19 patients"
-    assert whole[2].startswith("train: 80 rows, 80 patients val: 20 rows, 19 patients")
+    assert short[3] == "val 3 of 24 rows 2 patients" and whole[3] == "val 698 of 698 rows 19 patients"
+    assert whole[2].startswith("train: 80 rows, 80 patients val: 698 rows, 19 patients")
     assert page.count('<small class="problem">3 of 24 rows') == 1
 
 
@@ -919,11 +975,12 @@ def test_the_trivial_answer_is_that_of_the_rows_own_classes(tmp_path):
 
 FACTS = {
     "6 epochs": {},
-    "3 rows left out": {},
+    "698 rows scored": {},
+    "20 patient(s), by file name": {"data": {"notes": ["20 patient(s), by file name, are in several parts"]}},
     "random weights": {"args": {"weights": "none"}},
     "trunk efficientnet-lite0": {"trunk_name": "efficientnet-lite0"},
     "in bf16": {"precision": "bf16"},
-    "2 duplicates kept": {"data": {"duplicates": 2}},
+    "2 of its val rows hold a picture that it was trained on": {"data": {"duplicates": 2}},
 }
 
 
