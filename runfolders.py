@@ -132,6 +132,7 @@ def read_answers(path, run):
     if not np.isin(values, (0, 1)).all():
         raise ValueError("it holds other than 0 and 1")
     truth = values.astype(int)
+    # Sheets of another run or test would be compared under this run's name.
     for family in run["families"]:
         asked = family, truth.argmax(1) if family == "classes" else truth, run["probs"], labels
         scores = metrics.scores(*asked, ordered=run["info"].get("ordered", True))
