@@ -288,13 +288,20 @@ def experiments():
     return found
 
 
+def run_file(path, demo):
+    """(run folder, file) of a path, the folder without what run_all.sh adds for --seeds and --demo."""
+    path = Path(str(path))
+    folder = re.sub(r"-seed\d+$", "", path.parent.name)
+    return folder.removeprefix("demo-") if demo else folder, path.name
+
+
 def differences(args, line):
     """What a run's arguments (a dict) have other than an experiment's line: ["lr 0.5 not 0.05", ...]."""
-    told = []
+    told, demo = [], str(args.get("name")).startswith("demo-")
     for name, asked in vars(line).items():
         used = args.get(name, asked)
-        # Of a path the folder of runs may be another, and the run's name may begin with demo-.
-        same = "/" in str(asked) and str(used).endswith(str(asked).partition("/")[2])
+        # Of a path the folder of runs may be another.
+        same = "/" in str(asked) and run_file(used, demo) == run_file(asked, demo)
         if used != asked and not same and name not in WHERE:
             told.append(f"{name.replace('_', ' ')} {used} not {asked}")
     return told

@@ -25,6 +25,8 @@ from errors import InputError, Parser, end_with_parent, guard
 SCORES = "accuracy kappa quadratic_kappa f1 auc final auc_abnormal auc_acl auc_meniscus".split()
 PICTURES = "confusion roc reliability samples heatmaps".split()
 PROBS_BYTES, PAGE_BYTES = 4_500_000, 8_000_000  # room for probabilities, and for all with the pictures
+# How many rows (eye pairs, test pictures, pictures, exams) the published figures are of: docs/results.md
+PUBLISHED_ROWS = {"odir": 698, "aptos": 583, "dr": 7025, "mrnet": 120}
 NOTHING = dict.fromkeys(("published", "measured", "std", "low", "high", "n"))
 
 
@@ -122,6 +124,12 @@ def make_row(entry, runs):
     row |= {key: shown[key] for key in ("status", "data", "differs")}
     if done and entry["study"] == "aptos" and entry["kind"] == "published" and first["part"] != "test":
         first["problems"].append("these scores are of its validation part, the published ones of a test part")
+    row["rows"], row["patients"] = first["scored"] if done else ("", "")
+    row |= {"scored": str(row["rows"]), "notes": first["notes"] if first else []}
+    published = PUBLISHED_ROWS.get(entry["study"]) if entry["kind"] == "published" else None
+    if done and entry["scores"] and row["data"] != "rendered" and published not in (None, row["rows"]):
+        row["scored"] += f" not {published}"
+        first["problems"].append(f"{row['rows']} rows were scored, the published figures are of {published}")
     if done and row["data"] == "rendered":
         row["status"] = "rendered"
     elif done and row["differs"]:
@@ -164,14 +172,14 @@ def page_data(runs):
         run["number"] = number
         one = {key: run[key] for key in ("name", "study", "history", "args")}
         told.append(one)
+        if run["truth"] is None:
+            continue
         part = digest(run["digest"], run["part"], run["ids"], run["labels"])[:12]
-        if run["ids"] and part not in parts:  # one data set has one truth: reading all takes twice as long
-            runfolders.read(run, "ground_truth.xlsx", runfolders.read_answers)
-            if run["truth"] is not None:
-                parts[part] = {key: run[key] for key in ("ids", "labels", "families")}
-                parts[part] |= {"truth": run["truth"].tolist(), "ordered": run["info"].get("ordered")}
-                parts[part]["patients"] = np.unique(patients_of(run["ids"]), return_inverse=True)[1].tolist()
-        if part in parts and size < PROBS_BYTES:
+        if part not in parts:
+            parts[part] = {key: run[key] for key in ("ids", "labels", "families")}
+            parts[part] |= {"truth": run["truth"].tolist(), "ordered": run["info"].get("ordered")}
+            parts[part]["patients"] = np.unique(patients_of(run["ids"]), return_inverse=True)[1].tolist()
+        if size < PROBS_BYTES:
             # Three bytes a probability, so rounded that what is above 0.5 stays above 0.5.
             whole = np.ceil(run["probs"].reshape(-1, 1) * (2**24 - 1) - 0.5).astype(">u4")
             packed = whole.view(np.uint8)[:, 1:].tobytes()
@@ -209,15 +217,15 @@ def write_table(path, rows):
 
     lines = []
     for row in rows:
-        line = {key: row[key] for key in ("study", "experiment", "title", "status", "data", "n")}
+        names = "study experiment title status data n rows patients".split()
+        line = {key: row[key] for key in names}
         for score, cell in row["cells"].items():
             line |= {f"{score}_{what}": value and f"{value:.6g}" for what, value in cell.items()}
         info = row["first"]["info"] if row["first"] else {}
         line |= {key: info.get(key) for key in ("seconds", "command", "commit", "device")}
         line["part"] = row["first"]["part"] if row["n"] else ""
-        kept = (info.get("data") or {}).get("duplicates")
-        kept = f"{kept} validation rows are trained on too" if kept else ""
-        line["note"] = "; ".join(filter(None, [row["note"], kept, *row["differs"], *problems_of(row)]))
+        notes = [row["note"], *row["differs"], *problems_of(row), *row["notes"]]
+        line["note"] = "; ".join(filter(None, notes))
         lines.append(line)
     text = pd.DataFrame(lines, dtype=object).to_csv(index=False)
     replace_file(path, lambda stream: stream.write(text.encode("utf-8", "replace")))
@@ -228,9 +236,9 @@ def print_table(rows):
     names = columns_of(rows)[:4]
     names = ["final", "challenge_final"] if "final" in names else names
     heads = "".join(f"{name.replace('_', ' '):27}" for name in names)
-    print(f"\n{rows[0]['study']}\n{'experiment':27}{'status':13}{'n':4}{heads}".rstrip())
+    print(f"\n{rows[0]['study']}\n{'experiment':27}{'status':13}{'n':4}{'scored':14}{heads}".rstrip())
     for row in rows:
-        line = f"{row['experiment']:26} {row['status']:12} {row['n'] or '–':<4}"
+        line = f"{row['experiment']:26} {row['status']:12} {row['n'] or '–':<4}{row['scored']:14}"
         for name in names:
             cell = row["cells"].get(name, NOTHING)
             spread = "" if cell["std"] is None else f" ± {cell['std']:.4f}"
@@ -241,6 +249,8 @@ def print_table(rows):
             print(f"    ≠ {', '.join(row['differs'])}")
         for problem in problems_of(row):
             print(f"    ! {problem}")
+        for note in row["notes"]:
+            print(f"    note: {note}")
 
 
 def print_comparison(first, second, about):
@@ -255,8 +265,9 @@ def print_comparison(first, second, about):
     if first["digest"] != second["digest"]:
         flags.append("other data, or another split of them")
     print(f"A {first['folder']}\nB {second['folder']}\nflags of B: {', '.join(flags) or 'those of A'}")
-    for problem in first["problems"] + second["problems"]:
-        print(f"    ! {problem}")
+    for run in (first, second):
+        for problem in run["problems"] + run["notes"]:
+            print(f"    ! {run['name']}: {problem}")
     if about["why_not"]:
         print(f"no scores are compared: {about['why_not']}")
         return

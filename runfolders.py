@@ -66,6 +66,9 @@ def read_info(path, run):
         raise ValueError(f"status {info['status']!r}")
     run |= {"scores": flatten({"": info.get("scores") or {}}), "args": args, "study": str(args["dataset"])}
     run |= {"rows": dict(data["parts"]), "patients": dict(data["patients"]), "digest": data["digest"]}
+    run["notes"] = [str(note) for note in data.get("notes", [])]
+    run["scored"] = int(data["parts"]["val"]), int(data["patients"]["val"])
+    run["duplicates"] = {"val": data.get("duplicates")}
     run |= {"data": "rendered" if data["rendered"] else "real", "shuffled": args.get("shuffle_labels")}
     run |= {"status": info["status"].replace("running", "unfinished"), "info": info}
 
@@ -93,11 +96,12 @@ def read_tested(path, run):
         found[key] = {score: flatten({"": one}, convert) for score, one in (tested.get(name) or {}).items()}
     if tested.get("resamples", 1000) < 1000:
         run["problems"].append(f"its intervals are of {tested['resamples']} resamples alone")
-    if tested.get("duplicates"):
-        run["problems"].append(f"{tested['duplicates']} of its rows hold a picture that it was trained on")
     if tested["rows"] != tested["expected_rows"]:
         run["problems"].append(f"scored {tested['rows']} of the {tested['expected_rows']} rows of its part")
-    run |= found | {"tested": tested, "part": str(tested["split"])}
+    scored = int(tested["rows"]), int(tested["patients"])
+    run |= found | {"tested": tested, "part": str(tested["split"]), "scored": scored}
+    if tested.get("duplicates"):
+        run["duplicates"][run["part"]] = tested["duplicates"]
     # The families in which two runs can be compared: they share the threshold 0.5.
     run["families"] = [family for family in tested["scores"] if "thresholds" not in family]
 
@@ -113,6 +117,8 @@ def read_answers(path, run):
     """probs.xlsx, or ground_truth.xlsx that belongs to it: a row of labels for each ID."""
     import numpy as np  # here, as others below, because --help has to answer at once
 
+    import metrics
+
     sheet = json.loads(kept(path, sheet_as_json))
     ids, labels = [str(name) for name in sheet.pop("ID")], list(sheet)
     values = np.array([*sheet.values()], float).T  # (n, L)
@@ -125,7 +131,15 @@ def read_answers(path, run):
         raise ValueError("it does not fit probs.xlsx")
     if not np.isin(values, (0, 1)).all():
         raise ValueError("it holds other than 0 and 1")
-    run["truth"] = values.astype(int)
+    truth = values.astype(int)
+    # Sheets of another run or test would be compared under this run's name.
+    for family in run["families"]:
+        asked = family, truth.argmax(1) if family == "classes" else truth, run["probs"], labels
+        scores = metrics.scores(*asked, ordered=run["info"].get("ordered", True))
+        told = [run["scores"].get(PREFIXES[family] + name, math.nan) for name in scores]
+        if not np.allclose([*scores.values()], told, rtol=0, atol=1e-6, equal_nan=True):
+            raise InputError("with probs.xlsx it gives other scores than test_scores.json has")
+    run["truth"] = truth
 
 
 def read_picture(path, run):
@@ -190,7 +204,7 @@ def read_run(folder):
     bare = re.sub(r"^((demo|control)-)+", "", base)
     run = dict(folder=folder, name=folder.name, bare=bare, base=base, study=bare.split("-")[0])
     run |= dict(status="damaged", data="rendered" if "demo-" in folder.name else "", digest=None, part="val")
-    run |= dict(shuffled="control-" in folder.name, problems=[])
+    run |= dict(shuffled="control-" in folder.name, problems=[], notes=[], scored=("", ""), duplicates={})
     run |= dict.fromkeys(("tested", "history", "rows", "patients", "ids", "labels", "probs", "truth"))
     for key in ("info", "args", "scores", "intervals", "by_label", "label_intervals", "trivial", "pictures"):
         run[key] = {}
@@ -200,21 +214,27 @@ def read_run(folder):
     read(run, "train_results.xlsx", read_history)
     if run["info"]:
         read(run, "test_scores.json", read_tested)
+    for part, count in run["duplicates"].items():
+        if count:
+            run["problems"].append(f"{count} of its {part} rows hold a picture that it was trained on")
     if run["tested"]:  # else they are of another checkpoint too
         read(run, "probs.xlsx", read_answers)
+    if run["ids"]:
+        read(run, "ground_truth.xlsx", read_answers)
     return run
 
 
 def why_not(first, second):
     """Why the scores of two runs cannot be compared, or None."""
     for run in (first, second):
-        if not run["ids"]:
-            return f"{run['name']} lacks what test.py writes for its best checkpoint"
-        read(run, "ground_truth.xlsx", read_answers)
+        if run["truth"] is None:
+            return (
+                f"{run['name']} has no sound answers (probs.xlsx, ground_truth.xlsx) of its best checkpoint"
+            )
     if any(first[key] != second[key] for key in ("ids", "labels")):
         return "they were scored on other rows or labels"
-    if first["truth"] is None or second["truth"] is None or (first["truth"] != second["truth"]).any():
-        return "their truth differs, or is damaged"
+    if (first["truth"] != second["truth"]).any():
+        return "their truth differs"
     return None
 
 

@@ -218,5 +218,22 @@ def test_the_experiments_are_the_lines_of_run_all():
     assert found["odir-14"].crop == 196 and found["dr-resnet18"].drop_last and found["retina-4"].labels
     changed = vars(arguments.parse(["--lr", "0.5", "--batch", "64", "--seed", "7", "--name", "a"]))
     assert arguments.differences(changed, found["odir-03"]) == ["lr 0.5 not 0.05", "batch 64 not 32"]
-    retina = {**vars(found["retina-2"]), "weights": "runs/demo-retina-1/best.pt"}
-    assert not arguments.differences(retina, found["retina-2"])
+
+
+@pytest.mark.parametrize(
+    ("name", "weights", "same"),
+    [
+        ("retina-2", "/disk/runs/retina-1/best.pt", True),
+        ("mine", "runs/retina-1-seed43/best.pt", True),
+        ("demo-retina-2", "runs/demo-retina-1/best.pt", True),
+        ("retina-2", "runs/demo-retina-1/best.pt", False),  # drawn pictures are no start of a real run
+        ("retina-2", "runs/control-retina-1/best.pt", False),
+        ("demo-retina-2", "runs/control-demo-retina-1/best.pt", False),
+        ("retina-2", "elsewhere/my-retina-1/best.pt", False),
+        ("retina-2", "runs/retina-1/last.pt", False),
+    ],
+)
+def test_a_run_starts_from_the_run_that_its_line_names(name, weights, same):
+    line = arguments.experiments()["retina-2"]
+    told = arguments.differences({**vars(line), "name": name, "weights": weights}, line)
+    assert told == ([] if same else [f"weights {weights} not runs/retina-1/best.pt"])

@@ -60,11 +60,12 @@ def fake_run(
     args |= (
         {"name": name, "seed": int(seed[1]) if seed else 42} | ({"lr": 0.07} if own else {}) | (flags or {})
     )
+    rows = report.PUBLISHED_ROWS[dataset]
     data = {
         "root": "data",
         "digest": "abc",
         "rendered": rendered,
-        "parts": {"train": 80, "val": 20},
+        "parts": {"train": 80, "val": rows},
         "patients": {"train": 80, "val": 19},
         "left_out": 3,
         "repaired": 0,
@@ -116,8 +117,8 @@ def fake_run(
                     "data": {"root": "data", "digest": "abc", "rendered": rendered, "own": True},
                     "split": "val",
                     "threshold": 0.5,
-                    "rows": 20,
-                    "expected_rows": 20,
+                    "rows": rows,
+                    "expected_rows": rows,
                     "patients": 19,
                     "precision": "fp32",
                     "weights": args["weights"],
@@ -146,7 +147,7 @@ def fake_run(
 
 
 def add_answers(folder, quality, labels="NDG", n=60, ids=None, truth_seed=1):
-    """probs.xlsx and ground_truth.xlsx -> (truth, probs), both (n, L)."""
+    """probs.xlsx, ground_truth.xlsx and their scores in test_scores.json -> (truth, probs), both (n, L)."""
     truth = (np.random.default_rng(truth_seed).random((n, len(labels))) < 0.4).astype(int)
     probs = np.clip(
         quality * truth + np.random.default_rng(sum(folder.name.encode())).random(truth.shape) * 0.7, 0, 1
@@ -155,7 +156,18 @@ def add_answers(folder, quality, labels="NDG", n=60, ids=None, truth_seed=1):
         sheet = pd.DataFrame(values, columns=list(labels))
         sheet.insert(0, "ID", range(n) if ids is None else ids)
         sheet.to_excel(folder / f"{name}.xlsx", index=False)
+    tell_scores(folder, truth, probs)
     return truth, probs
+
+
+def tell_scores(folder, truth, probs, families=("per label", "challenge")):
+    """test_scores.json as test.py writes it of these answers."""
+    classes = truth.argmax(1)
+    found = {
+        name: metrics.scores(name, classes if name == "classes" else truth, probs, "NDG") for name in families
+    }
+    content = json.loads((folder / "test_scores.json").read_text())
+    (folder / "test_scores.json").write_text(json.dumps(content | {"scores": found}))
 
 
 def edit(folder, file, **changes):
@@ -204,8 +216,8 @@ def runs(tmp_path_factory):
     (fake_run(runs, "odir-10") / "train_results.xlsx").write_bytes(b"PK\x03\x04 cut short")
     (fake_run(runs, "odir-08", pictures=True) / "roc.png").write_bytes(b"\x89PNG\r\n\x1a\n cut short")
     fake_run(runs, "control-odir-03", flags={"shuffle_labels": True}, final=0.11)
-    add_answers(runs / "odir-03", 0.3)
-    add_answers(runs / "odir-03-seed43", 0.36)
+    add_answers(runs / "odir-08", 0.3)
+    add_answers(runs / "demo-odir-05", 0.36)
     fake_run(runs, "mine", labels=("N", EVIL, "G"), pictures=True, command=f"python train.py --name '{EVIL}'")
     fake_run(runs, "aptos-1", dataset="aptos", labels=("0", "1", "2", "3", "4"))
     (runs / "features").mkdir()
@@ -575,7 +587,7 @@ def browse(page, tmp_path, width=390, pair=None):
 @pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
 def test_page_in_a_browser_as_wide_as_a_telephone(made, tmp_path):
     _, table, page = made
-    seen, console, urls = browse(page, tmp_path, pair=["odir-03", "odir-03-seed43"])
+    seen, console, urls = browse(page, tmp_path, pair=["odir-08", "demo-odir-05"])
     assert not console and not urls
     assert seen["pictures"] == seen["loaded"] == 2 * 4 - 1, (
         "confusion and ROC of four rows, one of them damaged"
@@ -594,7 +606,7 @@ def test_page_in_a_browser_as_wide_as_a_telephone(made, tmp_path):
 @pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
 def test_page_in_a_browser_at_1280_pixels(made, tmp_path):
     _, table, page = made
-    seen, console, _ = browse(page, tmp_path, width=1280, pair=["odir-03", "mine"])
+    seen, console, _ = browse(page, tmp_path, width=1280, pair=["odir-08", "mine"])
     assert not console and seen["scroll"] <= 1280
     assert seen["right"] <= 1280, "the column final, the headline, is out of view"
     assert seen["hidden"] == seen["missing"] > 30, "what was not run is hidden where anything was run"
@@ -620,18 +632,14 @@ def test_the_page_compares_two_runs_as_metrics_does(tmp_path, family):
             sheet = pd.DataFrame(truth, columns=labels)
             sheet.insert(0, "ID", ids)
             sheet.to_excel(folder / "ground_truth.xlsx", index=False)
-        scores = (
-            {"per label": {"f1": 0.5}, "challenge": {"f1": 0.5}}
-            if family == "per label"
-            else {family: {"f1": 0.5}}
-        )
+        families = ["per label", "challenge"] if family == "per label" else [family]
+        tell_scores(folder, truth, probs, families)
         tested = json.loads((folder / "test_scores.json").read_text())
-        nothing = {"intervals": {}, "trivial": {}, "scores": scores}
-        (folder / "test_scores.json").write_text(json.dumps(tested | nothing))
+        (folder / "test_scores.json").write_text(json.dumps(tested | {"intervals": {}, "trivial": {}}))
         answers.append(probs)
     assert main_of("--runs", runs) == 0
     seen, console, _ = browse((runs / "report.html").read_text(), tmp_path, pair=["odir-03", "odir-11"])
-    assert not console and list(seen["paired"]) == list(scores)
+    assert not console and list(seen["paired"]) == families
     for name, lines in seen["paired"].items():
         y_true = truth.argmax(1) if name == "classes" else truth
         rules = {"labels": labels, "patients": np.arange(n) // 2}
@@ -807,12 +815,67 @@ def test_what_a_row_says_of_its_figures(tmp_path, capsys):
     fake_run(tmp_path, "odir-05")
     fake_run(tmp_path, "aptos-1", dataset="aptos")
     rows = rows_here(tmp_path)
-    assert "3 of its rows hold a picture that it was trained on" in str(report.problems_of(rows["odir-03"]))
+    assert "3 of its val rows hold a picture that it was trained on" in str(
+        report.problems_of(rows["odir-03"])
+    )
     assert rows["odir-05"]["first"]["name"] == "odir-05"  # not the first of the alphabet
     assert "clinic: not counted: it was scored on other data" in str(report.problems_of(rows["odir-05"]))
     assert "of its validation part" in str(report.problems_of(rows["aptos-1"]))
     report.print_table([rows["odir-03"]])
     assert rows["odir-03"]["n"] == 2 and "(n 1)" in capsys.readouterr().out
+
+
+def test_figures_of_other_data_than_the_published_ones_say_so(tmp_path, capsys):
+    """24 patients of one's own, not the 698 of the publication; no figure was published for a scratch run."""
+    own, few = {"data": {"digest": "own", "parts": {"val": 24}}}, {"rows": 24, "expected_rows": 24}
+    for name in ("odir-03", "odir-05", "odir-06", "dr-resnet18-scratch", "demo-odir-08"):
+        study = "dr" if name.startswith("dr") else "odir"
+        fake_run(tmp_path, name, dataset=study, rendered="demo" in name)
+        if name != "odir-06":
+            edit(tmp_path / name, "run.json", **own)
+            edit(tmp_path / name, "test_scores.json", data={"digest": "own"}, **few)
+    (tmp_path / "odir-05/test_scores.json").unlink()  # not tested: train.py's own scores are shown
+    assert main_of("--runs", tmp_path) == 0
+    lines = capsys.readouterr().out.splitlines()
+    table = pd.read_csv(tmp_path / "results.csv").set_index("experiment")
+    page = rows_of((tmp_path / "report.html").read_text(), "results")[0]
+    told = "24 rows were scored, the published figures are of 698"
+    for name, cell in (
+        ("odir-03", "24 not 698"),
+        ("odir-05", "24 not 698"),
+        ("odir-06", "698"),
+        ("odir-08", "24"),
+    ):
+        place = next(k for k, line in enumerate(lines) if line.startswith(name))
+        assert re.split("  +", lines[place])[3] == cell
+        marked = "not" in cell
+        text = next(row[0] for row in page if row[0].startswith(name))
+        assert (told in lines[place + 1], told in str(table.loc[name, "note"]), told in text) == (marked,) * 3
+        assert table.loc[name, "rows"] == int(cell.split()[0]) and f"{cell.split()[0]} rows scored" in text
+    assert table.loc["odir-03", "patients"] == 19
+    assert "published figures" not in str(table.loc["dr-resnet18-scratch", "note"])
+
+
+def test_what_training_noted_of_its_data_and_kept_duplicates_are_named_before_a_test_too(tmp_path, capsys):
+    """A patient in several parts, a validation picture that is trained on: they make the scores too good."""
+    noted = "20 patient(s), by file name, are in several parts of the split it brings"
+    kept = "2 of its val rows hold a picture that it was trained on"
+    pair = [fake_run(tmp_path, name, tested=False) for name in ("odir-03", "odir-05")]
+    edit(pair[0], "run.json", data={"notes": [noted], "duplicates": 2})
+    assert main_of("--runs", tmp_path) == 0
+    printed, csv = capsys.readouterr().out, (tmp_path / "results.csv").read_text()
+    row = rows_of((tmp_path / "report.html").read_text(), "results")[0][3][0]
+    assert main_of("--runs", tmp_path, "--compare", *pair) == 0
+    for text in (printed, csv, row, capsys.readouterr().out):
+        assert noted in text and text.count(kept) == 1
+    fake_run(tmp_path, "aptos-1", dataset="aptos")
+    edit(tmp_path / "aptos-1", "run.json", data={"duplicates": 2})
+    edit(tmp_path / "aptos-1", "test_scores.json", split="test", duplicates=1)
+    problems = report.problems_of(rows_here(tmp_path)["aptos-1"])
+    assert [problem.split(": ")[1] for problem in problems] == [
+        kept,
+        kept.replace("2 of its val", "1 of its test"),
+    ]
 
 
 def test_scores_of_other_data_or_of_another_part_are_not_averaged(tmp_path):
@@ -884,8 +947,8 @@ def test_rows_scored_stand_beside_the_rows_there_should_be(tmp_path, capsys):
     page = (tmp_path / "runs/report.html").read_text()
     assert "scored 3 of the 24 rows of its part" in capsys.readouterr().out
     short, whole = rows_of(page, "runs")[0]
-    assert short[3] == "val 3 of 24 rows 2 patients" and whole[3] == "val 20 of 20 rows 19 patients"
-    assert whole[2].startswith("train: 80 rows, 80 patients val: 20 rows, 19 patients")
+    assert short[3] == "val 3 of 24 rows 2 patients" and whole[3] == "val 698 of 698 rows 19 patients"
+    assert whole[2].startswith("train: 80 rows, 80 patients val: 698 rows, 19 patients")
     assert page.count('<small class="problem">3 of 24 rows') == 1
 
 
@@ -912,11 +975,12 @@ def test_the_trivial_answer_is_that_of_the_rows_own_classes(tmp_path):
 
 FACTS = {
     "6 epochs": {},
-    "3 rows left out": {},
+    "698 rows scored": {},
+    "20 patient(s), by file name": {"data": {"notes": ["20 patient(s), by file name, are in several parts"]}},
     "random weights": {"args": {"weights": "none"}},
     "trunk efficientnet-lite0": {"trunk_name": "efficientnet-lite0"},
     "in bf16": {"precision": "bf16"},
-    "2 duplicates kept": {"data": {"duplicates": 2}},
+    "2 of its val rows hold a picture that it was trained on": {"data": {"duplicates": 2}},
 }
 
 
@@ -1212,8 +1276,22 @@ def test_compare_says_why_not(tmp_path, capsys, second, why):
     assert "no scores are compared: " in printed and why in printed and "B less A" not in printed
     edit(pair[1], "test_scores.json", checkpoint={"epoch": 1})
     assert main_of("--runs", tmp_path / "runs", "--compare", *pair) == 0
-    assert "odir-11 lacks what test.py writes for its best checkpoint" in capsys.readouterr().out
+    assert "odir-11 has no sound answers" in capsys.readouterr().out
     assert main_of("--runs", tmp_path / "runs", "--compare", pair[0], tmp_path / "none") == 2
+
+
+@pytest.mark.parametrize("copied", [["probs"], ["probs", "ground_truth"], ["ground_truth"]])
+def test_answers_that_are_not_those_of_the_scores_are_not_compared(tmp_path, capsys, copied):
+    pair = two_runs(tmp_path, truth_seed=2)
+    for name in copied:
+        shutil.copy(pair[0] / f"{name}.xlsx", pair[1])
+    assert main_of("--runs", tmp_path / "runs", "--compare", *pair) == 0
+    printed = capsys.readouterr().out
+    assert "with probs.xlsx it gives other scores than test_scores.json has" in printed
+    assert "no scores are compared: odir-11 has no sound answers" in printed and "B less A" not in printed
+    assert main_of("--runs", tmp_path / "runs") == 0
+    page = (tmp_path / "runs/report.html").read_text()
+    assert page.count('"probs"') == 1 and "other scores than test_scores.json" in page
 
 
 def test_compare_shows_the_photographs(tmp_path, rendered, capsys):
