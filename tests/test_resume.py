@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import time
@@ -166,6 +167,21 @@ def test_a_signal_at_any_moment_leaves_what_goes_on(moment, tmp_path, flags, who
     train(command[2:], tmp_path)
     same_runs(whole("kept features", CASES["kept features"]), tmp_path / "runs/x")
     check_best(tmp_path / "runs/x")
+
+
+def test_a_stopped_run_leaves_the_best_network_so_far(tmp_path, flags):
+    """Checkpoints are not written after every epoch; when the run is stopped, best.pt is."""
+    given = [*flags([*FROZEN, "--epochs", "5000", "--keep", "last"])]  # each epoch is the kept one
+    process = begin(given, tmp_path)
+    wait_for(tmp_path, r"(epoch \d.*\s+){20}", process)
+    os.kill(process.pid, signal.SIGTERM)
+    join(process, 60)
+    assert process.exitcode == 143
+    stopped = int(re.search(r"stopped after (\d+) whole", (tmp_path / "out.txt").read_text())[1])
+    best = checkpoint.load_checkpoint(tmp_path / "runs/x/best.pt")
+    assert (
+        best["epoch"] == stopped - 1 >= 19 and run_facts(tmp_path / "runs/x")["best_digest"] == best["digest"]
+    )
 
 
 def test_the_command_line_wins_except_over_shapes(tmp_path, flags):
