@@ -88,7 +88,7 @@ class RunRecords:
         self.folder, self.args, self.data, self.learner, self.state = folder, args, data, learner, state
         self.task = {name: getattr(data, name) for name in ("labels", "task", "family", "ordered")}
         self.due = {}  # name of a checkpoint -> when it is to be written again
-        self.best_digest = None  # of state["best"], once best.pt holds it
+        self.saved_best = self.best_digest = None  # what best.pt holds, and its digest
         remove_leftovers(folder)
         rows = [(name, part) for part, names in data.rows.items() for name in names]
         table = pd.DataFrame(rows, columns=["ID", "part"])
@@ -143,7 +143,7 @@ class RunRecords:
         about |= {"args": vars(self.args), "prior": data.prior(), "rows": data.rows}
         digest = checkpoint.network_digest(weights, best["thresholds"])
         self.save("best", model=weights, digest=digest, seen=self.state["seen"], **about)
-        self.best_digest = digest
+        self.saved_best, self.best_digest = best, digest
 
     def log(self, row):
         for name, value in row.items():
@@ -161,16 +161,14 @@ class RunRecords:
         print(f"{line}  *" if kept else line)
         self.log(row)
         # The best network is in last.pt too, so either file may be some epochs late.
-        if kept:
-            self.best_digest = None
-        if not self.best_digest and time.perf_counter() > self.due.get("best", 0):
+        if self.state["best"] is not self.saved_best and time.perf_counter() > self.due.get("best", 0):
             self.save_best()
         if time.perf_counter() > self.due["last"]:
             self.save_last()
 
     def interrupted(self):
         """Bring best.pt and run.json up to date: last.pt holds the last whole epoch that was written."""
-        if self.state["best"] and not self.best_digest:
+        if self.state["best"] is not self.saved_best:
             self.save_best()
         self.save_facts(status="interrupted")
         whole = self.state["epoch"]
