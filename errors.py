@@ -109,10 +109,10 @@ def guard(main, *args):
             stream.reconfigure(errors="replace", line_buffering=True)
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, terminate)
-    if "END_WITH_PARENT" in os.environ:  # run_all.sh: its scripts must not outlive it, nor theirs them
-        parent, os.environ["END_WITH_PARENT"] = int(os.environ["END_WITH_PARENT"]), str(os.getpid())
-        threading.Thread(target=terminate_without, args=[parent], daemon=True).start()
     try:
+        if "END_WITH_PARENT" in os.environ:  # run_all.sh: its scripts must not outlive it, nor theirs them
+            parent, os.environ["END_WITH_PARENT"] = int(os.environ["END_WITH_PARENT"]), str(os.getpid())
+            threading.Thread(target=terminate_without, args=[parent], daemon=True).start()
         return main(*args) or 0
     except (InputError, FloatingPointError) as error:
         status, message = 2 if isinstance(error, InputError) else 1, f"error: {error}"
