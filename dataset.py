@@ -4,6 +4,7 @@ data = dataset.load(args)                 # args as train.py has them
 images, target = data.train.dataset()[0]  # eye pairs: (2, 3, S, S) in 0..1, and 0/1 per label
 """
 
+import functools
 import subprocess
 import sys
 from collections import ChainMap
@@ -167,25 +168,23 @@ class Part:
     def patients(self):
         return self.table["patient"].to_numpy()
 
+    @functools.cached_property
     def contents(self):
-        """Yields of each row, for each file: [digest of bytes, of pixels], or [of all slices of a plane]."""
-        if self.pictures is not None:
-            for places in self.pictures.rows:
-                yield [self.pictures.contents[place] for place in places]
-        else:
-            for files in self.table["files"]:
-                yield [[digest(read_volume(file))] for file in files]
+        """Of each row, for each file: [digest of its bytes, of its pixels]; of a plane [of all slices]."""
+        if self.pictures is None:  # gigabytes of knees: read once
+            return [[[digest(read_volume(file))] for file in files] for files in self.table["files"]]
+        return [[self.pictures.contents[place] for place in places] for places in self.pictures.rows]
 
     def rows(self):
         """{ID: (target as text, digest of its files' bytes)}: what each row is, for comparisons."""
         rows = {}
-        for name, target, files in zip(self.ids(), self.targets.tolist(), self.contents(), strict=True):
+        for name, target, files in zip(self.ids(), self.targets.tolist(), self.contents, strict=True):
             rows[name] = str(target), digest([first for first, *_ in files])
         return rows
 
     def trained_on(self, seen):
         """IDs of the rows of which a picture is among `seen`: the same bytes, or the same decoded pixels."""
-        rows = zip(self.ids(), self.contents(), strict=True)
+        rows = zip(self.ids(), self.contents, strict=True)
         return [name for name, files in rows if not seen.isdisjoint(chain(*files))]
 
     def subset(self, rows):
@@ -342,10 +341,7 @@ def load(args):
 
 def pictures_of(part):
     """Digests of a part's pictures."""
-    seen = set()
-    for files in part.contents():
-        seen.update(*files)
-    return seen
+    return set().union(*chain(*part.contents))
 
 
 def seen_by_weights(args, frames, notes):

@@ -379,11 +379,11 @@ def test_a_mean_is_as_trained_as_any_of_its_networks(trained, run, tmp_path, cap
     net = predictor.load(one, "cpu")
     part, _ = load_part(net.args, net.saved, "val")
     seen = set(net.saved["seen"])
-    for files in part.contents():
+    for files in part.contents:
         seen.update(*files)
     (tmp_path / "two").mkdir()
     half = set(net.saved["seen"])
-    for files in list(part.contents())[: len(part) // 2]:
+    for files in part.contents[: len(part) // 2]:
         half.update(*files)
     two = changed(one, tmp_path / "two/best.pt", seen=sorted(half))
     three = changed(one, tmp_path / "two/other.pt", seen=sorted((seen - half) | set(net.saved["seen"])))
