@@ -237,7 +237,7 @@ def check_network(args):
         takes = {"odir": "v0, v1, v2 or v3", "mrnet": "mrnet"}.get(name, "a network for one photograph")
         raise InputError(f"--model {model} does not take {name}; expected {takes}")
     if args.trunk != "resnet50" and model not in EYE_MODELS:
-        raise InputError(f"--trunk belongs to --model v0, v1, v2: give --model {args.trunk}")
+        raise InputError(f"--trunk belongs to --model v0 to v3: give --model {args.trunk}")
     if not args.fine_tune and (args.freeze_epochs or args.trunk_lr != 1):
         raise InputError("--freeze-epochs, --trunk-lr: without --fine-tune the trunk does not learn")
     kept_features = args.feature_cache and not args.fine_tune and args.bn != "batch"

@@ -118,12 +118,12 @@ def main(argv=None):
     else:
         path, table = args.out / "predictions.csv", pd.DataFrame({"ID": ids})
         table[net.labels] = probs.astype(float)
-        table["predicted"] = [";".join(np.array(net.labels)[row]) for row in chosen]
+        table["predicted"] = [";".join(np.array(net.labels)[row]) or "none" for row in chosen]
         if net.rendered:
             table["trained_on"] = "RENDERED pictures"
         replace_file(path, lambda stream: table.to_csv(stream, index=False, float_format="%.7f"), "w")
         print(f"{path} written: {len(table)} predicted by {net.title()}.")
-        for label, count in zip(net.labels, chosen.sum(0), strict=True):
+        for label, count in zip(net.names, chosen.sum(0), strict=True):
             print(f"  {label}: {count}")
         if args.figures:
             files = file_names(ids)

@@ -228,9 +228,7 @@ def why_not(first, second):
     """Why the scores of two runs cannot be compared, or None."""
     for run in (first, second):
         if run["truth"] is None:
-            return (
-                f"{run['name']} has no sound answers (probs.xlsx, ground_truth.xlsx) of its best checkpoint"
-            )
+            return f"{run['name']} has no sound answers of its best network: test.py --ckpt {run['folder']}"
     if any(first[key] != second[key] for key in ("ids", "labels")):
         return "they were scored on other rows or labels"
     if (first["truth"] != second["truth"]).any():

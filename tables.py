@@ -66,17 +66,22 @@ def read(name, root, labels=None):
         raise InputError(f"--labels: {name} always has the labels {' '.join(known)}")
     table = READERS[name](root, labels)
     table.ordered = table.ordered and DATASETS[name]["ordered"]
-    # By part, then by ID, in which digits count as numbers: 9_left, 10_left, 10_right.
+    # By part, then by ID, in which digits count as numbers.
     ids, parts = table.frame["ID"], table.frame["given_part"].map(("", *PARTS).index)
     padded = ids
     if not pd.api.types.is_integer_dtype(ids):
-        padded = ids.str.replace("[0-9]+", lambda digits: digits[0].zfill(20), regex=True)
+        padded = ids.map(with_padded_digits)
     table.frame = table.frame.iloc[np.lexsort((ids, padded, parts))].reset_index(drop=True)
     given = table.frame[table.frame["given_part"] != ""]
     astride = (given.groupby("patient")["given_part"].nunique() > 1).sum()
     if astride:
         table.notes.append(f"{astride} patient(s), by file name, are in several parts of the split it brings")
     return table
+
+
+def with_padded_digits(name):
+    """By which 9_left comes before 10_left."""
+    return re.sub("[0-9]+", lambda digits: digits[0].zfill(20), name)
 
 
 def full_names(name, labels):
@@ -144,7 +149,9 @@ def read_odir(root, labels):
 def read_aptos(root, labels):
     """train.csv (id_code, diagnosis) with train_images/, or ImageFolder's {train,val,test}/<class>/."""
     path = root / "train.csv"
-    if not path.exists() and (root / "train").is_dir():
+    if not path.exists():
+        if not (root / "train").is_dir():
+            raise InputError(f"{path} is missing, and so are class folders (train/<class>/, val/<class>/)")
         return read_image_folder(root)
     sheet = read_sheet(path, ["id_code", "diagnosis"], dtype={"id_code": str})
     names = check_names(path, sheet["id_code"], "id_code")
@@ -312,7 +319,7 @@ def given_rows(name, given):
     if len(paths) == 1 and paths[0].suffix.lower() in (".csv", ".xlsx"):
         return rows_of_table(name, paths[0]), True
     if len(paths) == 1 and paths[0].is_dir():
-        rows = sorted(rows_of_folder(name, paths[0]))
+        rows = sorted(rows_of_folder(name, paths[0]), key=lambda row: with_padded_digits(row[0]))
         if not rows:
             raise InputError(f"{shown} holds nothing to predict. This network takes {wanted}")
         return pd.DataFrame(rows, columns=["ID", "files"]), True

@@ -76,8 +76,9 @@ def output_folder(args, net, facts):
     if not facts["own"]:
         root = Path(facts["root"]).resolve()
         name += f"-{root.name}-{digest(str(root))[:6]}"
-    published = "test-test" if net.args.dataset == "aptos" else "test-val"
-    return home if name == published else home / name
+    # APTOS was published on its test part; class folders may have none.
+    published = net.args.dataset == "aptos" and net.saved["rows"].get("test")
+    return home if name == ("test-test" if published else "test-val") else home / name
 
 
 def report_scores(part, probs, net, args):

@@ -1,6 +1,7 @@
 """The report of fake run folders: figures by hand, damage named, and the page in a headless browser."""
 
 import argparse
+import base64
 import html
 import io
 import json
@@ -1188,13 +1189,24 @@ def test_a_run_folder_that_cannot_be_written_is_no_obstacle(tmp_path):
     )
 
 
+def test_the_page_compares_the_probabilities_themselves(tmp_path):
+    """Tiny ones too: rounded they would tie, and the AUC would be another than the terminal's."""
+    folder = fake_run(tmp_path / "runs", "odir-03")
+    add_answers(folder, 0.3)
+    run = runfolders.read_run(folder)
+    run["probs"] = np.float32(run["probs"] * 1e-12)
+    (told,) = report.page_data([run])["runs"]
+    found = np.frombuffer(base64.b64decode(told["probs"]), "<f4").reshape(run["probs"].shape)
+    np.testing.assert_array_equal(found, run["probs"])
+
+
 def test_the_page_stays_small(tmp_path, monkeypatch):
     for k in range(6):
         folder = fake_run(tmp_path / "runs", f"odir-0{k}")
         add_answers(folder, 0.3, n=400)
         big_pictures(folder)
     monkeypatch.setattr(report, "PAGE_BYTES", 200_000)
-    monkeypatch.setattr(report, "PROBS_BYTES", 10_000)
+    monkeypatch.setattr(report, "PROBS_BYTES", 13_000)
     assert main_of("--runs", tmp_path / "runs") == 0
     page = (tmp_path / "runs/report.html").read_text()
     assert 5 <= page.count('src="data:image/webp') < 30 and page.count('"probs"') == 3

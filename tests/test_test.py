@@ -542,6 +542,33 @@ def test_real_photographs(train_here, run, tmp_path):
     )
 
 
+@pytest.mark.parametrize("parts", [("train", "val"), ("train", "val", "test")])
+def test_class_folders_are_scored_on_test_where_they_have_one(parts, rendered, train_here, run, tmp_path):
+    """In the run's folder, where the report looks."""
+    pictures = iter(sorted((rendered("aptos") / "train_images").iterdir()))
+    for part in parts:
+        for name in ("a", "b"):
+            (tmp_path / "mine" / part / name).mkdir(parents=True)
+            for _ in range(4):
+                shutil.copy(next(pictures), tmp_path / "mine" / part / name)
+    flags = [
+        "--dataset",
+        "aptos",
+        "--data",
+        tmp_path / "mine",
+        "--model",
+        "mobilenet_v3_small",
+        "--epochs",
+        1,
+    ]
+    folder = train_here(tmp_path, *flags)
+    assert run("--ckpt", folder) == 0 and run("--ckpt", folder, "--split", "all") == 0
+    home = folder if "test" not in parts else folder / "test-val"
+    assert scores_of(home)["split"] == "val" and (folder / "test-all").is_dir()
+    if "test" in parts:
+        assert run("--ckpt", folder, "--split", "test") == 0 and scores_of(folder)["split"] == "test"
+
+
 # ---------------------------------------------------------------- whose pictures these are
 
 
