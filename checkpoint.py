@@ -25,7 +25,7 @@ from errors import InputError, reading
 FORMAT = 4
 REQUIRED = {"best": "model labels task family ordered rows seen data prior epoch loss scores thresholds"}
 REQUIRED["last"] = "model trunk ema buffers optimizer scaler digest epoch history best stale seconds changes"
-REQUIRED["last"] += " duplicates seen"
+REQUIRED["last"] += " duplicates seen notes"
 
 
 def load_file(path):

@@ -350,15 +350,16 @@ def seen_by_weights(args, frames, notes):
     with together():  # the file of --weights may be damaged on one machine alone
         if Path(args.weights).is_file() and not args.resume:  # a resumed run knows what it has seen
             state = load_file(args.weights)
-    if not isinstance(state, dict) or "seen" not in state:  # a trunk's own state_dict
+    if not isinstance(state, dict) or state.get("kind") != "best":  # a trunk's own state_dict
         return set()
     if state["data"]["rendered"]:
         notes.append("--weights was trained on RENDERED pictures")
     if state["args"]["dataset"] == args.dataset:
         theirs = set(tables.patients_of(state["rows"]["train"]))
-        known = {name for name in frames["val"]["patient"].astype(str) if name in theirs}
-        if known:
-            notes.append(f"--weights was trained on {len(known)} of the validation patients, by their names")
+        for part in [name for name in frames if name != "train"]:
+            known = theirs.intersection(frames[part]["patient"].astype(str))
+            if known:
+                notes.append(f"--weights was trained on {len(known)} of the {part} patients, by their names")
     return set(state["seen"])
 
 

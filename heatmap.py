@@ -84,6 +84,7 @@ def main(argv=None):
         if row != drawn:
             lines = net.map_rows(part, row, probs[row], np.array(net.names)[truth[row]])
             figure, drawn = figures.heatmaps(lines, net.random_trunk), row
+            figures.caption(figure, net.title())
             if net.rendered:
                 figures.mark_rendered(figure)
         figures.save(figure, out / file)

@@ -47,7 +47,8 @@ def open_run(args, stored, data, learner):
     if not stored:
         folder = engine.from_rank0(checkpoint.new_run_folder, args)
         lock = checkpoint.lock_run(folder) if engine.rank() == 0 else None
-        known = {name: data.facts[name] for name in ("digest", "duplicates")} | {"seen": sorted(data.seen)}
+        known = {name: data.facts[name] for name in ("digest", "duplicates", "notes")}
+        known["seen"] = sorted(data.seen)
         return folder, {**NEW_STATE, "history": [], **known}, lock
     folder = Path(args.resume)
     with engine.together():
@@ -55,8 +56,9 @@ def open_run(args, stored, data, learner):
             root = data.facts["root"]
             raise InputError(f"the data in {root} are not those of {folder}: give the same ones")
         learning.restore(args, stored, learner, folder)
-    data.facts["duplicates"] = stored["duplicates"]  # the file of --weights may be another by now, or gone
-    state = {name: stored[name] for name in (*NEW_STATE, "digest", "duplicates", "seen")}
+    # The file of --weights may be another by now, or gone.
+    data.facts |= {name: stored[name] for name in ("duplicates", "notes")}
+    state = {name: stored[name] for name in (*NEW_STATE, "digest", "duplicates", "notes", "seen")}
     return folder, state, stored["lock"]
 
 
@@ -137,7 +139,7 @@ class RunRecords:
         """best.pt: the network as it was in the kept epoch, and all else that test.py needs."""
         best, data, facts = self.state["best"], self.data, self.data.facts
         weights = {**checkpoint.cpu_state(self.learner.model), **best["weights"]}
-        kept = "rendered digest parts patients duplicates".split()
+        kept = "rendered digest parts patients duplicates notes".split()
         about = {name: best[name] for name in ("epoch", "loss", "scores", "thresholds")} | self.task
         about["data"] = {name: facts[name] for name in kept} | {"root": str(Path(facts["root"]).resolve())}
         about |= {"args": vars(self.args), "prior": data.prior(), "rows": data.rows}

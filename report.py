@@ -64,7 +64,9 @@ def make_rows(published, lines, runs):
         if not run["experiment"]:
             run["experiment"] = f"own {run['base']}"
             line = own_lines.setdefault(run["base"], types.SimpleNamespace(**run["args"]))
-            run["differs"] = arguments.differences(run["args"], line)
+            if run["shuffled"] and run["bare"] in lines:
+                line = types.SimpleNamespace(**{**vars(lines[run["bare"]]), "shuffle_labels": True})
+            run["differs"] = arguments.differences(run["args"], line) + (run["info"].get("changes") or [])
             own = {"study": run["study"], "experiment": run["base"], "title": "own run", "kind": "own"}
             if run["shuffled"]:
                 own["title"] = "shuffled-label control: kappa and AUC have to fall to chance"
@@ -125,11 +127,15 @@ def make_row(entry, runs):
     if done and entry["study"] == "aptos" and entry["kind"] == "published" and first["part"] != "test":
         first["problems"].append("these scores are of its validation part, the published ones of a test part")
     row["rows"], row["patients"] = first["scored"] if done else ("", "")
-    row |= {"scored": str(row["rows"]), "notes": first["notes"] if first else []}
+    row |= {"scored": str(row["rows"]), "notes": list(dict.fromkeys(sum([run["notes"] for run in runs], [])))}
     published = PUBLISHED_ROWS.get(entry["study"]) if entry["kind"] == "published" else None
     if done and entry["scores"] and row["data"] != "rendered" and published not in (None, row["rows"]):
         row["scored"] += f" not {published}"
         first["problems"].append(f"{row['rows']} rows were scored, the published figures are of {published}")
+    if done and entry["study"] == "aptos" and entry["kind"] == "published" and "labels" in first["info"]:
+        found = ", ".join(first["info"]["labels"])  # class folders may have any
+        if found != ", ".join("01234"):
+            first["problems"].append(f"its classes are {found}, the published ones the grades 0 to 4")
     if done and row["data"] == "rendered":
         row["status"] = "rendered"
     elif done and row["differs"]:
@@ -264,7 +270,7 @@ def print_comparison(first, second, about):
         flags.append("other data, or another split of them")
     print(f"A {first['folder']}\nB {second['folder']}\nflags of B: {', '.join(flags) or 'those of A'}")
     for run in (first, second):
-        for problem in run["problems"] + run["notes"]:
+        for problem in run["problems"] + run["notes"] + (run["info"].get("changes") or []):
             print(f"    ! {run['name']}: {problem}")
     if about["why_not"]:
         print(f"no scores are compared: {about['why_not']}")

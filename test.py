@@ -57,7 +57,10 @@ def evaluate(args, net):
     every = [one for _, one, *_ in found]  # what is known of a mean is what is known of any of its networks
     facts["own"] = all(one["own"] for one in every)
     facts["duplicates"] = len(set().union(*(one["trained_on"] for one in every)))
-    facts["notes"] = list(dict.fromkeys(note for one in every for note in one["notes"]))
+    notes = [note for one in every for note in one["notes"]]
+    # Also what was known when it was trained: that it had seen validation patients, for example.
+    trained = [note for member in net.members for note in member.saved["data"]["notes"] if note not in notes]
+    facts["notes"] = list(dict.fromkeys([*notes, *(f"in training: {note}" for note in trained)]))
     return part, facts, loss, np.mean([probs for *_, probs in found], axis=0)
 
 
@@ -208,6 +211,8 @@ def main(argv=None):
     details = f"{len(part)} rows, {patients} patients"
     if facts["left_out"]:
         details += f", {facts['left_out']} of {part.expected} left out"
+    if duplicates:
+        details += f", {duplicates} trained on"
     if args.tta:
         details += ", mean with the mirrored pictures"
     about = f"{net.title()}, {where}{' (RENDERED)' if rendered else ''}: {details}"
@@ -230,7 +235,9 @@ def main(argv=None):
 
     # Files
     out = output_folder(args, net, facts)
-    (out / "test_scores.json").unlink(missing_ok=True)  # until all files are those of this test
+    for name in ("test_scores.json", "submission.csv", "submission-learned.csv"):
+        (out / name).unlink(missing_ok=True)  # until all files are those of this test
+    text = f"{about}{'' if limits is None else f', threshold {args.threshold:g}'}\n\n{text}"
     written = write_files(out, part, probs, net, text, LEARNED in result["scores"])
     for name, figure in draw_all(part, probs, chosen, net, args.threshold).items():
         if rendered:

@@ -551,6 +551,12 @@ def test_calibration_patients_are_in_no_other_part(rendered, tmp_path, taken):
     )
 
 
+def test_a_last_pt_is_no_source_of_weights(retina, trained):
+    """It is refused where the network is built; here it is known by what it is."""
+    _, load = retina
+    assert load("--weights", trained("retina") / "last.pt").facts["duplicates"] == 0
+
+
 def test_weights_that_know_a_validation_patient_by_name(retina, trained, tmp_path):
     """Re-encoded, or the other eye: no picture is the same. And what was drawn is said to be."""
     root, load = retina
@@ -563,9 +569,7 @@ def test_weights_that_know_a_validation_patient_by_name(retina, trained, tmp_pat
     other = load("--weights", weights, "--split-seed", 7)
     theirs = set(tables.patients_of(checkpoint.load_checkpoint(weights)["rows"]["train"]))
     known = theirs.intersection(other.val.patients())
-    assert f"--weights was trained on {len(known)} of the validation patients" in " ".join(
-        other.facts["notes"]
-    )
+    assert f"--weights was trained on {len(known)} of the val patients" in " ".join(other.facts["notes"])
     assert known and not other.facts["duplicates"]
 
 

@@ -408,11 +408,11 @@ def test_rows_of_folders_and_command_lines(tmp_path, capsys):
     for name in ("7_LEFT.jpg", "7_right.PNG", "08_left.jpg", "notes.txt", "other.jpg"):
         write(tmp_path / "eyes" / name)
     table, many = tables.given_rows("odir", [tmp_path / "eyes"])
-    assert many and list(table["ID"]) == ["08", "7"]
-    assert table["files"][1] == (str(tmp_path / "eyes/7_LEFT.jpg"), str(tmp_path / "eyes/7_right.PNG"))
-    assert "1 picture(s)" in capsys.readouterr().out and table["files"][0][1].endswith("08_right.*")
+    assert many and list(table["ID"]) == ["7", "08"]  # digits count as numbers
+    assert table["files"][0] == (str(tmp_path / "eyes/7_LEFT.jpg"), str(tmp_path / "eyes/7_right.PNG"))
+    assert "1 picture(s)" in capsys.readouterr().out and table["files"][1][1].endswith("08_right.*")
     table, many = tables.given_rows("aptos", [tmp_path / "eyes"])
-    assert many and list(table["ID"]) == ["08_left.jpg", "7_LEFT.jpg", "7_right.PNG", "other.jpg"]
+    assert many and list(table["ID"]) == ["7_LEFT.jpg", "7_right.PNG", "08_left.jpg", "other.jpg"]
     table, many = tables.given_rows("odir", ["a/5_left.jpg", "b/5_right.jpg"])
     assert not many and table["ID"][0] == "5" and table["files"][0] == ("a/5_left.jpg", "b/5_right.jpg")
     table, many = tables.given_rows("dr", ["a/1.jpg", "b/1.jpg"])

@@ -55,8 +55,8 @@ def fake_run(
     )
     scores = dict.fromkeys(keys, 0.25) | {keys[-1]: final}
     seed = re.search(r"-seed(\d+)$", name)
-    own = name in ("mine",)
     bare = re.sub(r"^((demo|control)-)+|-seed\d+$", "", name)
+    own = bare == "mine"
     args = dict(vars(LINES[line or ("odir-03" if own else bare)]))
     args |= (
         {"name": name, "seed": int(seed[1]) if seed else 42} | ({"lr": 0.07} if own else {}) | (flags or {})
@@ -297,7 +297,7 @@ def test_every_line_of_published_has_a_row_and_a_status(made):
     assert sum(map(len, rows_of(page, "runs"))) == (table["status"] != "not run").sum(), (
         "how each was run: only what was run"
     )
-    assert "33 published experiments and 2 more runs" in " ".join(page.split())
+    assert "33 experiments of the publications and 2 more runs" in " ".join(page.split())
 
 
 def test_damage_is_named_everywhere(made):
@@ -797,6 +797,36 @@ def test_a_mean_says_of_how_many_runs_it_is(tmp_path):
     assert "± 0.0000 (2)" in row[-1], "challenge scores are those of the tested runs alone"
 
 
+def test_a_control_is_compared_with_its_line_and_own_runs_with_what_a_resume_changed(tmp_path, capsys):
+    fake_run(tmp_path / "runs", "control-odir-03", flags={"shuffle_labels": True, "size": 32})
+    fake_run(tmp_path / "runs", "mine", changes=["lr was 0.05 for 3 epochs"])
+    fake_run(tmp_path / "runs", "mine-seed43")
+    assert main_of("--runs", tmp_path / "runs") == 0
+    lines = capsys.readouterr().out.splitlines()
+    after = {line.split()[0]: lines[number + 1] for number, line in enumerate(lines[:-1]) if line}
+    assert after["control-odir-03"] == "    ≠ size 32 not 224"
+    changed = [line for line in lines if line.startswith("mine") and " changed " in line]
+    assert len(changed) == 1 and "    ≠ lr was 0.05 for 3 epochs" in lines
+
+
+def test_notes_of_every_seed_are_shown(tmp_path, capsys):
+    fake_run(tmp_path / "runs", "odir-03")
+    edit(fake_run(tmp_path / "runs", "odir-03-seed43"), "run.json", data=noted("--weights knows 21 patients"))
+    assert main_of("--runs", tmp_path / "runs") == 0
+    assert "note: --weights knows 21 patients" in capsys.readouterr().out
+
+
+def noted(*notes):
+    data = {"digest": "abc", "rendered": False, "parts": {"val": 698}, "patients": {"val": 19}}
+    return {**data, "root": "data", "notes": list(notes)}
+
+
+def test_other_classes_than_the_publications_are_named(tmp_path, capsys):
+    edit(fake_run(tmp_path / "runs", "aptos-1"), "run.json", labels=["cat", "dog", "owl"])
+    assert main_of("--runs", tmp_path / "runs") == 0
+    assert "its classes are cat, dog, owl" in capsys.readouterr().out
+
+
 def test_the_same_seed_twice_is_no_second_seed(tmp_path):
     fake_run(tmp_path, "odir-03", final=0.4)
     fake_run(tmp_path, "copy", line="odir-03", final=0.4)
@@ -870,7 +900,7 @@ def test_what_training_noted_of_its_data_and_kept_duplicates_are_named_before_a_
     for text in (printed, csv, row, capsys.readouterr().out):
         assert noted in text and text.count(kept) == 1
     fake_run(tmp_path, "aptos-1", dataset="aptos")
-    edit(tmp_path / "aptos-1", "run.json", data={"duplicates": 2})
+    edit(tmp_path / "aptos-1", "run.json", data={"duplicates": 2}, labels=list("01234"))
     edit(tmp_path / "aptos-1", "test_scores.json", split="test", duplicates=1)
     problems = report.problems_of(rows_here(tmp_path)["aptos-1"])
     assert [problem.split(": ")[1] for problem in problems] == [

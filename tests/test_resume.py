@@ -290,6 +290,21 @@ def test_a_missing_or_damaged_last_pt_is_refused_and_the_last_good_epoch_named(t
     assert "No epoch of this run can be read" in said
 
 
+def test_what_was_noted_of_the_weights_is_kept(tmp_path, flags, trained):
+    """A resume does not read them again; drawn pictures, and patients that they know, stay noted."""
+    given = flags([*EYES, "--epochs", "1", "--bn", "pretrained", "--duplicates", "keep", "--split-seed", "7"])
+    weights = tmp_path / "weights.pt"
+    shutil.copy(trained("odir") / "best.pt", weights)
+    train([*given, "--weights", weights], tmp_path)
+    before = run_facts(tmp_path / "runs/x")["data"]["notes"]
+    assert any("RENDERED" in note for note in before) and any("by their names" in note for note in before)
+    weights.unlink()
+    shutil.copy(trained("odir") / "best.pt", weights)
+    train(["--resume", "runs/x", "--epochs", "2"], tmp_path)
+    assert run_facts(tmp_path / "runs/x")["data"]["notes"] == before
+    assert load(tmp_path / "runs/x/best.pt")["data"]["notes"] == before
+
+
 def test_other_data_or_another_trunk_is_refused(tmp_path, flags, rendered):
     train([*flags(CASES["kept features"]), "--epochs", "1"], tmp_path)
     other = tmp_path / "other"

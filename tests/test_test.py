@@ -181,7 +181,8 @@ def test_every_file_is_there_and_marked(trained, run, tmp_path, capsys, monkeypa
     assert list(probs["ID"]) == list(truth["ID"]) == list(saved["rows"]["val"])
     targets = [json.loads(target) for target, _ in saved["rows"]["val"].values()]
     assert truth[saved["labels"]].to_numpy().tolist() == targets
-    assert (folder / "classification_report.txt").read_text() in text
+    about, report = (folder / "classification_report.txt").read_text().split("\n\n", 1)
+    assert report in text and about.endswith("val (RENDERED): 8 rows, 8 patients, threshold 0.5")
 
 
 def test_a_network_of_rendered_pictures_marks_what_it_says_of_others(trained, rendered, run, tmp_path):
@@ -283,7 +284,6 @@ def test_learned_thresholds_are_a_family_of_their_own(trained, run, tmp_path, ca
     """Beside the rule at 0.5, which they do not change, nor its submission; another one has 0.5 mean them."""
     plain = copied(trained("odir"), tmp_path / "plain")
     learned = copied(trained("odir"), tmp_path / "learned")
-    probs_before = predictor.load(plain, "cpu").saved["scores"]
     limits = [0.02, 0.001, 0.3, 0.05, 0.7, 1e-6, 0.01, 0.999]
     changed(learned, learned / "best.pt", thresholds=limits)
     (learned / "run.json").write_text("{}")  # else another best.pt than its run's
@@ -316,7 +316,17 @@ def test_learned_thresholds_are_a_family_of_their_own(trained, run, tmp_path, ca
     assert list(scores_of(learned / "test-val-0.4")["scores"]) == ["per label", "challenge"]
     assert not (learned / "test-val-0.4/submission-learned.csv").exists()
     assert (learned / "test-val-0.4/submission.csv").read_bytes() == plain_one
-    assert probs_before
+    out = tmp_path / "one place"  # what another network left there goes
+    for folder in (learned, plain):
+        assert run("--ckpt", folder, "--out", out) == 0
+    assert (out / "submission.csv").exists() and not (out / "submission-learned.csv").exists()
+
+
+def test_what_training_noted_is_said_again(trained, run, tmp_path, capsys):
+    data = checkpoint.load_checkpoint(trained("odir") / "best.pt")["data"]
+    noted = {**data, "notes": ["--weights was trained on 3 of the val patients, by their names"]}
+    assert run("--ckpt", changed(trained("odir"), tmp_path / "best.pt", data=noted)) == 0
+    assert "note: in training: --weights was trained on 3 of the val patients" in capsys.readouterr().out
 
 
 def test_the_shift_to_half_keeps_the_order_of_each_labels_rows():
