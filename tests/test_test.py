@@ -409,6 +409,7 @@ def test_a_mean_is_as_trained_as_any_of_its_networks(trained, run, tmp_path, cap
 def test_while_best_pt_is_rewritten(trained, run, tmp_path):
     """The scores are of the checkpoint whose digest they name, whichever of the two it was."""
     folder = copied(trained("odir"), tmp_path / "run")
+    (folder / "run.json").write_text("{}")  # while a run is training it names no best network
     state = checkpoint.load_checkpoint(folder / "best.pt")
     other = {
         **state,
