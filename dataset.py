@@ -171,9 +171,13 @@ class Part:
     @functools.cached_property
     def contents(self):
         """Of each row, for each file: [digest of its bytes, of its pixels]; of a plane [of all slices]."""
-        if self.pictures is None:  # gigabytes of knees: read once
-            return [[[digest(read_volume(file))] for file in files] for files in self.table["files"]]
-        return [[self.pictures.contents[place] for place in places] for places in self.pictures.rows]
+        rows = []
+        for number, files in enumerate(self.table["files"]):
+            if self.pictures is None:  # gigabytes of knees: read once
+                rows.append([[digest(read_volume(file))] for file in files])
+            else:
+                rows.append([self.pictures.contents[place] for place in self.pictures.rows[number]])
+        return rows
 
     def rows(self):
         """{ID: (target as text, digest of its files' bytes)}: what each row is, for comparisons."""

@@ -133,7 +133,7 @@ def main(argv=None):
     sheet["confidence"] = confidence[reached]
     out = (args.out or checkpoint.home_of(net.path, net.digest)) / "pseudo_labels.csv"
     replace_file(out, lambda stream: sheet.to_csv(stream, index=False, float_format="%.6f"), "w")
-    if not out.with_name("split.csv").exists():  # whose pictures these labels come from: train.py looks
+    if not out.with_name("run.json").exists():  # a run's folder says already whose pictures they come from
         split = pd.DataFrame([(name, part) for part, rows in net.saved["rows"].items() for name in rows])
         split.columns = ["ID", "part"]
         replace_file(out.with_name("split.csv"), lambda stream: split.to_csv(stream, index=False), "w")

@@ -237,13 +237,12 @@ def main(argv=None):
     out = output_folder(args, net, facts)
     for name in ("test_scores.json", "submission.csv", "submission-learned.csv"):
         (out / name).unlink(missing_ok=True)  # until all files are those of this test
-    text = f"{about}{'' if limits is None else f', threshold {args.threshold:g}'}\n\n{text}"
-    written = write_files(out, part, probs, net, text, LEARNED in result["scores"])
+    decided = about if limits is None else f"{about}, threshold {args.threshold:g}"
+    written = write_files(out, part, probs, net, f"{decided}\n\n{text}", LEARNED in result["scores"])
     for name, figure in draw_all(part, probs, chosen, net, args.threshold).items():
         if rendered:
             figures.mark_rendered(figure)
-        decides = limits is not None and name in ("confusion.png", "samples.png")
-        words = f"{about}, threshold {args.threshold:g}" if decides else about
+        words = decided if name in ("confusion.png", "samples.png") else about
         if name == "heatmaps.png" and len(net.members) > 1:
             words += "; the maps are those of the first network"
         figures.caption(figure, words)

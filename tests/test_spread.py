@@ -165,8 +165,11 @@ def test_validation_pictures_and_labels_change_nothing(trained, rendered, tmp_pa
 
 def test_spread_then_train_on(trained, rendered, train_here, tmp_path, capsys):
     ckpt, data = trained("retina") / "best.pt", rendered("retina")
+    (tmp_path / "split.csv").write_text("ID,part\nof another network,train\n")
     assert run("--ckpt", ckpt, "--out", tmp_path, "--cache", tmp_path / "cache") == 0
     text = capsys.readouterr().out
+    split = pd.read_csv(tmp_path / "split.csv", dtype=str)
+    pd.testing.assert_frame_equal(split, pd.read_csv(trained("retina") / "split.csv", dtype=str))
     sheet = pd.read_csv(tmp_path / "pseudo_labels.csv", dtype={"filename": str})
     unlabelled = [Path(file).name for file in unlabelled_pictures(data)]
     assert list(sheet.columns) == ["filename", "label", "confidence"] and set(sheet["filename"]) <= set(
