@@ -77,11 +77,11 @@ class DualResNet(SingleNet):
 
 
 class BothEyes(nn.Module):
-    """Features (B, 2 D) of both eyes side by side -> (B, 2 D): their maximum and their mean."""
+    """Features (B, 2 D) of both eyes side by side -> (B, 2 D): their maximum and their minimum."""
 
     def forward(self, features):
         left, right = features.chunk(2, dim=1)
-        return torch.cat([torch.maximum(left, right), (left + right) / 2], 1)
+        return torch.cat([torch.maximum(left, right), torch.minimum(left, right)], 1)
 
 
 class FloatDepthwise(nn.Module):

@@ -92,12 +92,12 @@ def test_unknown_model():
 
 
 def test_v3_takes_both_eyes_in_any_order():
-    """The maximum and the mean of the two eyes: whichever eye shows it, and twice as much where both do."""
+    """The maximum and the minimum of the two eyes: what either shows, and what both do."""
     model = build_model("v3", 8).eval()
     pair = images(2, 2, 3, 32, 32)
     with torch.no_grad():
         left, right = model.features(pair).chunk(2, 1)
-        both = torch.cat([torch.maximum(left, right), (left + right) / 2], 1)
+        both = torch.cat([torch.maximum(left, right), torch.minimum(left, right)], 1)
         expected = both @ model.classifier[1].weight.T + model.classifier[1].bias
         torch.testing.assert_close(model(pair), expected)
         torch.testing.assert_close(model(pair.flip(1)), model(pair), atol=1e-5, rtol=1e-5)
