@@ -172,7 +172,7 @@ def get_args(argv=None, description=None):
     elif args.bn is None:
         # The original's statistics drifted towards the fundus pictures. Of another trunk than the published
         # one the weights' own are better (docs/results.md).
-        published = args.trunk == "resnet50" and args.model != "efficientnet-lite0"
+        published = args.trunk == "resnet50" and not args.model.startswith("efficientnet-lite0")
         args.bn = "fitted" if published else "pretrained"
     return args, state
 

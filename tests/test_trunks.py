@@ -69,6 +69,24 @@ def test_lite0_is_the_reference_bit_for_bit(size):
 
 
 @needs_weights
+def test_the_features_of_all_blocks_are_those_of_lite0_and_the_means_of_its_maps():
+    plain = build_model("v0", 8, "imagenet", 64, LITE0).eval()
+    blocks = build_model("v0", 8, "imagenet", 64, f"{LITE0}-blocks").eval()
+    torch.testing.assert_close(plain.normalise.mean, blocks.normalise.mean, rtol=0, atol=0)
+    maps, images = [], pictures(2, 64)
+    for block in plain.backbone._blocks:
+        block.register_forward_hook(lambda _, __, output: maps.append(output.mean((2, 3))))
+    with torch.no_grad():
+        last, found = plain.backbone(images), blocks.backbone(images)
+    assert found.shape == (2, 1280 + 1808) and blocks.classifier.in_features == 2 * 3088
+    torch.testing.assert_close(found[:, :1280], last)
+    means = torch.cat([5 * one / one.norm(dim=1, keepdim=True) for one in maps], 1)
+    torch.testing.assert_close(found[:, 1280:], means)
+    with torch.no_grad():
+        torch.testing.assert_close(FastTrunk(blocks.backbone)(images), found, atol=1e-4, rtol=1e-4)
+
+
+@needs_weights
 def test_lite0s_trunk_for_both_eyes_has_its_weights():
     state = lite0_weights()
     model = build_model("v0", 8, "imagenet", 64, LITE0)
@@ -102,6 +120,7 @@ FAMILIES = [
     ("efficientnet_v2_s", 64),
     ("vit_b_16", 224),
     (LITE0, 64),
+    (f"{LITE0}-blocks", 64),
     ("efficientnet-b1", 64),
 ]
 
