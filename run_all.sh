@@ -78,6 +78,7 @@ demo_flags() { # what makes line $1 small; later flags win over its own. Lite0's
         odir-1[3-7]) echo --trunk efficientnet-lite0 --size 64 --epochs 5 --batch 8 --lr 0.01 --precision fp32
                      [[ "$*" != *" --crop "* ]] || echo --crop 56 ;;
         odir-best)   echo --size 64 --crop 56 --epochs 4 --batch 8 --ema 0.9 --precision fp32 ;;
+        odir-best-frozen) echo --size 96 --epochs 8 ;;
         odir-*)      echo --trunk efficientnet-lite0 --size 96 --epochs 8 ;;
         aptos-*)     echo --model efficientnet-lite0 --size 64 --epochs 5 --batch 8 --lr 0.0005 --gamma 0.9 ;;
         dr-*-scratch) echo --size 64 --crop 56 --epochs 2 --freeze-epochs 0 --batch 8 ;;
