@@ -32,8 +32,9 @@ def read_labels(path, binary):
 
     from sheets import as_integers, check_rows, read_sheet
 
-    columns = ["ID", *LABELS]
-    sheet = read_sheet(path, columns, dtype=object)[columns].dropna(how="all")  # blank rows are nothing
+    sheet = read_sheet(path, ["ID", *LABELS], dtype=object)[["ID", *LABELS]].dropna(
+        how="all"
+    )  # no blank rows
     ids = as_integers(path, sheet["ID"], "ID")
     check_rows(path, ids.duplicated(keep=False), "repeated ID", ids)
     numbers = sheet[LABELS].apply(pd.to_numeric, errors="coerce").astype(np.float64)
@@ -50,8 +51,10 @@ def read_pair(ground_truth, predictions):
     for here, there, path in ((truth, answer, predictions), (answer, truth, ground_truth)):
         absent = here.index.difference(there.index)
         if len(absent):
-            lacking = f"lacks {len(absent)} of the {len(here)} IDs of the other file"
-            raise InputError(f"{path} {lacking}, first {', '.join(map(str, absent[:5]))}. Add these patients")
+            first = ", ".join(map(str, absent[:5]))
+            raise InputError(
+                f"{path} lacks {len(absent)} of the {len(here)} IDs of the other file, first {first}"
+            )
     return truth.to_numpy(), answer.loc[truth.index].to_numpy()
 
 
@@ -59,14 +62,13 @@ def main(argv=None):
     args = get_args_parser().parse_args(argv)
     y_true, y_prob = read_pair(args.ground_truth, args.predictions)
     answers = {"these predictions": challenge_scores(y_true, y_prob)}
-    answers.update(trivial_scores(y_true, y_true.mean(axis=0), "challenge"))
+    answers |= trivial_scores(y_true, y_true.mean(axis=0), "challenge")
     print(f"challenge score, all cells flattened: {len(y_true)} patients x 8 labels, positive above 0.5\n")
     print(" " * 20 + "".join(f"{name:>14}" for name in NAMES.values()))
     for name, found in answers.items():
         cells = ["undefined" if np.isnan(found[key]) else f"{found[key]:.4f}" for key in NAMES]
         print(f"{name:20}" + "".join(f"{cell:>14}" for cell in cells))
-    priors = "class priors: every patient gets the labels' frequencies in this ground truth"
-    print(f"\n{priors}. Micro F1 is cell accuracy.")
+    print("\nclass priors: the labels' frequencies in this ground truth. Micro F1 is cell accuracy.")
     for sentence in undefined_scores(y_true, y_prob, LABELS, "challenge"):
         print(f"undefined: {sentence}")
 

@@ -56,23 +56,15 @@ def load_checkpoint(path, kind="best"):
 
 
 def load_last(folder):
-    """last.pt of a run, and under "lock" the run's lock, taken before it is read.
-
-    InputError: another process trains the run; or last.pt is damaged, with the epoch that best.pt holds.
-    """
+    """last.pt of a run, and under "lock" the run's lock, taken before it is read (by rank 0)."""
     folder = Path(folder)
     if not (folder / "run.json").exists() and not (folder / "last.pt").exists():
         raise InputError(f"--resume {folder}: there is no such run folder")
-    lock = lock_run(folder) if os.environ.get("RANK", "0") == "0" else None  # under torchrun: for all
+    lock = lock_run(folder) if os.environ.get("RANK", "0") == "0" else None
     try:
         return {**load_checkpoint(folder / "last.pt", "last"), "lock": lock}
     except InputError as error:
-        best = folder / "best.pt"
-        try:
-            epoch = load_checkpoint(best)["epoch"]
-            left = f"The last good epoch is {epoch}, in {best}: for test.py, or a new run's --weights"
-        except InputError as other:
-            left = f"No epoch of this run can be read ({other}): start a new one, under another --name"
+        left = f"{folder / 'best.pt'}, where that is whole, still serves test.py or a new run's --weights"
         raise InputError(f"{error}. {left}") from error
 
 
@@ -129,23 +121,21 @@ def check_name(args):
     found = {file.name for file in folder.glob("[!.]*")}
     # A run that was stopped before its first checkpoint leaves no more than these.
     if folder.is_file() or found - {"run.json", "split.csv", "repaired.txt"}:
-        advice = f"choose another --name, or go on with --resume {folder}"
-        raise InputError(f"{folder} exists and is never overwritten: {advice}")
+        raise InputError(f"{folder} exists, and is never overwritten: choose another --name, or --resume it")
 
 
 def new_run_folder(args):
     """Make runs/<name>; without a name the first free number. Never an existing one."""
     check_name(args)
-    runs = Path(args.runs)
-    runs.mkdir(parents=True, exist_ok=True)
+    folder = Path(args.runs, args.name or "")
+    folder.mkdir(parents=True, exist_ok=True)
     if args.name:
-        (runs / args.name).mkdir(exist_ok=True)
-        return runs / args.name
+        return folder
     for number in itertools.count(1):
-        folder = runs / f"{args.dataset}-{args.model}-{number:03d}"
+        numbered = folder / f"{args.dataset}-{args.model}-{number:03d}"
         with contextlib.suppress(FileExistsError):
-            folder.mkdir()
-            return folder
+            numbered.mkdir()
+            return numbered
 
 
 def lock_run(folder):
@@ -153,10 +143,9 @@ def lock_run(folder):
     lock = filelock.FileLock(Path(folder) / ".lock", blocking=False)
     try:
         lock.acquire()
+        return lock
     except filelock.Timeout:
-        problem = f"{folder} is being trained by another process: wait for its end, or stop it"
-        raise InputError(problem) from None
-    return lock
+        raise InputError(f"{folder} is being trained by another process: wait for it, or stop it") from None
 
 
 def save_json(path, value):
@@ -168,11 +157,11 @@ def save_json(path, value):
 
 def run_facts(folder):
     """run.json as a dict; an empty one where it is missing or damaged: what it says can be written again."""
-    try:
+    with contextlib.suppress(OSError, ValueError):
         facts = json.loads((Path(folder) / "run.json").read_text())
-    except (OSError, ValueError):
-        return {}
-    return facts if isinstance(facts, dict) else {}
+        if isinstance(facts, dict):
+            return facts
+    return {}
 
 
 def describe_machine(device):
@@ -185,11 +174,10 @@ def describe_machine(device):
 def commit():
     """The commit of the code that runs, with + when files differ from it; "unknown" without git."""
     command = ["git", "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty=+"]
-    folder = Path(__file__).parent
-    try:
-        return subprocess.check_output(command, cwd=folder, stderr=subprocess.DEVNULL, text=True).strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        asked = {"cwd": Path(__file__).parent, "stderr": subprocess.DEVNULL, "text": True}
+        return subprocess.check_output(command, **asked).strip()
+    return "unknown"
 
 
 def write_sheet(path, frame):
@@ -199,11 +187,8 @@ def write_sheet(path, frame):
     buffer = io.BytesIO()  # a zip archive on a full disk complains twice
     with pd.ExcelWriter(buffer, engine="openpyxl") as writer:
         frame.to_excel(writer, index=False, freeze_panes=(1, 0))
-        sheet = writer.book.active
-        for column in sheet.columns:
-            width = max(9, len(str(column[0].value)) + 3)
-            sheet.column_dimensions[column[0].column_letter].width = width
-            for cell in column:
+        for row in writer.book.active.rows:
+            for cell in row:
                 if cell.data_type == "f":
                     cell.data_type = "s"
                 if isinstance(cell.value, float):

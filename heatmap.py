@@ -8,11 +8,10 @@ answer) into heatmaps/ of the run's folder: <picture>.png, or <label>-<ID>.png f
 """
 
 import sys
-from pathlib import Path
 
 import numpy as np
 
-from arguments import add_machine_flags
+from arguments import add_checkpoint_flags
 from cache import file_names
 from errors import InputError, Parser, guard
 
@@ -23,11 +22,8 @@ def get_args_parser():
     add("given", nargs="*", metavar="PICTURE", help="pictures, a folder or a CSV, as predict.py takes them")
     add("--ckpt", required=True, help="a best.pt or a run's folder")
     add("--split", choices=["val", "test", "all"], help="instead of pictures: rows of this part")
-    add("--data", help="with --split: another folder of the same layout (default: the run's)")
     add("--per-label", type=int, default=8, help="with --split: the first so many rows that carry each label")
-    add("--out", type=Path, help="folder for the PNGs (default: heatmaps/ in the run's folder)")
-    add_machine_flags(parser, precision=None)
-    add("--cache", default="cache", help="folder of kept pictures and features")
+    add_checkpoint_flags(parser, "the PNGs")
     return parser
 
 
@@ -35,25 +31,23 @@ def rows_of_split(net, args):
     """The first --per-label rows that carry each label -> (Part, [(row, file's stem)])."""
     import dataset
 
-    net.args.cache = args.cache
-    part, facts = dataset.load_part(net.args, net.saved, args.split, args.data, net.args.missing)
+    net.args.cache, missing = args.cache, args.missing or net.args.missing
+    part, facts = dataset.load_part(net.args, net.saved, args.split, args.data, missing)
     for note in facts["notes"]:
         print(f"note: {note}")
-    asked = []
+    net.rendered, asked = net.rendered or facts["rendered"], []
     for label, carried in zip(net.labels, net.truth(part).T, strict=True):
         rows = carried.nonzero()[0][: args.per_label].tolist()
         asked += [(row, f"{label}-{part.ids()[row]}") for row in rows]
         if not rows:
             print(f"nobody in this part carries {label}")
-    net.rendered |= facts["rendered"]
     return part, sorted(asked)
 
 
 def main(argv=None):
     args = get_args_parser().parse_args(argv)
     if bool(args.given) == bool(args.split) or args.data and not args.split or args.per_label < 1:
-        rule = "--data goes with --split, --per-label is 1 or more"
-        raise InputError(f"expected either pictures or --split; {rule}")
+        raise InputError("either pictures or --split; --data goes with --split, --per-label is 1 or more")
     import checkpoint
     import engine
     import figures
@@ -69,13 +63,11 @@ def main(argv=None):
         frame, _ = tables.given_rows(net.args.dataset, args.given)
         part, faults = net.open_rows(list(frame["files"]))
         if faults:
-            shown = "; ".join(list(faults.values())[:5])
-            raise InputError(f"{len(faults)} of {len(frame)} cannot be read: {shown}")
+            raise InputError(f"{len(faults)} cannot be read: {'; '.join(list(faults.values())[:5])}")
         part.table["ID"] = frame["ID"].to_numpy()
         asked, probs = list(enumerate(part.ids())), net.live(part)
         truth = np.zeros(probs.shape, bool)  # not known
-    rendered = ", RENDERED pictures" if net.rendered else ""
-    print(f"{net.title()}{rendered}: {len(dict(asked))} rows")
+    print(f"{net.title()}{', RENDERED pictures' if net.rendered else ''}: {len(dict(asked))} rows")
 
     # A figure for each row, under the name of each label that it was chosen for
     out = args.out or checkpoint.home_of(net.path, net.digest) / "heatmaps"
