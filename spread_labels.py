@@ -120,8 +120,6 @@ def main(argv=None):
     print(f"{(~unlabelled).sum()} labelled training pictures, {unlabelled.sum()} unlabelled, {missed}")
     for label, count in sheet["label"].value_counts().reindex(net.labels, fill_value=0).items():
         print(f"  {label}: {count}")
-    quartiles = sheet["confidence"].quantile([0, 0.25, 0.5, 0.75, 1])
-    print("confidence, quartiles: " + " ".join(f"{value:.3f}" for value in quartiles))
     print(f"{out} written, for train.py --pseudo-labels {out}")
 
 
