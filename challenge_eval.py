@@ -32,15 +32,15 @@ def read_labels(path, binary):
 
     from sheets import as_integers, check_rows, read_sheet
 
-    sheet = read_sheet(path, ["ID", *LABELS], dtype=object)
-    sheet = sheet[["ID", *LABELS]].dropna(how="all")  # blank rows are nothing
+    columns = ["ID", *LABELS]
+    sheet = read_sheet(path, columns, dtype=object)[columns].dropna(how="all")  # blank rows are nothing
     ids = as_integers(path, sheet["ID"], "ID")
     check_rows(path, ids.duplicated(keep=False), "repeated ID", ids)
     numbers = sheet[LABELS].apply(pd.to_numeric, errors="coerce").astype(np.float64)
-    good = numbers.isin([0, 1]) if binary else (numbers >= 0) & (numbers <= 1)
-    expected = "0 or 1" if binary else "a number from 0 to 1"
     for label in LABELS:
-        check_rows(path, ~good[label], f"column {label} that is not {expected}", sheet[label])
+        good = numbers[label].isin([0, 1]) if binary else numbers[label].between(0, 1)
+        expected = "0 or 1" if binary else "a number from 0 to 1"
+        check_rows(path, ~good, f"column {label} that is not {expected}", sheet[label])
     return numbers.set_index(ids)
 
 
@@ -50,10 +50,8 @@ def read_pair(ground_truth, predictions):
     for here, there, path in ((truth, answer, predictions), (answer, truth, ground_truth)):
         absent = here.index.difference(there.index).tolist()
         if absent:
-            count = f"{len(absent)} of the {len(here)} IDs"
-            raise InputError(
-                f"{path} lacks {count} of the other file, first {absent[:5]}. Add these patients"
-            )
+            count = f"{len(absent)} of the {len(here)} IDs of the other file"
+            raise InputError(f"{path} lacks {count}, first {absent[:5]}. Add these patients")
     return truth.to_numpy(), answer.loc[truth.index].to_numpy()
 
 

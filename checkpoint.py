@@ -27,9 +27,6 @@ FORMAT = 4  # raise it where a checkpoint holds other things than before
 
 def load_file(path):
     """A file of torch.save, checksums compared, nothing unpickled but tensors and plain containers."""
-    path = Path(path)
-    if not path.is_file():
-        raise InputError(f"{path}: there is no such checkpoint")
     with reading(path, "a checkpoint"):
         if zipfile.is_zipfile(path):  # torch does not compare the checksums that it writes
             with zipfile.ZipFile(path) as archive:
@@ -98,8 +95,8 @@ def is_own(path, digest):
 
 
 def home_of(path, digest):
-    """Where files about a checkpoint go: into its folder where that is its run's, else into one beside it."""
-    # No path that is stored in a checkpoint is ever written to.
+    """Where files about a checkpoint go: into its folder where that is its run's, else into one beside it;
+    never to a path that is stored in it."""
     return path.parent if is_own(path, digest) else path.with_name(f"test-{path.stem}")
 
 

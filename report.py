@@ -5,8 +5,8 @@
 
 A run belongs to the experiment whose line in run_all.sh it ran, whatever its folder is called. What differs
 from that line, what is stale, damaged or rendered is named. --compare prints the flags in which two runs
-differ, the paired difference of every score with its 95 % interval and the ten rows they disagree on most,
-and writes runs/compare.html with their curves.
+differ, every score's paired difference with its 95 % interval and the ten rows they disagree on most, and
+writes runs/compare.html with their curves.
 """
 
 import base64
@@ -21,8 +21,6 @@ import arguments
 import runfolders
 from errors import InputError, Parser, end_with_parent, guard
 
-# The order in which scores are shown.
-SCORES = "accuracy kappa quadratic_kappa f1 auc final auc_abnormal auc_acl auc_meniscus".split()
 PICTURES = "confusion roc reliability samples heatmaps".split()
 PROBS_BYTES, PAGE_BYTES = 6_000_000, 9_000_000  # room for probabilities, and for all with the pictures
 NOTHING = dict.fromkeys(("published", "measured", "std", "low", "high", "n"))
@@ -148,11 +146,9 @@ def make_row(entry, runs):
 
 
 def columns_of(rows, prefix=""):
-    """The scores of a family ("", "challenge_", "learned_") that any of the rows has, in their order."""
+    """The scores of a family ("", "challenge_", "learned_") of any of the rows, as published.csv goes."""
     found = dict.fromkeys(score for row in rows for score in row["cells"])
-    mine = [name for name in found if name.startswith(prefix or ("challenge_", "learned_")) == bool(prefix)]
-    order = [prefix + name for name in SCORES]
-    return sorted(mine, key=lambda name: order.index(name) if name in order else len(order))
+    return [name for name in found if name.startswith(prefix or ("challenge_", "learned_")) == bool(prefix)]
 
 
 def show(value, digits=4):
@@ -260,9 +256,13 @@ def print_comparison(first, second):
     for run in (first, second):
         for problem in run["problems"] + run["notes"] + run["changes"]:
             print(f"    ! {run['name']}: {problem}")
-    why_not = runfolders.why_not(first, second)
-    if why_not:
-        print(f"no scores are compared: {why_not}")
+    for run in (first, second):
+        if run["truth"] is None:
+            print(f"no scores are compared: {run['name']} has no sound answers of its best network (test.py)")
+            return
+    same = all(first[key] == second[key] for key in ("ids", "labels"))
+    if not same or (first["truth"] != second["truth"]).any():
+        print("no scores are compared: they were scored on other rows or labels, or their truth differs")
         return
     rules = dict(patients=patients_of(first["ids"]), labels=first["labels"], ordered=first["ordered"])
     for family in first["families"]:

@@ -209,13 +209,3 @@ def read_run(folder):
     if run["ids"]:
         read(run, "ground_truth.xlsx", read_answers)
     return run
-
-
-def why_not(first, second):
-    """Why the scores of two runs cannot be compared, or None."""
-    for run in (first, second):
-        if run["truth"] is None:
-            return f"{run['name']} has no sound answers of its best network: test.py --ckpt {run['folder']}"
-    if any(first[key] != second[key] for key in ("ids", "labels")):
-        return "they were scored on other rows or labels"
-    return "their truth differs" if (first["truth"] != second["truth"]).any() else None

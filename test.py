@@ -3,10 +3,9 @@
     python test.py --ckpt best.pt
 
 prints scikit-learn's classification report and every score with its 95 % bootstrap interval over patients.
-Writes probs.xlsx, ground_truth.xlsx, classification_report.txt, confusion.png, roc.png, samples.png,
-heatmaps.png, reliability.png, test_scores.json (of ODIR submission.csv, and submission-learned.csv, in which
-0.5 means the learned thresholds) into the folder of the run.
-Another part, threshold or data set gets a folder of its own there. Several checkpoints: their mean.
+Writes them, probs.xlsx, ground_truth.xlsx and five pictures into the run's folder (of ODIR submission.csv and
+submission-learned.csv too, in which 0.5 means the learned thresholds). Another part, threshold or data set
+gets a folder of its own there. Several checkpoints: their mean.
 """
 
 import sys

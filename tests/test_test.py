@@ -270,7 +270,7 @@ def test_refused(trained, run, tmp_path, capsys):
         ([trained("retina"), "--threshold", 0.4], "exclude each other"),
         ([trained("odir"), "--threshold", 1.4], "0 to 1"),
         ([trained("odir"), trained("retina")], "other labels"),
-        ([tmp_path / "none"], "no such checkpoint"),
+        ([tmp_path / "none"], "none is missing"),
         ([trained("odir") / "last.pt"], "not a best.pt"),
     ):
         assert run("--ckpt", *arguments) == 2
