@@ -116,15 +116,16 @@ def check_name(args):
 def new_run_folder(args):
     """Make runs/<name>; without a name the first free number. Never an existing one."""
     check_name(args)
-    folder = Path(args.runs, args.name or "")
-    folder.mkdir(parents=True, exist_ok=True)
+    runs = Path(args.runs)
+    runs.mkdir(parents=True, exist_ok=True)
     if args.name:
-        return folder
+        (runs / args.name).mkdir(exist_ok=True)
+        return runs / args.name
     for number in itertools.count(1):
-        numbered = folder / f"{args.dataset}-{args.model}-{number:03d}"
+        folder = runs / f"{args.dataset}-{args.model}-{number:03d}"
         with contextlib.suppress(FileExistsError):
-            numbered.mkdir()
-            return numbered
+            folder.mkdir()
+            return folder
 
 
 def lock_run(folder):
