@@ -60,6 +60,16 @@ def add_machine_flags(parser, precision="auto"):
     add("--workers", type=int, help="processes that read pictures (default: all cores)")
 
 
+def add_checkpoint_flags(parser, out):
+    """Flags of what a trained network is asked about a data set; `out`: what goes into --out."""
+    add = parser.add_argument
+    add("--data", help="another folder of the same layout (default: the one that was trained on)")
+    add("--missing", choices=["stop", "drop"], help="rows without a picture (default: as in the run)")
+    add("--out", type=Path, help=f"folder for {out} (default: in the run's folder)")
+    add("--cache", default="cache", help="folder of kept pictures and features")
+    add_machine_flags(parser, precision=None)
+
+
 def get_args_parser(dataset="odir", description=None):
     parser = Parser(description, usage="python train.py [--flag value ...]")
     yes_no = argparse.BooleanOptionalAction

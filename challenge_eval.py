@@ -37,9 +37,9 @@ def read_labels(path, binary):
     ids = as_integers(path, sheet["ID"], "ID")
     check_rows(path, ids.duplicated(keep=False), "repeated ID", ids)
     numbers = sheet[LABELS].apply(pd.to_numeric, errors="coerce").astype(np.float64)
-    expected = "0 or 1" if binary else "a number from 0 to 1"
     for label in LABELS:
         good = numbers[label].isin([0, 1]) if binary else numbers[label].between(0, 1)
+        expected = "0 or 1" if binary else "a number from 0 to 1"
         check_rows(path, ~good, f"column {label} that is not {expected}", sheet[label])
     return numbers.set_index(ids)
 
@@ -48,10 +48,10 @@ def read_pair(ground_truth, predictions):
     """(y_true, y_prob), float64 (patients, 8), of two files in the order of the first, joined by ID."""
     truth, answer = read_labels(ground_truth, binary=True), read_labels(predictions, binary=False)
     for here, there, path in ((truth, answer, predictions), (answer, truth, ground_truth)):
-        absent = here.index.difference(there.index)
-        if len(absent):
-            lacking = f"lacks {len(absent)} of the {len(here)} IDs of the other file"
-            raise InputError(f"{path} {lacking}, first {', '.join(map(str, absent[:5]))}. Add these patients")
+        absent = here.index.difference(there.index).tolist()
+        if absent:
+            count = f"{len(absent)} of the {len(here)} IDs of the other file"
+            raise InputError(f"{path} lacks {count}, first {absent[:5]}. Add these patients")
     return truth.to_numpy(), answer.loc[truth.index].to_numpy()
 
 
@@ -59,14 +59,13 @@ def main(argv=None):
     args = get_args_parser().parse_args(argv)
     y_true, y_prob = read_pair(args.ground_truth, args.predictions)
     answers = {"these predictions": challenge_scores(y_true, y_prob)}
-    answers.update(trivial_scores(y_true, y_true.mean(axis=0), "challenge"))
+    answers |= trivial_scores(y_true, y_true.mean(axis=0), "challenge")
     print(f"challenge score, all cells flattened: {len(y_true)} patients x 8 labels, positive above 0.5\n")
     print(" " * 20 + "".join(f"{name:>14}" for name in NAMES.values()))
     for name, found in answers.items():
         cells = ["undefined" if np.isnan(found[key]) else f"{found[key]:.4f}" for key in NAMES]
         print(f"{name:20}" + "".join(f"{cell:>14}" for cell in cells))
-    priors = "class priors: every patient gets the labels' frequencies in this ground truth"
-    print(f"\n{priors}. Micro F1 is cell accuracy.")
+    print("\nclass priors: the labels' frequencies in this ground truth. Micro F1 is cell accuracy.")
     for sentence in undefined_scores(y_true, y_prob, LABELS, "challenge"):
         print(f"undefined: {sentence}")
 

@@ -22,17 +22,11 @@ import torch
 from cache import digest, replace_file
 from errors import InputError, reading
 
-FORMAT = 4
-REQUIRED = {"best": "model labels task family ordered rows seen data prior epoch loss scores thresholds"}
-REQUIRED["last"] = "model trunk ema buffers optimizer scaler digest epoch history best stale seconds changes"
-REQUIRED["last"] += " duplicates seen notes"
+FORMAT = 4  # raise it where a checkpoint holds other things than before
 
 
 def load_file(path):
     """A file of torch.save, checksums compared, nothing unpickled but tensors and plain containers."""
-    path = Path(path)
-    if not path.is_file():
-        raise InputError(f"{path}: there is no such checkpoint")
     with reading(path, "a checkpoint"):
         if zipfile.is_zipfile(path):  # torch does not compare the checksums that it writes
             with zipfile.ZipFile(path) as archive:
@@ -45,34 +39,21 @@ def load_file(path):
 def load_checkpoint(path, kind="best"):
     """best.pt or last.pt as a dict; InputError when it is another file, another format or damaged."""
     state = load_file(path)
-    if not isinstance(state, dict) or state.get("kind") != kind:
-        raise InputError(f"{path} is not a {kind}.pt of this repository")
-    if state.get("format") != FORMAT:
-        raise InputError(f"{path} has format {state.get('format')}, this code reads {FORMAT}")
-    missing = [name for name in REQUIRED[kind].split() if name not in state]
-    if missing or not isinstance(state.get("args"), dict):
-        raise InputError(f"{path} is incomplete: {', '.join(missing) or 'args'}")
+    if not isinstance(state, dict) or (state.get("kind"), state.get("format")) != (kind, FORMAT):
+        raise InputError(f"{path} is not a {kind}.pt of this repository, in format {FORMAT}")
     return state
 
 
 def load_last(folder):
-    """last.pt of a run, and under "lock" the run's lock, taken before it is read.
-
-    InputError: another process trains the run; or last.pt is damaged, with the epoch that best.pt holds.
-    """
+    """last.pt of a run, and under "lock" the run's lock, taken before it is read (by rank 0)."""
     folder = Path(folder)
     if not (folder / "run.json").exists() and not (folder / "last.pt").exists():
         raise InputError(f"--resume {folder}: there is no such run folder")
-    lock = lock_run(folder) if os.environ.get("RANK", "0") == "0" else None  # under torchrun: for all
+    lock = lock_run(folder) if os.environ.get("RANK", "0") == "0" else None
     try:
         return {**load_checkpoint(folder / "last.pt", "last"), "lock": lock}
     except InputError as error:
-        best = folder / "best.pt"
-        try:
-            epoch = load_checkpoint(best)["epoch"]
-            left = f"The last good epoch is {epoch}, in {best}: for test.py, or a new run's --weights"
-        except InputError as other:
-            left = f"No epoch of this run can be read ({other}): start a new one, under another --name"
+        left = f"{folder / 'best.pt'}, where that is whole, still serves test.py or a new run's --weights"
         raise InputError(f"{error}. {left}") from error
 
 
@@ -114,8 +95,8 @@ def is_own(path, digest):
 
 
 def home_of(path, digest):
-    """Where files about a checkpoint go: into its folder where that is its run's, else into one beside it."""
-    # No path that is stored in a checkpoint is ever written to.
+    """Where files about a checkpoint go: into its folder where that is its run's, else into one beside it;
+    never to a path that is stored in it."""
     return path.parent if is_own(path, digest) else path.with_name(f"test-{path.stem}")
 
 
@@ -129,8 +110,7 @@ def check_name(args):
     found = {file.name for file in folder.glob("[!.]*")}
     # A run that was stopped before its first checkpoint leaves no more than these.
     if folder.is_file() or found - {"run.json", "split.csv", "repaired.txt"}:
-        advice = f"choose another --name, or go on with --resume {folder}"
-        raise InputError(f"{folder} exists and is never overwritten: {advice}")
+        raise InputError(f"{folder} exists, and is never overwritten: choose another --name, or --resume it")
 
 
 def new_run_folder(args):
@@ -153,10 +133,9 @@ def lock_run(folder):
     lock = filelock.FileLock(Path(folder) / ".lock", blocking=False)
     try:
         lock.acquire()
+        return lock
     except filelock.Timeout:
-        problem = f"{folder} is being trained by another process: wait for its end, or stop it"
-        raise InputError(problem) from None
-    return lock
+        raise InputError(f"{folder} is being trained by another process: wait for it, or stop it") from None
 
 
 def save_json(path, value):
@@ -168,11 +147,11 @@ def save_json(path, value):
 
 def run_facts(folder):
     """run.json as a dict; an empty one where it is missing or damaged: what it says can be written again."""
-    try:
+    with contextlib.suppress(OSError, ValueError):
         facts = json.loads((Path(folder) / "run.json").read_text())
-    except (OSError, ValueError):
-        return {}
-    return facts if isinstance(facts, dict) else {}
+        if isinstance(facts, dict):
+            return facts
+    return {}
 
 
 def describe_machine(device):
@@ -185,11 +164,10 @@ def describe_machine(device):
 def commit():
     """The commit of the code that runs, with + when files differ from it; "unknown" without git."""
     command = ["git", "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty=+"]
-    folder = Path(__file__).parent
-    try:
-        return subprocess.check_output(command, cwd=folder, stderr=subprocess.DEVNULL, text=True).strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        asked = {"cwd": Path(__file__).parent, "stderr": subprocess.DEVNULL, "text": True}
+        return subprocess.check_output(command, **asked).strip()
+    return "unknown"
 
 
 def write_sheet(path, frame):
@@ -199,11 +177,8 @@ def write_sheet(path, frame):
     buffer = io.BytesIO()  # a zip archive on a full disk complains twice
     with pd.ExcelWriter(buffer, engine="openpyxl") as writer:
         frame.to_excel(writer, index=False, freeze_panes=(1, 0))
-        sheet = writer.book.active
-        for column in sheet.columns:
-            width = max(9, len(str(column[0].value)) + 3)
-            sheet.column_dimensions[column[0].column_letter].width = width
-            for cell in column:
+        for row in writer.book.active.rows:
+            for cell in row:
                 if cell.data_type == "f":
                     cell.data_type = "s"
                 if isinstance(cell.value, float):

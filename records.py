@@ -10,7 +10,6 @@ import time
 from importlib import metadata
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import torch
 
@@ -27,18 +26,17 @@ NEW_STATE = {"epoch": 0, "history": [], "best": None, "stale": 0, "seconds": 0.0
 
 
 def print_data(args, data, device, precision):
-    facts = data.facts
-    for note in facts["notes"]:
-        print(f"note: {note}")
+    facts, notes = data.facts, [*data.facts["notes"]]
     if facts["duplicates"]:
-        print(f"note: {facts['duplicates']} validation row(s) are trained on too (--duplicates keep)")
-    rendered = " (RENDERED)" if facts["rendered"] else ""
-    rows = f"{len(data.train)} training and {len(data.val)} validation rows"
-    found = f"{facts['unreadable']} unreadable left out, {len(facts['repaired'])} repaired"
+        notes.append(f"{facts['duplicates']} validation row(s) are trained on too (--duplicates keep)")
     if args.weights == "none" and not args.fine_tune:
-        print("note: the trunk's weights are random and stay so; --fine-tune trains them")
+        notes.append("the trunk's weights are random and stay so; --fine-tune trains them")
+    for note in notes:
+        print(f"note: {note}")
+    name = f"{args.dataset} (RENDERED)" if facts["rendered"] else args.dataset
+    rows = f"{len(data.train)} training and {len(data.val)} validation rows"
+    print(f"{name}: {rows}, {facts['unreadable']} unreadable left out, {len(facts['repaired'])} repaired")
     network = args.model if args.model not in EYE_MODELS else f"{args.model} on {args.trunk}"
-    print(f"{args.dataset}{rendered}: {rows}, {found}")
     print(f"{network}, weights {args.weights}, on {device} in {precision}; loss: training / validation")
 
 
@@ -48,13 +46,11 @@ def open_run(args, stored, data, learner):
         folder = engine.from_rank0(checkpoint.new_run_folder, args)
         lock = checkpoint.lock_run(folder) if engine.rank() == 0 else None
         known = {name: data.facts[name] for name in ("digest", "duplicates", "notes")}
-        known["seen"] = sorted(data.seen)
-        return folder, {**NEW_STATE, "history": [], **known}, lock
+        return folder, {**NEW_STATE, "history": [], **known, "seen": sorted(data.seen)}, lock
     folder = Path(args.resume)
     with engine.together():
         if stored["digest"] != data.facts["digest"]:
-            root = data.facts["root"]
-            raise InputError(f"the data in {root} are not those of {folder}: give the same ones")
+            raise InputError(f"the data in {data.facts['root']} are not those of {folder}: give these")
         learning.restore(args, stored, learner, folder)
     # The file of --weights may be another by now, or gone.
     data.facts |= {name: stored[name] for name in ("duplicates", "notes")}
@@ -63,14 +59,12 @@ def open_run(args, stored, data, learner):
 
 
 def is_over(args, state):
-    out_of_patience = args.keep == "best" and state["stale"] >= args.patience
-    return out_of_patience or state["epoch"] >= args.epochs
+    return state["epoch"] >= args.epochs or args.keep == "best" and state["stale"] >= args.patience
 
 
 def is_finished(args, stored, folder):
     """Whether a resume has nothing to do: no epoch, no thresholds, no last files."""
-    written = checkpoint.run_facts(folder).get("status") == "finished"
-    whole = written and (Path(folder) / "best.pt").exists()
+    whole = checkpoint.run_facts(folder).get("status") == "finished" and Path(folder, "best.pt").exists()
     return whole and is_over(args, stored) and args.folds == stored["args"]["folds"]
 
 
@@ -78,8 +72,7 @@ def history_row(epoch, lr, train_loss, val_loss, train_scores, val_scores):
     """A row of train_results.xlsx."""
     row = {"epoch": epoch, "lr": lr, "train_loss": train_loss, "val_loss": val_loss}
     for part, scores in (("train", train_scores), ("val", val_scores)):
-        for name, value in scores.items():
-            row[f"{part}_{'final_score' if name == 'final' else name}"] = value
+        row |= {f"{part}_{'final_score' if name == 'final' else name}": scores[name] for name in scores}
     return row
 
 
@@ -99,9 +92,8 @@ class RunRecords:
             (folder / "repaired.txt").write_text("\n".join(data.facts["repaired"]) + "\n")
         before = checkpoint.run_facts(folder) if args.resume else {}
         commands = [before.get("command"), shlex.join(["python", *sys.argv])]
-        versions = {"torch": torch.__version__, "numpy": np.__version__}
-        versions["torchvision"] = metadata.version("torchvision")
-        versions["python"] = platform.python_version()
+        versions = {name: metadata.version(name) for name in ("numpy", "torchvision")}
+        versions |= {"torch": torch.__version__, "python": platform.python_version()}
         # What run.json says of how the run was made.
         self.about = {"args": vars(args), "command": " ; ".join(filter(None, commands)), **self.task}
         self.about |= {"commit": checkpoint.commit(), "versions": versions, "precision": learner.precision}
@@ -119,16 +111,15 @@ class RunRecords:
         for old in folder.glob("events.out.tfevents.*"):
             old.unlink()
         self.tensorboard = SummaryWriter(folder)
-        flags = "\n".join(f"    --{name} {value}" for name, value in sorted(vars(args).items()))
-        self.tensorboard.add_text("arguments", flags)
+        flags = [f"    --{name} {value}" for name, value in sorted(vars(args).items())]
+        self.tensorboard.add_text("arguments", "\n".join(flags))
         for row in state["history"]:
             self.log(row)
 
     def save(self, name, **state):
         began = time.perf_counter()
         checkpoint.save_checkpoint(self.folder / f"{name}.pt", name, **state)
-        now = time.perf_counter()
-        self.due[name] = now + SHARE * (now - began)
+        self.due[name] = time.perf_counter() + SHARE * (time.perf_counter() - began)
 
     def save_last(self):
         """last.pt: everything that the next epoch needs, the best network so far included."""
@@ -139,9 +130,9 @@ class RunRecords:
         """best.pt: the network as it was in the kept epoch, and all else that test.py needs."""
         best, data, facts = self.state["best"], self.data, self.data.facts
         weights = {**checkpoint.cpu_state(self.learner.model), **best["weights"]}
-        kept = "rendered digest parts patients duplicates notes".split()
         about = {name: best[name] for name in ("epoch", "loss", "scores", "thresholds")} | self.task
-        about["data"] = {name: facts[name] for name in kept} | {"root": str(Path(facts["root"]).resolve())}
+        known = {name: facts[name] for name in "rendered digest parts patients duplicates notes".split()}
+        about["data"] = known | {"root": str(Path(facts["root"]).resolve())}
         about |= {"args": vars(self.args), "prior": data.prior(), "rows": data.rows}
         digest = checkpoint.network_digest(weights, best["thresholds"])
         self.save("best", model=weights, digest=digest, seen=self.state["seen"], **about)
@@ -173,18 +164,16 @@ class RunRecords:
         if self.state["best"] is not self.saved_best:
             self.save_best()
         self.save_facts(status="interrupted")
-        whole = self.state["epoch"]
-        print(f"\nstopped after {whole} whole epoch(s); a resume goes on after {self.saved_epoch} of them")
-        if self.saved_epoch < whole:
-            print("(they are quick: last.pt is written as often as costs a twentieth of the time)")
+        whole = f"stopped after {self.state['epoch']} whole epoch(s)"
+        print(f"\n{whole}; a resume goes on after {self.saved_epoch} of them, which last.pt holds")
 
     def save_facts(self, **more):
         """run.json"""
         state, best = self.state, self.state["best"] or {}
         told = {"seconds": round(state["seconds"], 1), "epochs_run": state["epoch"]}
-        told |= {"best_epoch": best.get("epoch"), "best_loss": best.get("loss"), "scores": best.get("scores")}
-        told |= {"best_digest": self.best_digest, "thresholds": best.get("thresholds")}
-        told |= {"changes": state["changes"]}
+        told |= {"best_epoch": best.get("epoch"), "best_loss": best.get("loss")}
+        told |= {"scores": best.get("scores"), "thresholds": best.get("thresholds")}
+        told |= {"best_digest": self.best_digest, "changes": state["changes"]}
         checkpoint.save_json(self.folder / "run.json", {**self.about, **told, **more})
 
     def end(self, seconds):
@@ -193,23 +182,16 @@ class RunRecords:
         self.save_best()
         self.save_last()
         checkpoint.write_sheet(self.folder / "train_results.xlsx", pd.DataFrame(state["history"]))
-        # TensorBoard's table of runs: flags beside scores.
-        flags = {}
-        for name, value in vars(self.args).items():
-            flags[name] = value if type(value) in (bool, int, float) else str(value)
-        found = {f"best/{name}": value for name, value in best["scores"].items()}
-        self.tensorboard.add_hparams(flags, found, run_name=".")
         self.tensorboard.close()
         self.save_facts(status="finished", seconds_in_all=round(seconds, 1))
         family, probs = self.data.family, best["probs"].numpy()
         for sentence in metrics.undefined_scores(self.data.val.targets, probs, self.data.labels, family):
             print(f"undefined: {sentence}")
-        scores = ", ".join(f"{name} {value:.4f}" for name, value in best["scores"].items())
-        place = f"{'last' if self.args.keep == 'last' else 'best'} epoch {best['epoch']} of {state['epoch']}"
-        place += f", validation loss {best['loss']:.4f}"
         if state["epoch"] < self.args.epochs:
             print(f"stopped: {state['stale']} epochs without a lower validation loss (--patience)")
-        print(f"{self.folder}: {place}, {family} scores: {scores}")
+        place = f"{self.folder}: {self.args.keep} epoch {best['epoch']} of {state['epoch']}"
+        scores = ", ".join(f"{name} {value:.4f}" for name, value in best["scores"].items())
+        print(f"{place}, validation loss {best['loss']:.4f}, {family} scores: {scores}")
         if Path("run.json").exists():
             print("the best.pt here stays: it is another run's")
             return
@@ -218,5 +200,4 @@ class RunRecords:
                 shutil.copyfile(self.folder / "best.pt", temporary)
             print("best.pt here is a copy of this run's")
         except OSError as error:
-            place = f"{Path.cwd()} ({error.strerror})"
-            print(f"note: best.pt could not be copied into {place}; it is {self.folder / 'best.pt'}")
+            print(f"note: best.pt could not be copied into {Path.cwd()} ({error.strerror})")

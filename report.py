@@ -5,8 +5,8 @@
 
 A run belongs to the experiment whose line in run_all.sh it ran, whatever its folder is called. What differs
 from that line, what is stale, damaged or rendered is named. --compare prints the flags in which two runs
-differ, the paired difference of every score with its 95 % interval and the ten rows they disagree on most,
-and writes runs/compare.html with their curves and photographs.
+differ, every score's paired difference with its 95 % interval and the ten rows they disagree on most, and
+writes runs/compare.html with their curves.
 """
 
 import base64
@@ -21,12 +21,8 @@ import arguments
 import runfolders
 from errors import InputError, Parser, end_with_parent, guard
 
-# The order in which scores are shown.
-SCORES = "accuracy kappa quadratic_kappa f1 auc final auc_abnormal auc_acl auc_meniscus".split()
 PICTURES = "confusion roc reliability samples heatmaps".split()
 PROBS_BYTES, PAGE_BYTES = 6_000_000, 9_000_000  # room for probabilities, and for all with the pictures
-# How many rows (eye pairs, test pictures, pictures, exams) the published figures are of: docs/results.md
-PUBLISHED_ROWS = {"odir": 698, "aptos": 583, "dr": 7025, "mrnet": 120}
 NOTHING = dict.fromkeys(("published", "measured", "std", "low", "high", "n"))
 
 
@@ -42,35 +38,36 @@ def match(run, lines):
     named = run["bare"] if run["bare"] in lines and not run["shuffled"] else None
     if run["shuffled"] or run["status"] == "damaged":
         return named, []
-    changed = run["info"].get("changes") or []  # by a resume
-    differing = {name: arguments.differences(run["args"], line) + changed for name, line in lines.items()}
-    same = [name for name, flags in differing.items() if not flags]
+    differing = {name: arguments.differences(run["args"], line) for name, line in lines.items()}
+    same = [name for name, flags in differing.items() if not flags and not run["changes"]]
     if same and named not in same:
         named = same[0]
-    return named, differing.get(named, [])
+    return named, differing[named] + run["changes"] if named else []
 
 
 def make_rows(published, lines, runs):
     """A row for every experiment, then one for every run without a line: a user's own, and the controls."""
-    entries, rows = {entry["experiment"]: entry for entry in published}, []
     blank = dict.fromkeys(runfolders.ENTRY, "") | {"scores": {}}
+    entries, own_lines, rows = {entry["experiment"]: entry for entry in published}, {}, []
     for name, line in lines.items():
         title = f"{line.model}, lr {line.lr:g} {line.scheduler}"
-        beyond = {"study": line.dataset, "experiment": name, "title": title, "kind": "beyond"}
-        entries.setdefault(name, blank | beyond)
-    own_lines = {}  # the flags of the first own run of each name
+        entries.setdefault(
+            name, blank | dict(study=line.dataset, experiment=name, title=title, kind="beyond")
+        )
     for run in sorted(runs, key=lambda run: run["status"] == "damaged"):  # damaged ones have no flags
         run["experiment"], run["differs"] = match(run, lines)
-        if not run["experiment"]:
-            run["experiment"] = f"own {run['base']}"
-            line = own_lines.setdefault(run["base"], types.SimpleNamespace(**run["args"]))
-            if run["shuffled"] and run["bare"] in lines:
+        if run["experiment"]:
+            continue
+        # A control is compared with its experiment's line, another own run with the first one of its name.
+        line, title = own_lines.setdefault(run["base"], types.SimpleNamespace(**run["args"])), "own run"
+        if run["shuffled"]:
+            title = "shuffled-label control: kappa and AUC have to fall to chance"
+            if run["bare"] in lines:
                 line = types.SimpleNamespace(**{**vars(lines[run["bare"]]), "shuffle_labels": True})
-            run["differs"] = arguments.differences(run["args"], line) + (run["info"].get("changes") or [])
-            own = {"study": run["study"], "experiment": run["base"], "title": "own run", "kind": "own"}
-            if run["shuffled"]:
-                own["title"] = "shuffled-label control: kappa and AUC have to fall to chance"
-            entries.setdefault(run["experiment"], blank | own)
+        run["differs"] = arguments.differences(run["args"], line) + run["changes"]
+        own = {"study": run["study"], "experiment": run["base"], "title": title, "kind": "own"}
+        run["experiment"] = f"own {run['base']}"
+        entries.setdefault(run["experiment"], blank | own)
     for name, entry in entries.items():
         members = [run for run in runs if run["experiment"] == name]
         # Rendered runs count where there is no real one.
@@ -87,11 +84,9 @@ def make_rows(published, lines, runs):
 def counted(runs):
     """The finished runs whose mean is shown: one part of one data set, each seed once. Names the others."""
     done, seeds = [], {}
-
-    def rank(run):  # finished, tested, and in the folder that is called after the experiment
-        return run["status"] != "finished", not run["tested"], run["bare"] != run["experiment"]
-
-    for run in sorted(runs, key=rank):
+    # First what is finished, tested, and in the folder that is called after the experiment.
+    ranked = sorted(runs, key=lambda run: (not run["tested"], run["bare"] != run["experiment"]))
+    for run in sorted(ranked, key=lambda run: run["status"] != "finished"):
         seed, network = str(run["args"].get("seed")), run["info"].get("best_digest")
         if run["status"] != "finished":
             why = f"it is {run['status']}"
@@ -111,7 +106,6 @@ def counted(runs):
 
 
 def problems_of(row):
-    """What is wrong with the runs of a row."""
     return [f"{run['name']}: {problem}" for run in row["runs"] for problem in run["problems"]]
 
 
@@ -124,17 +118,17 @@ def make_row(entry, runs):
     shown = first or {"status": "not run", "data": "", "differs": []}
     row = {**entry, "runs": runs, "n": len(done), "first": first, "cells": {}}
     row |= {key: shown[key] for key in ("status", "data", "differs")}
-    if done and entry["study"] == "aptos" and entry["kind"] == "published" and first["part"] != "test":
-        first["problems"].append("these scores are of its validation part, the published ones of a test part")
+    row["notes"] = list(dict.fromkeys(note for run in runs for note in run["notes"]))
     row["rows"], row["patients"] = first["scored"] if done else ("", "")
-    row |= {"scored": str(row["rows"]), "notes": list(dict.fromkeys(sum([run["notes"] for run in runs], [])))}
-    published = PUBLISHED_ROWS.get(entry["study"]) if entry["kind"] == "published" else None
-    if done and entry["scores"] and row["data"] != "rendered" and published not in (None, row["rows"]):
+    row["scored"], published = str(row["rows"]), entry["published_rows"]
+    if done and row["data"] != "rendered" and published not in ("", row["scored"]):
         row["scored"] += f" not {published}"
         first["problems"].append(f"{row['rows']} rows were scored, the published figures are of {published}")
-    if done and entry["study"] == "aptos" and entry["kind"] == "published" and "labels" in first["info"]:
-        found = ", ".join(first["info"]["labels"])  # class folders may have any
-        if found != ", ".join("01234"):
+    if done and (entry["study"], entry["kind"]) == ("aptos", "published"):
+        if first["part"] != "test":
+            first["problems"].append("the scores are of its validation part, the published of a test part")
+        if "".join(first["info"].get("labels", "01234")) != "01234":  # class folders may have any
+            found = ", ".join(first["info"]["labels"])
             first["problems"].append(f"its classes are {found}, the published ones the grades 0 to 4")
     if done and row["data"] == "rendered":
         row["status"] = "rendered"
@@ -152,12 +146,9 @@ def make_row(entry, runs):
 
 
 def columns_of(rows, prefix=""):
-    """The scores of a family ("", "challenge_", "learned_") that any of the rows has, in their order."""
+    """The scores of a family ("", "challenge_", "learned_") of any of the rows, as published.csv goes."""
     found = dict.fromkeys(score for row in rows for score in row["cells"])
-    others = ("challenge_", "learned_")
-    mine = [score for score in found if score.startswith(prefix or others) == bool(prefix)]
-    order = [prefix + score for score in SCORES]
-    return sorted(mine, key=lambda score: order.index(score) if score in order else len(order))
+    return [name for name in found if name.startswith(prefix or ("challenge_", "learned_")) == bool(prefix)]
 
 
 def show(value, digits=4):
@@ -176,14 +167,13 @@ def page_data(runs):
     parts, told, size = {}, [], 0
     for number, run in enumerate(runs):
         run["number"] = number
-        one = {key: run[key] for key in ("name", "study", "history", "args")}
-        told.append(one)
+        told.append(one := {key: run[key] for key in ("name", "study", "history", "args")})
         if run["truth"] is None:
             continue
         part = digest(run["digest"], run["part"], run["ids"], run["labels"])[:12]
         if part not in parts:
             parts[part] = {key: run[key] for key in ("ids", "labels", "families")}
-            parts[part] |= {"truth": run["truth"].tolist(), "ordered": run["info"].get("ordered")}
+            parts[part] |= {"truth": run["truth"].tolist(), "ordered": run["ordered"]}
             parts[part]["patients"] = np.unique(patients_of(run["ids"]), return_inverse=True)[1].tolist()
         if size < PROBS_BYTES:
             packed = run["probs"].astype("<f4").tobytes()  # as the network gave them: none become equal
@@ -221,16 +211,14 @@ def write_table(path, rows):
 
     lines = []
     for row in rows:
-        names = "study experiment title status data n rows patients".split()
-        line = {key: row[key] for key in names}
+        line = {key: row[key] for key in "study experiment title status data n rows patients".split()}
         for score, cell in row["cells"].items():
             line |= {f"{score}_{what}": value and f"{value:.6g}" for what, value in cell.items()}
         info = row["first"]["info"] if row["first"] else {}
         line |= {key: info.get(key) for key in ("seconds", "command", "commit", "device")}
         line["part"] = row["first"]["part"] if row["n"] else ""
         notes = [row["note"], *row["differs"], *problems_of(row), *row["notes"]]
-        line["note"] = "; ".join(filter(None, notes))
-        lines.append(line)
+        lines.append(line | {"note": "; ".join(filter(None, notes))})
     text = pd.DataFrame(lines, dtype=object).to_csv(index=False)
     replace_file(path, lambda stream: stream.write(text.encode("utf-8", "replace")))
 
@@ -248,35 +236,35 @@ def print_table(rows):
             spread = "" if cell["std"] is None else f" ± {cell['std']:.4f}"
             spread += f" (n {cell['n']})" if cell["n"] not in (None, row["n"]) else ""
             line += f"{show(cell['published']):6} | {show(cell['measured']) + spread:18}"
-        print(line.rstrip())
-        if row["differs"] and row["status"] != "rendered":
-            print(f"    ≠ {', '.join(row['differs'])}")
-        for problem in problems_of(row):
-            print(f"    ! {problem}")
-        for note in row["notes"]:
-            print(f"    note: {note}")
+        told = [f"≠ {', '.join(row['differs'])}"] if row["differs"] and row["status"] != "rendered" else []
+        told += [f"! {problem}" for problem in problems_of(row)] + [f"note: {note}" for note in row["notes"]]
+        print("\n    ".join([line.rstrip(), *told]))
 
 
-def print_comparison(first, second, about):
+def print_comparison(first, second):
     """Flags in which two runs differ, paired differences of their scores, rows they disagree on."""
     import metrics
     from tables import patients_of
 
     flags = arguments.differences(second["args"], types.SimpleNamespace(**first["args"]))
-    seeds = [run["args"].get("seed") for run in (first, second)]
-    if seeds[0] != seeds[1]:
-        flags.append(f"seed {seeds[1]} not {seeds[0]}")
+    a, b = (run["args"].get("seed") for run in (first, second))
+    if a != b:
+        flags.append(f"seed {b} not {a}")
     if first["digest"] != second["digest"]:
         flags.append("other data, or another split of them")
     print(f"A {first['folder']}\nB {second['folder']}\nflags of B: {', '.join(flags) or 'those of A'}")
     for run in (first, second):
-        for problem in run["problems"] + run["notes"] + (run["info"].get("changes") or []):
+        for problem in run["problems"] + run["notes"] + run["changes"]:
             print(f"    ! {run['name']}: {problem}")
-    if about["why_not"]:
-        print(f"no scores are compared: {about['why_not']}")
+    for run in (first, second):
+        if run["truth"] is None:
+            print(f"no scores are compared: {run['name']} has no sound answers of its best network (test.py)")
+            return
+    same = all(first[key] == second[key] for key in ("ids", "labels"))
+    if not same or (first["truth"] != second["truth"]).any():
+        print("no scores are compared: they were scored on other rows or labels, or their truth differs")
         return
-    rules = {"patients": patients_of(first["ids"]), "labels": first["labels"]}
-    rules["ordered"] = first["info"].get("ordered", True)
+    rules = dict(patients=patients_of(first["ids"]), labels=first["labels"], ordered=first["ordered"])
     for family in first["families"]:
         print(f"\n{family} scores, B less A, with the 95 % interval over patients")
         truth = first["truth"].argmax(1) if family == "classes" else first["truth"]
@@ -284,41 +272,36 @@ def print_comparison(first, second, about):
         for score, gap in found.items():
             print(f"  {score:16} {gap['difference']:+.4f}  [{gap['low']:+.4f}, {gap['high']:+.4f}]")
     print("\nthe rows they disagree on most")
-    for row, k in runfolders.most_different(first, second):
+    gaps = abs(second["probs"] - first["probs"])
+    for row in (-gaps.max(1)).argsort(kind="stable")[:10]:
+        k = gaps[row].argmax()
         a, b = first["probs"][row, k], second["probs"][row, k]
         has = "has it" if first["truth"][row, k] else "has it not"
         print(f"  {first['ids'][row]}: {first['labels'][k]} {a:.2f} by A, {b:.2f} by B ({has})")
-    if about["no_photos"]:
-        print(f"no photographs: {about['no_photos']}")
 
 
 def main():
     args = get_args_parser().parse_args()
-    if not args.runs.is_dir():
-        raise InputError(f"--runs {args.runs}: no such folder. Expected the one that holds the run folders")
-    published = runfolders.read_published(Path(__file__).with_name("published.csv"))
-    for folder in args.compare or []:
+    for folder in [args.runs, *(args.compare or [])]:
         if not folder.is_dir():
-            raise InputError(f"--compare {folder}: no such folder. Expected two run folders, as runs/odir-03")
+            raise InputError(f"{folder}: no such folder. --runs holds all runs, --compare takes two of them")
+    published = runfolders.read_published(Path(__file__).with_name("published.csv"))
     files = ("run.json", "last.pt", "best.pt", "train_results.xlsx")  # any of them makes it a run folder
     found = {path.parent for file in files for path in args.runs.glob(f"*/{file}")}
     with ProcessPoolExecutor(min(4, os.cpu_count()), initializer=end_with_parent) as pool:
         runs = list(pool.map(runfolders.read_run, args.compare or sorted(found)))  # two hundred take long
-    data = page_data(runs)
+    data, rows = page_data(runs), make_rows(published, arguments.experiments(), runs)
     if args.compare:
-        data |= runfolders.comparison(*runs)
-    rows = make_rows(published, arguments.experiments(), runs)
-    page = args.runs / ("compare.html" if args.compare else "report.html")
-    write_page(page, rows, data)
-    if args.compare:
-        print_comparison(*runs, data)
-    else:
-        write_table(args.runs / "results.csv", rows)
-        for study in dict.fromkeys(row["study"] for row in rows):
-            print_table([row for row in rows if row["study"] == study])
-        about = "measured ± standard deviation over n seeds; rendered: drawn stand-ins, not patients"
-        print(f"\npublished | {about}\nwrote {args.runs / 'results.csv'}")
-    print(f"wrote {page}")
+        write_page(args.runs / "compare.html", rows, data | {"chosen": [0, 1]})
+        print_comparison(*runs)
+        print(f"wrote {args.runs / 'compare.html'}")
+        return
+    write_page(args.runs / "report.html", rows, data)
+    write_table(args.runs / "results.csv", rows)
+    for study in dict.fromkeys(row["study"] for row in rows):
+        print_table([row for row in rows if row["study"] == study])
+    print("\npublished | measured ± standard deviation over n seeds; rendered: drawn stand-ins, not patients")
+    print(f"wrote {args.runs / 'results.csv'} and report.html")
 
 
 if __name__ == "__main__":

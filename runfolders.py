@@ -4,34 +4,29 @@ python -c "import runfolders, pathlib; print(runfolders.read_run(pathlib.Path('r
 """
 
 import base64
+import contextlib
 import csv
 import io
 import json
 import math
 import re
-from pathlib import Path
 
 from errors import InputError, reading
 
 PREFIXES = {"": "", "per label": "", "classes": "", "auc": "", "challenge": "challenge_"}
 PREFIXES["per label, learned thresholds"] = "learned_"
-ENTRY = "study experiment title note f1_by_label auc_by_label".split()  # the other columns are scores
+# The other columns are scores. published_rows: how many rows the figures are of (docs/results.md).
+ENTRY = "study experiment title note published_rows f1_by_label auc_by_label".split()
 
 
 def read_published(path):
     """A dict for each line of published.csv: ENTRY's columns as text, "scores" {name: figure}."""
-    with reading(path, "a table of published figures"):
-        with open(path, newline="", encoding="utf-8-sig") as stream:
-            names, *table = csv.reader(stream, strict=True)
-        entries = []
-        for cells in table:
-            line = dict(zip(names, cells, strict=True))
+    entries = []
+    with reading(path, "a table of published figures"), open(path, newline="", encoding="utf-8") as stream:
+        for line in csv.DictReader(stream, strict=True):
             entry = {key: line.pop(key) for key in ENTRY} | {"kind": "published"}
-            entry["scores"] = {name: figure(float(text)) for name, text in line.items() if text}
+            entry["scores"] = {name: figure(float(text)) for name, text in line.items() if text != ""}
             entries.append(entry)
-    found = {entry["experiment"] for entry in entries}
-    if not found or len(found) < len(entries) or len(set(names)) < len(names):
-        raise InputError(f"{path}: expected a line for each experiment; none and no column twice")
     return entries
 
 
@@ -51,8 +46,7 @@ def flatten(families, convert=figure):
     """{"per label": {"f1": 0.4}, "challenge": {"f1": 0.9}} -> {"f1": 0.4, "challenge_f1": 0.9}, checked."""
     flat = {}
     for family, scores in families.items():
-        for name, value in scores.items():
-            flat[PREFIXES[family] + name] = convert(value)
+        flat |= {PREFIXES[family] + name: convert(value) for name, value in scores.items()}
     return flat
 
 
@@ -62,15 +56,14 @@ def read_info(path, run):
     args, data = info["args"], info["data"]
     if not {"dataset", "model", "lr", "batch", "epochs", "size"} <= args.keys():
         raise ValueError("flags are missing")
-    if info["status"] not in ("running", "interrupted", "finished"):
-        raise ValueError(f"status {info['status']!r}")
-    run |= {"scores": flatten({"": info.get("scores") or {}}), "args": args, "study": str(args["dataset"])}
-    run |= {"rows": dict(data["parts"]), "patients": dict(data["patients"]), "digest": data["digest"]}
-    run["notes"] = [str(note) for note in data.get("notes", [])]
-    run["scored"] = int(data["parts"]["val"]), int(data["patients"]["val"])
-    run["duplicates"] = {"val": data.get("duplicates")}
-    run |= {"data": "rendered" if data["rendered"] else "real", "shuffled": args.get("shuffle_labels")}
-    run |= {"status": info["status"].replace("running", "unfinished"), "info": info}
+    states = {"running": "unfinished", "interrupted": "interrupted", "finished": "finished"}
+    found = {"status": states[info["status"]], "data": "rendered" if data["rendered"] else "real"}
+    found |= {"scores": flatten({"": info.get("scores") or {}}), "args": args, "study": str(args["dataset"])}
+    found |= {"rows": dict(data["parts"]), "patients": dict(data["patients"]), "digest": data["digest"]}
+    found |= {"scored": (int(data["parts"]["val"]), int(data["patients"]["val"]))}
+    found |= {"notes": [str(note) for note in data.get("notes", [])], "changes": info.get("changes") or []}
+    found |= {"duplicates": {"val": data.get("duplicates")}, "shuffled": args.get("shuffle_labels")}
+    run |= found | {"ordered": info.get("ordered", True), "info": info}
 
 
 def read_tested(path, run):
@@ -127,15 +120,13 @@ def read_answers(path, run):
             raise ValueError("it holds no probabilities")
         run["ids"], run["labels"], run["probs"] = ids, labels, values
         return
-    if (ids, labels) != (run["ids"], run["labels"]):
-        raise ValueError("it does not fit probs.xlsx")
-    if not np.isin(values, (0, 1)).all():
-        raise ValueError("it holds other than 0 and 1")
+    if (ids, labels) != (run["ids"], run["labels"]) or not np.isin(values, (0, 1)).all():
+        raise ValueError("it does not fit probs.xlsx, or holds other than 0 and 1")
     truth = values.astype(int)
     # Sheets of another run or test would be compared under this run's name.
     for family in run["families"]:
         asked = family, truth.argmax(1) if family == "classes" else truth, run["probs"], labels
-        scores = metrics.scores(*asked, ordered=run["info"].get("ordered", True))
+        scores = metrics.scores(*asked, ordered=run["ordered"])
         told = [run["scores"].get(PREFIXES[family] + name, math.nan) for name in scores]
         if not np.allclose([*scores.values()], told, rtol=0, atol=1e-6, equal_nan=True):
             raise InputError("with probs.xlsx it gives other scores than test_scores.json has")
@@ -155,13 +146,13 @@ def sheet_as_json(path):
     return json.dumps(dict(zip(map(str, header), columns, strict=True)), default=str).encode()
 
 
-def shrink(path, width=800):
-    """A picture as WebP."""
+def shrink(path):
+    """A picture as WebP, 800 pixels wide."""
     from PIL import Image
 
     with Image.open(path) as image:
         image = image.convert("RGB")
-    image.thumbnail((width, 6000), reducing_gap=2)
+    image.thumbnail((800, 6000), reducing_gap=2)
     image.save(buffer := io.BytesIO(), "WEBP", quality=50, method=2)
     return buffer.getvalue()
 
@@ -175,19 +166,17 @@ def kept(path, make):
     if place.is_file():
         return place.read_bytes()
     made = make(path)
-    try:
+    with contextlib.suppress(OSError):  # a run folder that nobody may write to: it is made anew every time
         for old in place.parent.glob(f"{path.name}-*"):
             old.unlink()
         replace_file(place, lambda stream: stream.write(made))
-    except OSError:  # a run folder that nobody may write to: it is made anew every time
-        pass
     return made
 
 
 def read(run, name, reader):
     """`reader` takes what a file holds into `run`. What is damaged or does not count is named."""
     path = run["folder"] / name
-    if not path.exists():  # a run that was stopped early, or not tested yet, lacks some
+    if not path.exists() and name != "run.json":  # a run that was not tested yet lacks some
         return
     try:
         with reading(name, "what a run writes"):
@@ -202,14 +191,12 @@ def read_run(folder):
     """A run folder as a dict; without a sound run.json its status is "damaged"."""
     base = re.sub(r"-seed\d+$", "", folder.name)
     bare = re.sub(r"^((demo|control)-)+", "", base)
-    run = dict(folder=folder, name=folder.name, bare=bare, base=base, study=bare.split("-")[0])
-    run |= dict(status="damaged", data="rendered" if "demo-" in folder.name else "", digest=None, part="val")
-    run |= dict(shuffled="control-" in folder.name, problems=[], notes=[], scored=("", ""), duplicates={})
-    run |= dict.fromkeys(("tested", "history", "rows", "patients", "ids", "labels", "probs", "truth"))
-    for key in ("info", "args", "scores", "intervals", "by_label", "label_intervals", "trivial", "pictures"):
+    run = dict.fromkeys("tested history rows patients digest ids labels probs truth".split())
+    run |= dict(folder=folder, name=folder.name, bare=bare, base=base, study=bare.split("-")[0])
+    run |= dict(status="damaged", data="rendered" if "demo-" in folder.name else "", part="val")
+    run |= dict(shuffled="control-" in folder.name, problems=[], notes=[], changes=[], scored=("", ""))
+    for key in "info args scores intervals by_label label_intervals trivial pictures duplicates".split():
         run[key] = {}
-    if not (folder / "run.json").exists():
-        run["problems"].append("run.json is damaged (it is missing)")
     read(run, "run.json", read_info)
     read(run, "train_results.xlsx", read_history)
     if run["info"]:
@@ -222,41 +209,3 @@ def read_run(folder):
     if run["ids"]:
         read(run, "ground_truth.xlsx", read_answers)
     return run
-
-
-def why_not(first, second):
-    """Why the scores of two runs cannot be compared, or None."""
-    for run in (first, second):
-        if run["truth"] is None:
-            return f"{run['name']} has no sound answers of its best network: test.py --ckpt {run['folder']}"
-    if any(first[key] != second[key] for key in ("ids", "labels")):
-        return "they were scored on other rows or labels"
-    if (first["truth"] != second["truth"]).any():
-        return "their truth differs"
-    return None
-
-
-def most_different(first, second):
-    """Up to ten rows, the largest difference in any label first, as [(row, label)]."""
-    gaps = abs(second["probs"] - first["probs"])
-    worst = (-gaps.max(1)).argsort(kind="stable")[:10]
-    return [(int(row), int(gaps[row].argmax())) for row in worst]
-
-
-def comparison(first, second):
-    """What the page needs of two chosen runs beside `page_data`: photographs of the rows that differ most."""
-    data = {"chosen": [0, 1], "photos": {}, "why_not": why_not(first, second), "no_photos": None}
-    if data["why_not"]:
-        return data
-    try:
-        with reading(f"the photographs of {first['name']}", "a data set"):
-            from tables import read as read_data
-
-            frame = read_data(first["study"], first["info"]["data"]["root"], first["labels"]).frame
-            files = dict(zip(frame["ID"].astype(str), frame["files"], strict=True))
-            for row, _ in most_different(first, second):
-                small = [shrink(Path(file), 200) for file in files[first["ids"][row]] if file[-4:] != ".npy"]
-                data["photos"][first["ids"][row]] = [base64.b64encode(one).decode() for one in small]
-    except InputError as error:
-        data |= {"photos": {}, "no_photos": str(error)}
-    return data

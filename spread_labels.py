@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from sklearn.model_selection import KFold
 from sklearn.preprocessing import StandardScaler
 from sklearn.semi_supervised import LabelSpreading
 
@@ -22,7 +21,7 @@ import dataset
 import engine
 import predictor
 import tables
-from arguments import add_machine_flags
+from arguments import add_checkpoint_flags
 from cache import replace_file
 from errors import InputError, Parser, guard
 from split import drop_missing
@@ -34,39 +33,21 @@ def get_args_parser():
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--ckpt", required=True, help="a best.pt of the retina study, or its run's folder")
-    add("--data", help="another folder of the same pictures (default: the one that was trained on)")
-    add("--missing", choices=["stop", "drop"], help="pictures that are missing (default: as in the run)")
-    add("--out", type=Path, help="folder for pseudo_labels.csv (default: the run's folder)")
-    add("--kernel", choices=["knn", "rbf"], default="knn", help="who is near: knn needs no scale (ours)")
-    add("--neighbors", type=int, default=7, help="knn: the picture itself and its nearest (scikit-learn's)")
-    add("--gamma", type=float, help="rbf: exp(-gamma d^2) (default: 1 / labels; the usual 20 reaches nobody)")
+    add("--neighbors", type=int, default=7, help="the picture itself and its nearest (scikit-learn's)")
     add("--alpha", type=float, default=0.2, help="share taken from the neighbours (scikit-learn's)")
-    add_machine_flags(parser, precision=None)
-    add("--cache", default="cache", help="folder of kept pictures and features")
+    add_checkpoint_flags(parser, "pseudo_labels.csv")
     return parser
 
 
-def spread(outputs, targets, kernel="knn", neighbors=7, gamma=None, alpha=0.2):
+def spread(outputs, targets, neighbors=7, alpha=0.2):
     """Spread `targets` (n,), UNKNOWN where there is none, over outputs (n, K) -> (labels, confidence).
     Confidence (n,) is the label's share of what reached the row, 0..1. Nothing: UNKNOWN and 0."""
     outputs = StandardScaler().fit_transform(outputs.astype(np.float64))
-    gamma = gamma or 1 / outputs.shape[1]
     # Changes shrink by `alpha` a round and add up over all rows: scikit-learn's 30 rounds are few near 1.
-    model = LabelSpreading(kernel=kernel, n_neighbors=neighbors, gamma=gamma, alpha=alpha, max_iter=1000)
+    model = LabelSpreading(kernel="knn", n_neighbors=neighbors, alpha=alpha, max_iter=1000)
     shares = model.fit(outputs, targets).label_distributions_
     confidence = shares.max(1)
     return np.where(confidence > 0, model.classes_[shares.argmax(1)], UNKNOWN), np.clip(confidence, 0, 1)
-
-
-def agreement(outputs, targets, settings):
-    """Share of the labelled rows whose spread label is the true one while a fifth of them is hidden.
-    Their own label is hidden too: a row keeps 1 - alpha of it and would agree with itself."""
-    known, right = np.flatnonzero(targets != UNKNOWN), 0
-    for _, hidden in KFold(min(5, len(known)), shuffle=True, random_state=0).split(known):
-        given = targets.copy()
-        given[known[hidden]] = UNKNOWN
-        right += int((spread(outputs, given, **settings)[0] == targets)[known[hidden]].sum())
-    return right / len(known)
 
 
 def training_rows(net, root):
@@ -77,21 +58,20 @@ def training_rows(net, root):
     frame = frame[frame["ID"].astype(str).isin(wanted)].reset_index(drop=True)
     if frame.empty or len(frame) < len(wanted) and not net.args.pseudo_labels:
         gone = f"{len(wanted) - len(frame)} of the run's {len(wanted)} training pictures"
-        raise InputError(f"{gone} are not in this data set: the data have changed since training")
+        raise InputError(f"{gone} are not in this data set: it has changed since")
     return frame
 
 
 def unlabelled_rows(net, root):
     """The pictures in test/, without those that train.py would refuse: labelled, or of a held-out patient."""
-    folder, split = Path(root) / "test", net.saved["rows"]
     labelled = tables.plain_names(tables.read("retina", root, net.labels).frame["ID"])
     files = tables.unlabelled_pictures(root)
     names = [Path(file).name for file in files]
-    held_out = tables.patients_of([*split["val"], *split["test"]])
+    held_out = tables.patients_of([*net.saved["rows"]["val"], *net.saved["rows"]["test"]])
     known = np.isin(tables.plain_names(names), labelled) | np.isin(tables.patients_of(names), held_out)
     refused = "labelled, or of a validation or test patient"
     if known.all():  # also of no picture
-        raise InputError(f"{folder} holds no pictures to spread labels to: {len(files)}, every one {refused}")
+        raise InputError(f"{root}/test holds no pictures to label: {len(files)}, every one {refused}")
     if known.any():
         print(f"note: {known.sum()} unlabelled picture(s) are left out: {refused}")
     frame = pd.DataFrame({"ID": names, "files": [(file,) for file in files], "target": UNKNOWN})
@@ -102,10 +82,8 @@ def main(argv=None):
     # Arguments, the network, outputs of its last dense layer
     args = get_args_parser().parse_args(argv)
     net = predictor.load(args.ckpt, args.device, args.precision, args.workers)
-    settings = dict(kernel=args.kernel, neighbors=args.neighbors, gamma=args.gamma, alpha=args.alpha)
-    if not 0 < args.alpha < 1 or args.neighbors < 2 or args.gamma is not None and args.gamma <= 0:
-        given = f"--alpha {args.alpha} --neighbors {args.neighbors} --gamma {args.gamma}"
-        raise InputError(f"{given}: expected between 0 and 1, 2 or more, above 0")
+    if not 0 < args.alpha < 1 or args.neighbors < 2:
+        raise InputError(f"--alpha {args.alpha} --neighbors {args.neighbors}: expected 0 to 1, 2 or more")
     if net.args.dataset != "retina":
         raise InputError(f"--ckpt is of {net.args.dataset}: only the retina data have unlabelled pictures")
     net.args.cache, missing = args.cache, args.missing or net.args.missing
@@ -116,19 +94,18 @@ def main(argv=None):
     part, _ = dataset.open_part(frame, targets, net.args, dataset.eval_size(net.args), missing)
     targets, files = part.table["target"].to_numpy(np.int64), part.table["ID"].to_numpy()
     unlabelled = targets == UNKNOWN
-    if unlabelled.all() or not unlabelled.any():
-        raise InputError("no labelled picture can be read, or no unlabelled one")
-    if args.kernel == "knn" and args.neighbors > len(part):
-        raise InputError(f"--neighbors {args.neighbors}: there are {len(part)} pictures")
+    if unlabelled.all() or not unlabelled.any() or args.neighbors > len(part):
+        count = f"there are {(~unlabelled).sum()} labelled and {unlabelled.sum()} unlabelled pictures"
+        raise InputError(f"{count}: expected some of both, and --neighbors {args.neighbors} in all")
     criterion = engine.Criterion("multiclass")
     criterion.probs = torch.nn.Identity()  # the outputs of the last dense layer themselves
     outputs = net.evaluate(part, criterion)[1]
 
     # Spread
-    found, confidence = spread(outputs, targets, **settings)
+    found, confidence = spread(outputs, targets, args.neighbors, args.alpha)
     reached = unlabelled & (found != UNKNOWN)
     if not reached.any():
-        raise InputError("no label reached any picture: raise --neighbors, or take another --kernel")
+        raise InputError("no label reached any picture: raise --neighbors")
     sheet = pd.DataFrame({"filename": files[reached], "label": np.array(net.labels)[found[reached]]})
     sheet["confidence"] = confidence[reached]
     out = (args.out or checkpoint.home_of(net.path, net.digest)) / "pseudo_labels.csv"
@@ -143,11 +120,6 @@ def main(argv=None):
     print(f"{(~unlabelled).sum()} labelled training pictures, {unlabelled.sum()} unlabelled, {missed}")
     for label, count in sheet["label"].value_counts().reindex(net.labels, fill_value=0).items():
         print(f"  {label}: {count}")
-    quartiles = sheet["confidence"].quantile([0, 0.25, 0.5, 0.75, 1])
-    print("confidence, quartiles: " + " ".join(f"{value:.3f}" for value in quartiles))
-    share = agreement(outputs, targets, settings)
-    print(f"spread label agrees with the true one for {share:.1%} of the labelled pictures, each time with a")
-    print("fifth of the labels hidden (the network has seen them all: an upper bound)")
     print(f"{out} written, for train.py --pseudo-labels {out}")
 
 

@@ -3,10 +3,9 @@
     python test.py --ckpt best.pt
 
 prints scikit-learn's classification report and every score with its 95 % bootstrap interval over patients.
-Writes probs.xlsx, ground_truth.xlsx, classification_report.txt, confusion.png, roc.png, samples.png,
-heatmaps.png, reliability.png, test_scores.json (of ODIR submission.csv, and submission-learned.csv, in which
-0.5 means the learned thresholds) into the folder of the run.
-Another part, threshold or data set gets a folder of its own there. Several checkpoints: their mean.
+Writes them, probs.xlsx, ground_truth.xlsx and five pictures into the run's folder (of ODIR submission.csv and
+submission-learned.csv too, in which 0.5 means the learned thresholds). Another part, threshold or data set
+gets a folder of its own there. Several checkpoints: their mean.
 """
 
 import sys
@@ -19,11 +18,15 @@ import dataset
 import figures
 import metrics
 import predictor
-from arguments import add_machine_flags
+from arguments import add_checkpoint_flags
 from cache import digest, replace_file
 from errors import InputError, Parser, guard
 
 LEARNED = "per label, learned thresholds"
+TITLES = {"challenge": "challenge scores (all cells flattened)"}
+TITLES[LEARNED] = "per label scores at the thresholds that were learned on training patients"
+FILES = "probs.xlsx ground_truth.xlsx submission.csv submission-learned.csv classification_report.txt".split()
+FILES += "confusion.png roc.png reliability.png samples.png heatmaps.png test_scores.json".split()
 
 
 def get_args_parser():
@@ -31,14 +34,10 @@ def get_args_parser():
     add = parser.add_argument
     add("--ckpt", required=True, nargs="+", help="a best.pt or a run's folder; several: their mean")
     add("--split", choices=["val", "test", "all"], default="val", help="the run's own part; all: every row")
-    add("--data", help="another folder of the same layout (default: the one that was trained on)")
-    add("--missing", choices=["stop", "drop"], help="rows without a picture (default: as in the run)")
-    add("--out", type=Path, help="folder for the files (default: the run's folder)")
     add("--threshold", type=float, default=0.5, help="a label is predicted above it (published)")
     add("--tta", action="store_true", help="mean with the mirrored pictures")
     add("--resamples", type=int, default=1000, help="bootstrap resamples of the patients")
-    add_machine_flags(parser, precision=None)
-    add("--cache", default="cache", help="folder of kept pictures and features")
+    add_checkpoint_flags(parser, "the files")
     return parser
 
 
@@ -50,8 +49,7 @@ def evaluate(args, net):
         part, facts = dataset.load_part(member.args, member.saved, args.split, args.data, missing)
         first = found[0][0] if found else part
         if part.ids() != first.ids() or not np.array_equal(part.targets, first.targets):
-            other = f"{member.path} has another {args.split} part than {net.path}"
-            raise InputError(f"{other}: a mean needs the same rows, which no network was trained on")
+            raise InputError(f"{member.path} has another {args.split} part than {net.path}: no mean of them")
         found.append((part, facts, *member.evaluate(part, mirrored=args.tta)))
     part, facts, loss, _ = found[0]
     every = [one for _, one, *_ in found]  # what is known of a mean is what is known of any of its networks
@@ -60,7 +58,7 @@ def evaluate(args, net):
     notes = [note for one in every for note in one["notes"]]
     # Also what was known when it was trained: that it had seen validation patients, for example.
     trained = [note for member in net.members for note in member.saved["data"]["notes"] if note not in notes]
-    facts["notes"] = list(dict.fromkeys([*notes, *(f"in training: {note}" for note in trained)]))
+    facts["notes"] = list(dict.fromkeys(notes + [f"in training: {note}" for note in trained]))
     return part, facts, loss, np.mean([probs for *_, probs in found], axis=0)
 
 
@@ -113,10 +111,8 @@ def report_scores(part, probs, net, args):
 
 
 def print_scores(result):
-    titles = {"challenge": "challenge scores (all cells flattened)"}
-    titles[LEARNED] = "per label scores at the thresholds that were learned on training patients"
     for family, scores in result["scores"].items():
-        print(f"\n{titles.get(family, f'{family} scores')}:")
+        print(f"\n{TITLES.get(family, f'{family} scores')}:")
         for name, value in scores.items():
             low, high = result["intervals"][family][name]
             print(f"  {name:16} {value:.4f}   95 % interval {low:.4f} to {high:.4f}")
@@ -175,21 +171,17 @@ def shifted_to_half(probs, thresholds):
 
 
 def write_files(out, part, probs, net, text, learned):
-    """Sheets and the report -> their names; `learned`: a submission by the learned thresholds, too."""
+    """Sheets and the report; `learned`: a submission by the learned thresholds, too."""
     answers, truths = (part.table[["ID"]].reset_index(drop=True) for _ in range(2))
     answers[net.labels], truths[net.labels] = probs.astype(float), net.truth(part).astype(int)
     checkpoint.write_sheet(out / "probs.xlsx", answers)
     checkpoint.write_sheet(out / "ground_truth.xlsx", truths)
     replace_file(out / "classification_report.txt", lambda stream: stream.write(text), "w")
-    written = ["probs.xlsx", "ground_truth.xlsx", "classification_report.txt"]
     if net.args.dataset == "odir":
         replace_file(out / "submission.csv", lambda stream: answers.to_csv(stream, index=False), "w")
-        written.append("submission.csv")
     if net.args.dataset == "odir" and learned:
         answers[net.labels] = shifted_to_half(probs.astype(float), np.array(net.thresholds))
         replace_file(out / "submission-learned.csv", lambda stream: answers.to_csv(stream, index=False), "w")
-        written.append("submission-learned.csv")
-    return written
 
 
 def main(argv=None):
@@ -197,34 +189,30 @@ def main(argv=None):
     args = get_args_parser().parse_args(argv)
     net = predictor.load(args.ckpt, args.device, args.precision, args.workers)
     limits = net.limits(args.threshold)
-    if args.resamples < 1:
-        raise InputError(f"--resamples {args.resamples}: expected 1 or more")
     part, facts, loss, probs = evaluate(args, net)
     patients, duplicates = len(set(part.patients())), facts["duplicates"]
-    notes = facts["notes"]
-    if duplicates:
-        notes.append(f"{duplicates} row(s) hold a picture that the network was trained on")
-    for note in notes:
-        print(f"note: {note}")
-    rendered = facts["rendered"] or net.rendered
     where = args.split if facts["own"] else f"{args.split} of {facts['root']}"
-    details = f"{len(part)} rows, {patients} patients"
+    rendered = facts["rendered"] or net.rendered
+    mark = " (RENDERED)" if rendered else ""
+    about = f"{net.title()}, {where}{mark}: {len(part)} rows, {patients} patients"
     if facts["left_out"]:
-        details += f", {facts['left_out']} of {part.expected} left out"
+        about += f", {facts['left_out']} of {part.expected} left out"
     if duplicates:
-        details += f", {duplicates} trained on"
+        facts["notes"].append(f"{duplicates} row(s) hold a picture that the network was trained on")
+        about += f", {duplicates} trained on"
     if args.tta:
-        details += ", mean with the mirrored pictures"
-    about = f"{net.title()}, {where}{' (RENDERED)' if rendered else ''}: {details}"
+        about += ", mean with the mirrored pictures"
+    for note in facts["notes"]:
+        print(f"note: {note}")
     print(f"{about}, on {net.device}")
 
     # Scores
     result = {"checkpoint": {"digest": net.digest, "epoch": net.saved["epoch"], "loss": net.saved["loss"]}}
     result["networks"] = [{"path": str(one.path), "digest": one.digest} for one in net.members]
     result["data"] = {name: facts[name] for name in ("root", "own", "digest")} | {"rendered": rendered}
-    result |= {"split": args.split, "threshold": args.threshold, "tta": args.tta, "rows": len(part)}
-    result |= {"expected_rows": part.expected, "patients": patients, "duplicates": duplicates}
-    result |= {"precision": net.precision, "weights": net.args.weights, "resamples": args.resamples}
+    result |= {name: getattr(args, name) for name in ("split", "threshold", "tta", "resamples")}
+    result |= {"rows": len(part), "expected_rows": part.expected, "patients": patients}
+    result |= {"duplicates": duplicates, "precision": net.precision, "weights": net.args.weights}
     result["loss"] = loss if len(net.members) == 1 and not args.tta else None
     result["thresholds"] = dict(zip(net.labels, net.thresholds, strict=True)) if net.thresholds else None
     result |= report_scores(part, probs, net, args)
@@ -235,10 +223,10 @@ def main(argv=None):
 
     # Files
     out = output_folder(args, net, facts)
-    for name in ("test_scores.json", "submission.csv", "submission-learned.csv"):
-        (out / name).unlink(missing_ok=True)  # until all files are those of this test
+    for name in FILES:
+        (out / name).unlink(missing_ok=True)  # none of another test stays beside those of this one
     decided = about if limits is None else f"{about}, threshold {args.threshold:g}"
-    written = write_files(out, part, probs, net, f"{decided}\n\n{text}", LEARNED in result["scores"])
+    write_files(out, part, probs, net, f"{decided}\n\n{text}", LEARNED in result["scores"])
     for name, figure in draw_all(part, probs, chosen, net, args.threshold).items():
         if rendered:
             figures.mark_rendered(figure)
@@ -247,9 +235,8 @@ def main(argv=None):
             words += "; the maps are those of the first network"
         figures.caption(figure, words)
         figures.save(figure, out / name)
-        written.append(name)
     checkpoint.save_json(out / "test_scores.json", result)
-    print(f"\n{out}/: {', '.join([*written, 'test_scores.json'])}")
+    print(f"\n{out}/: {', '.join(name for name in FILES if (out / name).exists())}")
 
 
 if __name__ == "__main__":

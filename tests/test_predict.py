@@ -374,7 +374,7 @@ def test_one_unreadable_picture_stops(fault, trained, tmp_path, capsys):
 def test_refused_arguments(trained, rendered, tmp_path, capsys):
     eye = next((rendered("retina") / "test").iterdir())
     for ckpt, arguments, said in (
-        (tmp_path / "none.pt", [eye], "no such checkpoint"),
+        (tmp_path / "none.pt", [eye], "none.pt is missing"),
         (eye, [eye], "checkpoint"),
         (trained("retina") / "last.pt", [eye], "best.pt"),
         (trained("retina") / "best.pt", [eye, "--threshold", "0.3"], "exclude each other"),

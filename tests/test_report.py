@@ -61,7 +61,7 @@ def fake_run(
     args |= (
         {"name": name, "seed": int(seed[1]) if seed else 42} | ({"lr": 0.07} if own else {}) | (flags or {})
     )
-    rows = report.PUBLISHED_ROWS[dataset]
+    rows = {"odir": 698, "aptos": 583, "dr": 7025, "mrnet": 120}[dataset]
     data = {
         "root": "data",
         "digest": "abc",
@@ -437,29 +437,26 @@ def test_run_json_of_another_shape_is_damaged(tmp_path, content):
     assert run["status"] == "damaged" and run["problems"][0].startswith("run.json is damaged")
 
 
-HEAD = "study,experiment,title,note,f1_by_label,auc_by_label,f1"
+HEAD = "study,experiment,title,note,published_rows,f1_by_label,auc_by_label,f1"
 
 
 @pytest.mark.parametrize(
     "published",
     [
         "study,experiment\nodir,odir-00\n",
-        "",
-        f"{HEAD}\na,b,c,,,,x\n",
-        f"{HEAD}\na,b,c,,,,1\na,b,c,,,,1\n",
-        f"{HEAD}\na,b,c,,,,nan\n",
-        f"{HEAD}\na,b,c,,,,inf\n",
-        f"{HEAD}\na,b,c,,,,1,2\n",
+        f"{HEAD}\na,b,c,,,,,x\n",
+        f"{HEAD}\na,b,c,,,,,nan\n",
+        f"{HEAD}\na,b,c,,,,,inf\n",
+        f"{HEAD}\na,b,c,,,,,1,2\n",
         f"{HEAD}\na,b,c,,,\n",
-        f"{HEAD},f1\na,b,c,,,,1,1\n",
-        f"{HEAD}\na,b,c,,,,\udcff\n",
-        f'{HEAD}\na,b,"c,,,,1\n',
-        f"{HEAD}\na,b,{'c' * 200000},,,,1\n",
+        f"{HEAD}\na,b,c,,,,,\udcff\n",
+        f'{HEAD}\na,b,"c,,,,,1\n',
+        f"{HEAD}\na,b,{'c' * 200000},,,,,1\n",
     ],
 )
 def test_a_damaged_published_csv_is_a_message(tmp_path, published):
     path = tmp_path / "published.csv"
-    path.write_text(f"{HEAD}\na,b,c,,,,1\n")
+    path.write_text(f"{HEAD}\na,b,c,,,,,1\n")
     assert runfolders.read_published(path)[0]["scores"] == {"f1": 1}, "a sound one is read"
     path.write_bytes(published.encode("utf-8", "surrogateescape"))
     with pytest.raises(InputError, match=r"published\.csv"):
@@ -468,7 +465,7 @@ def test_a_damaged_published_csv_is_a_message(tmp_path, published):
 
 def test_a_folder_of_runs_that_is_not_there_is_a_message(tmp_path, capsys):
     assert main_of("--runs", tmp_path / "nowhere") == 2
-    assert capsys.readouterr().err.startswith("error: --runs ") and not list(tmp_path.iterdir())
+    assert "nowhere: no such folder" in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
 def test_published_csv_is_the_published_table():
@@ -1334,31 +1331,6 @@ def test_answers_that_are_not_those_of_the_scores_are_not_compared(tmp_path, cap
     assert main_of("--runs", tmp_path / "runs") == 0
     page = (tmp_path / "runs/report.html").read_text()
     assert page.count('"probs"') == 1 and "other scores than test_scores.json" in page
-
-
-def test_compare_shows_the_photographs(tmp_path, rendered, capsys):
-    import tables
-
-    frame = tables.read("odir", rendered("odir")).frame
-    ids = list(frame["ID"])
-    pair = two_runs(tmp_path)
-    for folder, quality in zip(pair, (0.3, 0.5), strict=True):
-        add_answers(folder, quality, n=len(ids), ids=ids, labels="NDGCAHMO")
-        edit(folder, "run.json", data={"root": str(rendered("odir"))})
-    assert main_of("--runs", tmp_path / "runs", "--compare", *pair) == 0
-    page = (tmp_path / "runs/compare.html").read_text()
-    assert "no photographs" not in capsys.readouterr().out
-    data = json.loads(re.search(r'id="data">(.*?)</script>', page, re.S)[1])
-    assert len(data["photos"]) == 10 and all(len(pictures) == 2 for pictures in data["photos"].values())
-    if CHROMIUM:
-        seen, console, _ = browse(page, tmp_path)
-        assert not console and seen["scroll"] <= 390 and seen["pictures"] == 20
-        assert seen["foundCharts"] == 2 and "per label: paired difference" in seen["found"]
-    edit(pair[0], "run.json", data={"root": str(tmp_path / "gone")})
-    edit(pair[1], "run.json", data={"root": str(tmp_path / "gone")})
-    assert main_of("--runs", tmp_path / "runs", "--compare", *pair) == 0
-    printed = capsys.readouterr().out
-    assert "no photographs: " in printed and "gone" in printed and "B less A" in printed
 
 
 def test_pictures_are_shrunk(tmp_path):
