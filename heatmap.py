@@ -20,7 +20,7 @@ from errors import InputError, Parser, guard
 def get_args_parser():
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("given", nargs="*", metavar="PICTURE", help="pictures, a folder or a CSV, as predict.py takes them")
+    add("given", nargs="*", metavar="PICTURE", help="pictures or a folder, as predict.py takes them")
     add("--ckpt", required=True, help="a best.pt or a run's folder")
     add("--split", choices=["val", "test", "all"], help="instead of pictures: rows of this part")
     add("--data", help="with --split: another folder of the same layout (default: the run's)")
