@@ -56,9 +56,7 @@ def split(name, table, val=None, test=None, seed=42):
     given = table["given_part"]
     if (given != "").all():
         if val is not None or test:
-            raise InputError(
-                f"this {name} data set brings its own split: leave out --val- and --test-fraction"
-            )
+            raise InputError(f"{name} brings its own split here: leave out --val- and --test-fraction")
         return {part: table[given == part] for part in PARTS}
     val = DATASETS[name]["val"] if val is None else val
     test = DATASETS[name]["test"] if test is None else test
@@ -66,12 +64,12 @@ def split(name, table, val=None, test=None, seed=42):
         raise InputError(f"--val-fraction {val} and --test-fraction {test}: expected to leave some to train")
     if name != "odir":
         return dict(zip(PARTS, split_grouped(table, val, test, seed), strict=True))
-    train, validation = split_patients(table, val, seed)
-    held = train.iloc[:0]
-    if test:  # cut from the training part, so that validation stays the published one
-        rest, taken = permuted(len(train), round(test * (len(train) + len(validation))), seed)
-        train, held = train.iloc[rest], train.iloc[taken]
-    return {"train": train, "val": validation, "test": held}
+    train, held_out = split_patients(table, val, seed)
+    if not test:
+        return {"train": train, "val": held_out, "test": train[:0]}
+    # Cut from the training part, so that validation stays the published one.
+    rest, taken = permuted(len(train), round(test * (len(train) + len(held_out))), seed)
+    return {"train": train.iloc[rest], "val": held_out, "test": train.iloc[taken]}
 
 
 def drop_missing(parts, missing):
@@ -85,8 +83,7 @@ def drop_missing(parts, missing):
         kept[part], left_out = table[complete], left_out + int((~complete).sum())
     if left_out and missing == "stop":
         absent = ", ".join([str(file) for file in files if file not in there][:5])
-        advice = "Complete the folder, or leave these patients out with --missing drop"
-        raise InputError(f"{left_out} row(s) have no picture, the first files: {absent}. {advice}")
+        raise InputError(f"{left_out} row(s) have no picture, first {absent}. Add them, or --missing drop")
     return kept, left_out
 
 
@@ -94,6 +91,5 @@ def set_aside(train, args):
     """(train, calibration): a share of the training patients that no gradient sees, by the split's seed."""
     patients = train["patient"].unique()
     count = math.ceil(args.calibration_fraction * len(patients))
-    _, taken = permuted(len(patients), count, args.split_seed)
-    aside = train["patient"].isin(patients[taken])
+    aside = train["patient"].isin(patients[permuted(len(patients), count, args.split_seed)[1]])
     return train[~aside], train[aside]

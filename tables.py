@@ -127,21 +127,17 @@ def picture_frame(path, names, folder, target, given_part=""):
 
 def read_sheet(path, columns=(), header=0, dtype=None):
     """A .xlsx or .csv file that has these columns, without the blank rows at its end."""
-    path = Path(path)
-    with reading(path, "a table"):
-        if path.suffix.lower() == ".xlsx":
+    # An error instead of a warning: a row with more fields than names.
+    with reading(path, "a table"), warnings.catch_warnings(action="error", category=pd.errors.ParserWarning):
+        if Path(path).suffix.lower() == ".xlsx":
             sheet = pd.read_excel(path, header=header, dtype=dtype)
-        else:
-            with warnings.catch_warnings():
-                warnings.simplefilter("error", pd.errors.ParserWarning)  # a row with more fields than names
-                # Blank lines are kept, so that row numbers stay those of the file.
-                sheet = pd.read_csv(path, header=header, dtype=dtype, skip_blank_lines=False, index_col=False)
+        else:  # blank lines are kept, so that row numbers stay those of the file
+            sheet = pd.read_csv(path, header=header, dtype=dtype, skip_blank_lines=False, index_col=False)
     filled = np.flatnonzero(sheet.notna().any(axis=1))
     if not len(filled):
         raise InputError(f"{path} holds no row")
     check_columns(path, sheet, columns)
-    first = 1 if header is None else 2
-    sheet.index = range(first, first + len(sheet))
+    sheet.index += 1 if header is None else 2
     return sheet.iloc[: filled[-1] + 1]
 
 
@@ -247,8 +243,7 @@ def read_image_folder(root):
     # A kappa with squared distances counts classes: of grades 0, 1 and 4 it would take the wrong ones.
     ordered = graded and max(grades) - min(grades) == len(grades) - 1
     if not ordered:
-        order = f"the classes {', '.join(classes)} are named by no grades, or some grades are left out"
-        notes.append(f"{order}: there is no quadratic kappa")
+        notes.append(f"the classes {', '.join(classes)} are no row of grades: there is no quadratic kappa")
     taken = {"ID", "predicted", "trained_on"}.intersection(classes)  # columns of the sheets of results
     if taken:
         raise InputError(f"{root / 'train'}: no class may be called {', '.join(taken)}. Rename the folder")
@@ -286,9 +281,7 @@ def read_dr(root, labels):
             raise InputError(f"{label_path}: {levels.shape[1]} columns; expected the levels alone, no header")
         target = as_integers(label_path, levels[0], "a level (the file has no header)", grades)
         if len(names) != len(target):
-            raise InputError(
-                f"{path}: {len(names)} rows, {label_path} has {len(target)}; expected row by row"
-            )
+            raise InputError(f"{path} has {len(names)} rows, {label_path} {len(target)}; expected as many")
         folder = root / source if (root / source).is_dir() else root
         frames.append(picture_frame(path, names, folder, target, part))
     train, test = frames
@@ -329,7 +322,7 @@ def read_mrnet(root, labels):
             other = columns[labels[0]].index.symmetric_difference(exams)[:5].tolist()
             if other:
                 raise InputError(
-                    f"{path} and {source}-{labels[0]}.csv do not hold the same exams: {other} ..."
+                    f"{path}, {source}-{labels[0]}.csv do not hold the same exams, first {other}"
                 )
         frame = pd.DataFrame(columns)  # joined by exam
         names = [f"{exam:04d}" for exam in frame.index]
@@ -368,8 +361,8 @@ def add_pseudo_labels(parts, labels, root, path, min_confidence):
         theirs = read_sheet(beside, ["ID", "part"], dtype=str)
         leaked = set(held_out).intersection(patients_of(theirs["ID"][theirs["part"] == "train"]))
         if leaked:
-            problem = f"{path} was spread from {len(leaked)} patient(s) of validation or test"
-            raise InputError(f"{problem}: give the split of {beside.parent} (--split-seed, --val-fraction)")
+            problem = f"{path}: spread from {len(leaked)} patient(s) of validation or test"
+            raise InputError(f"{problem}. Give the split of {beside.parent} (--split-seed, --val-fraction)")
     more = more[confidence >= min_confidence]
     return pd.concat([parts["train"], more], ignore_index=True), len(more)
 
@@ -416,9 +409,7 @@ def rows_of_folder(name, folder):
         return [(file.name, (str(file),)) for file in files]
     pairs, eyes = {}, [file for file in files if file.stem.lower().endswith(("_left", "_right"))]
     if len(eyes) < len(files):
-        print(
-            f"note: {len(files) - len(eyes)} picture(s) in {folder} are no <id>_left or <id>_right: ignored"
-        )
+        print(f"note: {len(files) - len(eyes)} picture(s) in {folder} are ignored: no <id>_left or _right")
     for file in eyes:
         patient, _, side = file.stem.rpartition("_")
         pair = pairs.setdefault(patient, {side: f"{folder / patient}_{side}.*" for side in ("left", "right")})

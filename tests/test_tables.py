@@ -160,7 +160,7 @@ def test_labs_headerless_pair_keeps_its_first_row(tmp_path):
     "name, text, words",
     [
         ("train_label.csv", "level\n2\n0\n4\n", ["train_label.csv", "no header", "row(s) 1"]),
-        ("train_label.csv", "2\n0\n", ["3 rows", "has 2", "row by row"]),
+        ("train_label.csv", "2\n0\n", ["3 rows", "csv 2;", "as many"]),
         (
             "train_label.csv",
             "2\n\n0\n4\n",
