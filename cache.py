@@ -1,7 +1,5 @@
 """Files written whole or not at all, and arrays that are costly to make and therefore kept on disk.
-
-Kept arrays are .npy files named by a digest of all that they depend on; their folder can be deleted.
-"""
+Kept arrays are .npy files named by a digest of all that they depend on; their folder can be deleted."""
 
 import contextlib
 import hashlib
@@ -90,10 +88,8 @@ def is_whole(path, shape, dtype):
 
 
 def kept_array(path, shape, dtype, fill):
-    """The array (shape, dtype) of `path`, mapped from disk.
-
-    `fill(array)` makes it where it is missing or cut short. InputError: the folder cannot be written.
-    """
+    """The array (shape, dtype) of `path`, mapped from disk; `fill(array)` makes it where it is missing or cut
+    short. InputError: the folder cannot be written."""
     if not is_whole(path, shape, dtype):
         try:
             with replacing(path) as temporary:
@@ -105,7 +101,7 @@ def kept_array(path, shape, dtype, fill):
                 del array  # Windows renames no mapped file
         except OSError as error:
             problem = f"the cache {path.parent} cannot be written ({error.strerror})"
-            raise InputError(f"{problem}: free some space or name another folder with --cache") from error
+            raise InputError(f"{problem}: make room, or name another folder with --cache") from error
     # "c" (copy on write) because torch warns of arrays that it could not write to. The file is never changed.
     return np.load(path, mmap_mode="c", allow_pickle=False)
 
