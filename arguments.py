@@ -1,7 +1,5 @@
 """The flags of train.py: the published defaults, the rules, and what the experiments of run_all.sh set.
-
-Imports neither torch nor pandas, so that --help and a wrong flag answer at once.
-"""
+Imports neither torch nor pandas, so that --help and a wrong flag answer at once."""
 
 import argparse
 import re
@@ -229,20 +227,19 @@ def check_training(args):
     if not args.fine_tune and (args.freeze_epochs or args.trunk_lr != 1):
         raise InputError("--freeze-epochs, --trunk-lr: without --fine-tune the trunk does not learn")
     kept_features = args.feature_cache and not args.fine_tune and args.bn != "batch"
-    if args.folds == 1 or args.folds and not (kept_features and args.dataset == "odir"):
+    possible = args.folds > 1 and kept_features and args.dataset == "odir" and not args.calibration_fraction
+    if args.folds and not possible:
         raise InputError("--folds needs 2 or more, and kept features of eye pairs; or --calibration-fraction")
-    if args.calibration_fraction and args.folds:
-        raise InputError("--calibration-fraction and --folds are two ways to learn thresholds: choose one")
     theirs = SCHEDULES[args.scheduler] | OPTIMIZERS[args.optimizer]
     for name in ("schedule_epochs", "gamma", "max_lr", "warmup_epochs", "momentum"):
         if getattr(args, name) is not None and name not in theirs:
             chosen = f"--scheduler {args.scheduler} with --optimizer {args.optimizer}"
             raise InputError(f"--{name.replace('_', '-')}: {chosen} has none")
-    if args.scheduler == "cyclic" and args.trunk_lr != 1:
-        raise InputError("--trunk-lr: --scheduler cyclic sets one rate for the whole network")
     high = args.max_lr or SCHEDULES["cyclic"]["max_lr"]
-    if args.scheduler == "cyclic" and args.lr >= high:
-        raise InputError(f"--lr {args.lr} is cyclic's lower end: expected less than --max-lr {high}")
+    if args.scheduler == "cyclic" and (args.lr >= high or args.trunk_lr != 1):
+        raise InputError(
+            f"--scheduler cyclic: expected --lr {args.lr} below --max-lr {high}, and no --trunk-lr"
+        )
     if args.warmup_epochs is not None and args.warmup_epochs > args.epochs:
         raise InputError(f"--warmup-epochs {args.warmup_epochs:g}: expected --epochs {args.epochs} or less")
     one_class = args.dataset not in ("odir", "mrnet")

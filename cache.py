@@ -28,13 +28,6 @@ def digest(*parts):
     return sha.hexdigest()
 
 
-def file_stamps(files):
-    """(path, bytes, times of change in ns) of every file: what an array made of them depends on."""
-    found = [(os.path.abspath(file), os.stat(file)) for file in files]
-    # The second time cannot be set: it tells of a file that was moved here, or whose first time was set back.
-    return [(path, status.st_size, status.st_mtime_ns, status.st_ctime_ns) for path, status in found]
-
-
 def file_names(names):
     """Names as .png files, without a picture's suffix and what no file name holds; a second one gets -2."""
     taken, files = {}, []
@@ -79,12 +72,10 @@ def remove_leftovers(folder, name="*"):
 
 def is_whole(path, shape, dtype):
     """Whether `path` is a .npy file of this shape and dtype, as long as it has to be."""
-    try:
-        with reading(path, "an array"):
-            array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except InputError:  # missing, cut short, or a damaged header
-        return False
-    return array.shape == shape and array.dtype == dtype
+    with contextlib.suppress(InputError), reading(path, "an array"):
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+        return array.shape == shape and array.dtype == dtype
+    return False  # missing, cut short, or a damaged header
 
 
 def kept_array(path, shape, dtype, fill):

@@ -32,8 +32,7 @@ from tables import DATASETS, PLANES, targets_of
 class RowSet(torch.utils.data.Dataset):
     """A data set whose `__getitems__([(index, repeat), ...])` gives a whole batch as a dict of tensors.
     `repeat` counts how often the row came before in the epoch: each time it gets another random view.
-    `view`: number of the random views, None for none. A subclass gives `inputs(keys)`.
-    """
+    `view`: number of the random views, None for none. A subclass gives `inputs(keys)`."""
 
     on_device = False  # whether batches come from a GPU's memory
     per_row = 0  # pictures of a row that get random views of their own
@@ -92,8 +91,7 @@ class FeatureSet(RowSet):
 class VolumeSet(RowSet):
     """Knees: batches {"volumes": three uint8 (sum of slices, S, S), "lengths": of each exam, "targets"}.
     `how`: "crop" cuts the centre S x S of the 256 x 256 slices (published: 224), "none" scales them to S x S.
-    An integer index gives ([three uint8 (slices, S, S)], target).
-    """
+    An integer index gives ([three uint8 (slices, S, S)], target)."""
 
     def __init__(self, files, targets, size, how="crop", seed=0, view=None):
         super().__init__(targets, seed, view)
@@ -224,9 +222,8 @@ class Data:
     def prior(self):
         """Share of the training rows that carry each label."""
         targets = self.train.targets
-        if targets.ndim == 2:
-            return targets.mean(0).tolist()
-        return (np.bincount(targets, minlength=len(self.labels)) / len(targets)).tolist()
+        carried = targets if self.task == "multilabel" else np.eye(len(self.labels))[targets]
+        return carried.mean(0).tolist()
 
 
 def eval_size(args):
@@ -268,10 +265,10 @@ def open_part(table, targets, args, size, missing, expected=0):
 
 def find_data(args):
     """The data folder: --data, data/<name>, or that of rendered stand-ins, which are drawn where missing."""
-    root = Path(args.data or Path("data") / args.dataset)
+    root = Path(args.data or f"data/{args.dataset}")
     stand_ins = not args.data and not root.is_dir()
     if stand_ins:
-        root = Path("data") / "rendered" / args.dataset
+        root = Path("data/rendered") / args.dataset
     with together():  # what goes wrong in one process ends all of them
         if stand_ins and local_rank() == 0:
             bar = "!" * 78
@@ -314,11 +311,11 @@ def load(args):
     closed = zip(frames["test"]["ID"], targets_of(frames["test"], labels).tolist(), strict=True)
     rows["test"] = {str(name): (str(target), "") for name, target in closed}
     train, val, calibration = parts["train"], parts["val"], parts.get("calibration")
-    seen = pictures_of(train) | seen_by_weights(args, frames, notes)
+    seen = seen_by_weights(args, frames, notes).union(*chain(*train.contents))
     if calibration:  # thresholds are learned from it: it knows nothing of training, nor validation of it
         if count_duplicates(calibration, seen, args, "calibration"):
             notes.append("the thresholds are learned on rows that are trained on too (--duplicates keep)")
-        seen |= pictures_of(calibration)
+        seen.update(*chain(*calibration.contents))
     facts = dict(root=str(root), rendered=tables.is_rendered(root), notes=notes, left_out=left_out)
     facts |= dict(unreadable=unreadable, repaired=sorted(repaired), digest=digest(rows))
     facts["duplicates"] = count_duplicates(val, seen, args, "validation")
@@ -326,13 +323,8 @@ def load(args):
     facts["patients"] = {name: frame["patient"].nunique() for name, frame in frames.items()}
     if args.shuffle_labels:
         train.targets = train.targets[np.random.default_rng(args.seed).permutation(len(train))]
-    task, family = DATASETS[args.dataset]["task"], DATASETS[args.dataset]["family"]
-    return Data(train, val, labels, task, family, table.ordered, facts, rows, seen, calibration)
-
-
-def pictures_of(part):
-    """Digests of a part's pictures."""
-    return set().union(*chain(*part.contents))
+    about = (DATASETS[args.dataset][name] for name in ("task", "family"))
+    return Data(train, val, labels, *about, table.ordered, facts, rows, seen, calibration)
 
 
 def seen_by_weights(args, frames, notes):
@@ -375,8 +367,7 @@ def load_part(args, saved, split, root=None, missing="stop"):
     """The rows of a checkpoint's part in their order, opened -> (Part, facts). `all`: every row of the data.
     facts: root, rendered, notes, own (rows, labels and pictures are the run's), digest, left_out,
     trained_on (IDs of the rows that hold a picture the network was trained on).
-    Raises InputError where rows or labels are not the run's, unless `root` names another data set.
-    """
+    Raises InputError where rows or labels are not the run's, unless `root` names another data set."""
     root = root or saved["data"]["root"]
     other = Path(root).resolve() != Path(saved["data"]["root"]).resolve()
     table = tables.read(args.dataset, root, saved["labels"] if args.dataset in ("retina", "mrnet") else None)

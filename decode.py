@@ -5,12 +5,13 @@ import functools
 import hashlib
 import json
 import math
+import os
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from cache import digest, file_stamps, kept_array, replace_file
+from cache import digest, kept_array, replace_file
 from engine import progress
 from errors import InputError, reading
 from preprocess import in_processes, load_picture
@@ -41,14 +42,16 @@ def decode_all(files, kind, size, workers=None):
 class Pictures:
     """Pictures decoded once and kept: `.rows` (n, P) points into `.array()`, uint8 (m, S, S, 3).
     `.failed` {file: reason}, `.repaired` [file] and `.contents` [[digest of bytes, of pixels] of each file]
-    say what was found. Raises InputError where the system refuses to read a file.
-    """
+    say what was found. Raises InputError where the system refuses to read a file."""
 
     def __init__(self, files, kind, size, cache, workers=None):
         self.files = [file for row in files for file in row]
         self.rows = np.arange(len(self.files)).reshape(len(files), -1)
         self.kind, self.size, self.workers = kind, size, workers
-        self.key = digest(file_stamps(self.files), kind, size, "pictures-2")
+        # The second time cannot be set: it tells of a file that was moved here, or whose first was set back.
+        found = [(os.path.abspath(file), os.stat(file)) for file in self.files]
+        stamps = [(path, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for path, stat in found]
+        self.key = digest(stamps, kind, size, "pictures-2")
         self.path = Path(cache) / f"pictures-{self.key[:20]}.npy"
         self.shape, self.facts = (len(self.files), size, size, 3), self.path.with_suffix(".json")
         self.mapped = self.resident = None
@@ -107,10 +110,8 @@ class GivenPictures(Pictures):
     """Pictures that lie in memory, uint8 (m, S, S, 3)."""
 
     def __init__(self, array, rows):
-        self.stored, self.rows, self.size, self.resident = array, rows, array.shape[1], None
+        self.stored, self.rows, self.shape, self.size = array, rows, array.shape, array.shape[1]
+        self.resident = None
 
     def array(self):
         return self.stored
-
-    def on(self, device):
-        return None

@@ -93,8 +93,7 @@ def guard(main, *args):
     """Run `main(*args)` and return its exit status (0 where it returns None).
     2: input or a place on disk that the user can mend. 1: a loss that is not finite, too little memory, or
     another process of the run that has ended. 130, 143: Ctrl-C, SIGTERM. The rest keeps its traceback.
-    An exception's `go_on` is the command that goes on; without one it is the command that was given.
-    """
+    An exception's `go_on` is the command that goes on; without one it is the command that was given."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             # A character that the terminal lacks becomes a question mark; a log file gets each line at once.

@@ -31,8 +31,7 @@ SOS, EOI = b"\xff\xda", b"\xff\xd9"  # JPEG markers: start of a scan, end of the
 
 def read_picture(path, side=0):
     """-> (PIL image in RGB, whether a missing JPEG end marker was supplied). Raises InputError, and OSError.
-    With `side` > 0 a JPEG is decoded at the largest reduction that leaves 1.5 x side pixels both ways.
-    """
+    With `side` > 0 a JPEG is decoded at the largest reduction that leaves 1.5 x side pixels both ways."""
     data = Path(path).read_bytes()
     # FF D9 does not occur inside a scan: no end marker after the last scan began means that it is missing.
     repaired = data.startswith(b"\xff\xd8") and data.find(SOS, max(data.rfind(EOI), 0)) >= 0

@@ -19,10 +19,8 @@ def permuted(count, taken, seed):
 
 def split_patients(annotations, val_fraction=0.2, seed=42):
     """ODIR's published split: (train, val) data frames of `annotations` (one row per patient, column ID).
-
     Without the ten pre-treated patients, then as train_test_split does on the ascending IDs: of the official
-    3 500 rows 2 792 / 698, validation beginning 296, 4308, 4556, 1710, whatever pictures are missing.
-    """
+    3 500 rows 2 792 / 698, validation beginning 296, 4308, 4556, 1710, whatever pictures are missing."""
     kept = annotations[~annotations["ID"].isin(PRETREATED)].sort_values("ID", kind="stable")
     if len(kept) < 2:
         raise InputError(f"{len(kept)} patient(s) cannot be split into a training and a validation part")
@@ -50,7 +48,6 @@ def split_grouped(table, val, test, seed):
 
 def split(name, table, val=None, test=None, seed=42):
     """Split a table by patient -> {"train", "val", "test"}: data frames.
-
     A split that the data set brings is kept. `val`, `test`: shares of the patients; None: the published one.
     """
     given = table["given_part"]

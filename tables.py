@@ -126,7 +126,7 @@ def picture_frame(path, names, folder, target, given_part=""):
 
 
 def read_sheet(path, columns=(), header=0, dtype=None):
-    """A .xlsx or .csv file that has these columns, without the blank rows at its end."""
+    """A .xlsx or .csv file that has these columns, without a header these alone; no blank rows at its end."""
     # An error instead of a warning: a row with more fields than names.
     with reading(path, "a table"), warnings.catch_warnings(action="error", category=pd.errors.ParserWarning):
         if Path(path).suffix.lower() == ".xlsx":
@@ -137,6 +137,8 @@ def read_sheet(path, columns=(), header=0, dtype=None):
     if not len(filled):
         raise InputError(f"{path} holds no row")
     check_columns(path, sheet, columns)
+    if header is None and sheet.shape[1] > len(columns):
+        raise InputError(f"{path}: {sheet.shape[1]} columns; expected {len(columns)} and no header")
     sheet.index += 1 if header is None else 2
     return sheet.iloc[: filled[-1] + 1]
 
@@ -263,7 +265,6 @@ def read_image_folder(root):
 
 def read_dr(root, labels):
     """trainLabels.csv (image, level), or the lab's {train,test}_img.csv and _label.csv without header.
-
     The lab's test file is what its accuracies were measured on and its best epoch chosen by: it is our `val`.
     """
     path, grades, frames = root / "trainLabels.csv", range(len(labels)), []
@@ -275,11 +276,9 @@ def read_dr(root, labels):
         return Table(picture_frame(path, names, folder, target), labels)
     for source, part in (("train", "train"), ("test", "val")):
         path, label_path = root / f"{source}_img.csv", root / f"{source}_label.csv"
-        names = check_names(path, read_sheet(path, header=None, dtype=str)[0], "image")
-        levels = read_sheet(label_path, header=None)
-        if levels.shape[1] > 1:
-            raise InputError(f"{label_path}: {levels.shape[1]} columns; expected the levels alone, no header")
-        target = as_integers(label_path, levels[0], "a level (the file has no header)", grades)
+        names = check_names(path, read_sheet(path, [0], header=None, dtype=str)[0], "image")
+        levels = read_sheet(label_path, [0], header=None)[0]
+        target = as_integers(label_path, levels, "a level (the file has no header)", grades)
         if len(names) != len(target):
             raise InputError(f"{path} has {len(names)} rows, {label_path} {len(target)}; expected as many")
         folder = root / source if (root / source).is_dir() else root
@@ -314,8 +313,6 @@ def read_mrnet(root, labels):
         for label in labels:
             path = root / f"{source}-{label}.csv"
             sheet = read_sheet(path, [0, 1], header=None)
-            if sheet.shape[1] > 2:
-                raise InputError(f"{path}: {sheet.shape[1]} columns; expected two (id, label) and no header")
             exams = as_integers(path, sheet[0], "an exam id (the file has no header)")
             check_rows(path, exams.duplicated(), "doubled exam id", exams)
             columns[label] = pd.Series(check_zero_one(path, sheet, [1])[:, 0], index=exams)
@@ -342,9 +339,7 @@ def unlabelled_pictures(root):
 
 def add_pseudo_labels(parts, labels, root, path, min_confidence):
     """parts["train"] with the pictures of pseudo_labels.csv (filename, label, confidence) -> (frame, number).
-
-    No picture of `parts` may come back, nor another one of a patient who is in validation or test.
-    """
+    No picture of `parts` may come back, nor another one of a patient who is in validation or test."""
     sheet = read_sheet(path, ["filename", "label", "confidence"], dtype={"filename": str, "label": str})
     names = check_names(path, sheet["filename"], "filename")
     check_rows(path, ~sheet["label"].isin(labels), f"label that is not one of {labels}", sheet["label"])

@@ -787,5 +787,5 @@ def test_a_row_with_more_fields_than_the_header_is_refused(tmp_path):
 def test_the_labs_label_file_has_one_column(tmp_path):
     (tmp_path / "train_img.csv").write_text("a\nb\n")
     (tmp_path / "train_label.csv").write_text("0,3\n1,4\n")
-    with pytest.raises(InputError, match="2 columns; expected the levels alone"):
+    with pytest.raises(InputError, match="2 columns; expected 1 and no header"):
         tables.read("dr", tmp_path)
