@@ -237,9 +237,7 @@ def check_training(args):
             raise InputError(f"--{name.replace('_', '-')}: {chosen} has none")
     high = args.max_lr or SCHEDULES["cyclic"]["max_lr"]
     if args.scheduler == "cyclic" and (args.lr >= high or args.trunk_lr != 1):
-        raise InputError(
-            f"--scheduler cyclic: expected --lr {args.lr} below --max-lr {high}, and no --trunk-lr"
-        )
+        raise InputError(f"cyclic: expected --lr {args.lr} below --max-lr {high}, and no --trunk-lr")
     if args.warmup_epochs is not None and args.warmup_epochs > args.epochs:
         raise InputError(f"--warmup-epochs {args.warmup_epochs:g}: expected --epochs {args.epochs} or less")
     one_class = args.dataset not in ("odir", "mrnet")

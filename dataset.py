@@ -273,9 +273,7 @@ def find_data(args):
         if stand_ins and local_rank() == 0:
             bar = "!" * 78
             print(bar, f"!! No data/{args.dataset}: this run takes RENDERED STAND-INS from {root}.", sep="\n")
-            print(
-                "!! Its scores say nothing about real eyes or knees. Real data: docs/data.md.", bar, sep="\n"
-            )
+            print("!! Its scores say nothing about real eyes or knees. See docs/data.md.", bar, sep="\n")
             script = Path(__file__).with_name("render_data.py")
             command = [sys.executable, script, root, "--dataset", args.dataset, "--patients", "160"]
             if not tables.is_rendered(root) and subprocess.run(command).returncode:

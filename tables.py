@@ -318,9 +318,7 @@ def read_mrnet(root, labels):
             columns[label] = pd.Series(check_zero_one(path, sheet, [1])[:, 0], index=exams)
             other = columns[labels[0]].index.symmetric_difference(exams)[:5].tolist()
             if other:
-                raise InputError(
-                    f"{path}, {source}-{labels[0]}.csv do not hold the same exams, first {other}"
-                )
+                raise InputError(f"{path}, {source}-{labels[0]}.csv do not hold the same exams: {other}")
         frame = pd.DataFrame(columns)  # joined by exam
         names = [f"{exam:04d}" for exam in frame.index]
         files = [tuple(str(root / source / plane / f"{name}.npy") for plane in PLANES) for name in names]
