@@ -1,7 +1,5 @@
 """The flags of train.py: the published defaults, the rules, and what the experiments of run_all.sh set.
-
-Imports neither torch nor pandas, so that --help and a wrong flag answer at once.
-"""
+Imports neither torch nor pandas, so that --help and a wrong flag answer at once."""
 
 import argparse
 import re
@@ -48,7 +46,8 @@ WHERE = [*MACHINE, "seed", "name", "resume", "runs", "data"]
 LEAST = dict(size=16, batch=1, epochs=1, patience=1, freeze_epochs=0, views=0, seed=0, split_seed=0, lr=1e-12)
 LEAST |= dict(max_lr=1e-12, weight_decay=0, momentum=0, min_confidence=0, schedule_epochs=1, workers=0)
 LEAST |= dict(warmup_epochs=0, trunk_lr=0, ema=0, folds=0, weight_power=0, calibration_fraction=0, gamma=1e-6)
-MOST = dict(momentum=1, min_confidence=1, ema=0.99999, calibration_fraction=0.5, gamma=0.999999)
+# Pixels a side: no fundus camera's picture is larger than 4096.
+MOST = dict(momentum=1, min_confidence=1, ema=0.99999, calibration_fraction=0.5, gamma=0.999999, size=4096)
 
 
 def add_machine_flags(parser, precision="auto"):
@@ -100,8 +99,7 @@ def get_args_parser(dataset="odir", description=None):
     text = "v0 to v3: both eyes; mrnet; alexnet, efficientnet-b1, efficientnet-lite0 or torchvision's name"
     add("--model", default="v0", help=text)
     add("--trunk", default="resnet50", help="of v0 to v3 (write-up: resnet50), named as --model's networks")
-    text = "imagenet (write-up), none, one of torchvision's names (IMAGENET1K_V1), a best.pt or a state_dict"
-    add("--weights", default="imagenet", help=text)
+    add("--weights", default="imagenet", help="imagenet (write-up), none, IMAGENET1K_V1 and such, or a file")
     add("--fine-tune", action=yes_no, default=False, help="train the trunk too (13-17, the other studies)")
     add("--freeze-epochs", type=int, default=0, help="of --fine-tune: the head alone first (dr lab: 5)")
     text = "BatchNorm: fitted once (resnet50), the weights' own (other trunks), each batch's (--fine-tune)"
@@ -113,8 +111,7 @@ def get_args_parser(dataset="odir", description=None):
     add("--trunk-lr", type=float, default=1.0, help="of --fine-tune: the trunk's share of --lr")
     add("--momentum", type=float, help="of sgd (write-up: 0.9)")
     add("--weight-decay", type=float, default=0.0, help="(write-up: none)")
-    text = "stepped once an epoch (experiment 3); cosine: every step, to zero at --epochs"
-    add("--scheduler", choices=SCHEDULES, default="linear", help=text)
+    add("--scheduler", choices=SCHEDULES, default="linear", help="steps by epoch; cosine: by batch")
     add("--schedule-epochs", type=int, help="linear: over 50; cyclic: up in 10; step: 1; plateau: wait 3")
     add("--gamma", type=float, help="factor: linear (0.1), step (0.7), plateau (0.3)")
     add("--max-lr", type=float, help="cyclic: upper end (experiment 4: 0.1)")
@@ -127,8 +124,7 @@ def get_args_parser(dataset="odir", description=None):
     add("--loss", choices=["bce", "asymmetric"], default="bce", help="of several labels (write-up: bce)")
     add("--weighted-loss", action=yes_no, default=False, help="pos_weight or class weights (experiment 11)")
     add("--weight-power", type=float, default=1.0, help="exponent of these weights; below 1: softer")
-    samplers = ["shuffle", "balanced", "weighted"]
-    add("--sampler", choices=samplers, default="shuffle", help="balanced: experiment 12; weighted: aptos")
+    add("--sampler", choices=["shuffle", "balanced", "weighted"], default="shuffle", help="(experiment 12)")
     add("--drop-last", action=yes_no, default=False, help="leave out a short last batch (dr lab)")
 
     add = parser.add_argument_group("thresholds, learned on training patients").add_argument
@@ -177,13 +173,11 @@ def get_args(argv=None, description=None):
     for name, value in (SCHEDULES[args.scheduler] | OPTIMIZERS[args.optimizer]).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    if args.bn is None and args.fine_tune:
-        args.bn = "batch"
-    elif args.bn is None:
-        # The original's statistics drifted towards the fundus pictures. Of another trunk than the published
-        # one the weights' own are better (docs/results.md).
+    if args.bn is None:
+        # Of another trunk than the published one the weights' own statistics are better (docs/results.md).
         published = args.trunk == "resnet50" and not args.model.startswith("efficientnet-lite0")
-        args.bn = "fitted" if published else "pretrained"
+        frozen = "fitted" if published else "pretrained"
+        args.bn = "batch" if args.fine_tune else frozen
     return args, state
 
 
@@ -196,9 +190,8 @@ def compare_with_stored(args, state):
         kept = ", ".join(f"--{name.replace('_', '-')} {stored[name]}" for name in refused)
         raise InputError(f"a resumed run keeps its {kept}: start a new run to change it")
     if args.epochs < state["epoch"] or args.patience < stored["patience"]:
-        asked = f"--epochs {args.epochs} --patience {args.patience}"
-        had = f"this run has had {state['epoch']} epochs with --patience {stored['patience']}"
-        raise InputError(f"{asked}: {had}; expected as many or more")
+        had = f"the {state['epoch']} epochs that this run has had, --patience {stored['patience']}"
+        raise InputError(f"--epochs {args.epochs} --patience {args.patience}: expected {had} or more")
     for name in changed:
         # The cosine schedule falls to zero at the last epoch.
         if name in SCHEDULE_FLAGS or name == "epochs" and args.scheduler == "cosine":
@@ -213,75 +206,57 @@ def check_args(args):
             asked = f"{least:g} to {most:g}" if name in MOST else f"{least:g} or more"
             raise InputError(f"--{name.replace('_', '-')} {value}: expected {asked}")
     check_pictures(args)
-    check_network(args)
-    check_optimisation(args)
+    check_training(args)
 
 
 def check_pictures(args):
-    name, knees = args.dataset, args.dataset == "mrnet"
-    if args.size > 4096:  # pixels: larger than any fundus camera's picture
-        memory = f"one picture takes {3 * args.size**2 / 1e9:.3g} GB"
-        raise InputError(f"--size {args.size}: {memory}; expected 4096 or less")
+    name, model, knees = args.dataset, args.model, args.dataset == "mrnet"
     if args.labels and len(set(args.labels)) < len(args.labels):
         raise InputError(f"--labels {' '.join(args.labels)}: a label is named twice")
-    if args.pseudo_labels and name != "retina":
-        raise InputError("--pseudo-labels belongs to --dataset retina")
-    if args.min_confidence and not args.pseudo_labels:
-        raise InputError("--min-confidence needs --pseudo-labels")
+    if args.pseudo_labels and name != "retina" or args.min_confidence and not args.pseudo_labels:
+        raise InputError("--pseudo-labels belongs to --dataset retina, --min-confidence to --pseudo-labels")
     if args.crop and (args.augment == "none" or knees or not 16 <= args.crop <= args.size):
         raise InputError(f"--crop {args.crop} needs --augment and a --size ({args.size}) that it fits into")
-    recipes = RECIPES.get(name, ("eyes", "lab"))
-    if args.augment not in ("none", *recipes):
-        raise InputError(f"--augment {args.augment}: {name} takes {' or '.join(recipes)}")
+    recipes = ("none", *RECIPES.get(name, ("eyes", "lab")))
+    kinds = ("crop", "none") if knees else ("fov", "none", "centre")
+    for flag, allowed in (("augment", recipes), ("preprocess", kinds)):
+        if getattr(args, flag) not in allowed:
+            raise InputError(f"--{flag} {getattr(args, flag)}: {name} takes {' or '.join(allowed)}")
     if args.views and args.augment == "none":
         raise InputError("--views needs --augment: without it every epoch sees the same pictures")
-    if args.preprocess not in (("crop", "none") if knees else ("fov", "none", "centre")):
-        raise InputError(f"--preprocess {args.preprocess}: mrnet takes crop or none, photographs the others")
     if knees and not 64 <= args.size <= (256 if args.preprocess == "crop" else 4096):
         raise InputError(f"--size {args.size}: expected 64 (for AlexNet) to 256 (MRNet's slices)")
-
-
-def check_network(args):
-    name, model = args.dataset, args.model
-    if (name == "odir") != (model in EYE_MODELS) or (name == "mrnet") != (model == "mrnet"):
+    if (name == "odir") != (model in EYE_MODELS) or knees != (model == "mrnet"):
         takes = {"odir": "v0, v1, v2 or v3", "mrnet": "mrnet"}.get(name, "a network for one photograph")
         raise InputError(f"--model {model} does not take {name}; expected {takes}")
     if args.trunk != "resnet50" and model not in EYE_MODELS:
         raise InputError(f"--trunk belongs to --model v0 to v3: give --model {args.trunk}")
+
+
+def check_training(args):
     if not args.fine_tune and (args.freeze_epochs or args.trunk_lr != 1):
         raise InputError("--freeze-epochs, --trunk-lr: without --fine-tune the trunk does not learn")
     kept_features = args.feature_cache and not args.fine_tune and args.bn != "batch"
-    if args.folds == 1 or args.folds and not (kept_features and name == "odir"):
+    possible = args.folds > 1 and kept_features and args.dataset == "odir" and not args.calibration_fraction
+    if args.folds and not possible:
         raise InputError("--folds needs 2 or more, and kept features of eye pairs; or --calibration-fraction")
-    if args.calibration_fraction and args.folds:
-        raise InputError("--calibration-fraction and --folds are two ways to learn thresholds: choose one")
-
-
-def check_optimisation(args):
     theirs = SCHEDULES[args.scheduler] | OPTIMIZERS[args.optimizer]
     for name in ("schedule_epochs", "gamma", "max_lr", "warmup_epochs", "momentum"):
         if getattr(args, name) is not None and name not in theirs:
             chosen = f"--scheduler {args.scheduler} with --optimizer {args.optimizer}"
             raise InputError(f"--{name.replace('_', '-')}: {chosen} has none")
-    if args.scheduler == "cyclic":
-        high = args.max_lr or SCHEDULES["cyclic"]["max_lr"]
-        if args.lr >= high:
-            raise InputError(f"--lr {args.lr} is cyclic's lower end: expected less than --max-lr {high}")
-        if args.trunk_lr != 1:
-            raise InputError("--trunk-lr: --scheduler cyclic sets one rate for the whole network")
+    high = args.max_lr or SCHEDULES["cyclic"]["max_lr"]
+    if args.scheduler == "cyclic" and (args.lr >= high or args.trunk_lr != 1):
+        raise InputError(f"cyclic: expected --lr {args.lr} below --max-lr {high}, and no --trunk-lr")
     if args.warmup_epochs is not None and args.warmup_epochs > args.epochs:
         raise InputError(f"--warmup-epochs {args.warmup_epochs:g}: expected --epochs {args.epochs} or less")
     one_class = args.dataset not in ("odir", "mrnet")
-    if (args.folds or args.calibration_fraction) and one_class:
-        raise InputError(f"{args.dataset} has one class a picture: there are no thresholds to learn")
+    if one_class and (args.folds or args.calibration_fraction or args.loss != "bce"):
+        raise InputError(f"{args.dataset} has one class a picture: no thresholds to learn, --loss bce alone")
     if args.sampler == "weighted" and not one_class:
         raise InputError(f"--sampler weighted needs one class a picture; for {args.dataset} use balanced")
-    if args.loss != "bce" and one_class:
-        raise InputError(f"--loss {args.loss} is for several labels a row; {args.dataset} has one class")
-    if args.loss == "asymmetric" and args.weighted_loss:
-        raise InputError("--loss asymmetric weighs by itself: leave --weighted-loss out")
-    if args.weight_power != 1 and not args.weighted_loss:
-        raise InputError("--weight-power needs --weighted-loss")
+    if args.weighted_loss and args.loss == "asymmetric" or args.weight_power != 1 and not args.weighted_loss:
+        raise InputError("--weighted-loss: not with --loss asymmetric, which weighs; --weight-power needs it")
 
 
 def experiments():

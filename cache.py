@@ -1,7 +1,5 @@
 """Files written whole or not at all, and arrays that are costly to make and therefore kept on disk.
-
-Kept arrays are .npy files named by a digest of all that they depend on; their folder can be deleted.
-"""
+Kept arrays are .npy files named by a digest of all that they depend on; their folder can be deleted."""
 
 import contextlib
 import hashlib
@@ -28,13 +26,6 @@ def digest(*parts):
             part = json.dumps(part, sort_keys=True, default=str).encode()
         sha.update(part + b"\0")
     return sha.hexdigest()
-
-
-def file_stamps(files):
-    """(path, bytes, times of change in ns) of every file: what an array made of them depends on."""
-    found = [(os.path.abspath(file), os.stat(file)) for file in files]
-    # The second time cannot be set: it tells of a file that was moved here, or whose first time was set back.
-    return [(path, status.st_size, status.st_mtime_ns, status.st_ctime_ns) for path, status in found]
 
 
 def file_names(names):
@@ -81,19 +72,15 @@ def remove_leftovers(folder, name="*"):
 
 def is_whole(path, shape, dtype):
     """Whether `path` is a .npy file of this shape and dtype, as long as it has to be."""
-    try:
-        with reading(path, "an array"):
-            array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except InputError:  # missing, cut short, or a damaged header
-        return False
-    return array.shape == shape and array.dtype == dtype
+    with contextlib.suppress(InputError), reading(path, "an array"):
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+        return array.shape == shape and array.dtype == dtype
+    return False  # missing, cut short, or a damaged header
 
 
 def kept_array(path, shape, dtype, fill):
-    """The array (shape, dtype) of `path`, mapped from disk.
-
-    `fill(array)` makes it where it is missing or cut short. InputError: the folder cannot be written.
-    """
+    """The array (shape, dtype) of `path`, mapped from disk; `fill(array)` makes it where it is missing or cut
+    short. InputError: the folder cannot be written."""
     if not is_whole(path, shape, dtype):
         try:
             with replacing(path) as temporary:
@@ -105,7 +92,7 @@ def kept_array(path, shape, dtype, fill):
                 del array  # Windows renames no mapped file
         except OSError as error:
             problem = f"the cache {path.parent} cannot be written ({error.strerror})"
-            raise InputError(f"{problem}: free some space or name another folder with --cache") from error
+            raise InputError(f"{problem}: make room, or name another folder with --cache") from error
     # "c" (copy on write) because torch warns of arrays that it could not write to. The file is never changed.
     return np.load(path, mmap_mode="c", allow_pickle=False)
 

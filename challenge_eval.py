@@ -30,7 +30,7 @@ def read_labels(path, binary):
     """The columns N to O of a sheet as float64, indexed by ID: 0/1 if `binary`, otherwise within 0 to 1."""
     import pandas as pd  # here, so that --help answers at once
 
-    from sheets import as_integers, check_rows, read_sheet
+    from tables import as_integers, check_rows, read_sheet
 
     columns = ["ID", *LABELS]
     sheet = read_sheet(path, columns, dtype=object)[columns].dropna(how="all")  # blank rows are nothing

@@ -31,10 +31,8 @@ from tables import DATASETS, PLANES, targets_of
 
 class RowSet(torch.utils.data.Dataset):
     """A data set whose `__getitems__([(index, repeat), ...])` gives a whole batch as a dict of tensors.
-
     `repeat` counts how often the row came before in the epoch: each time it gets another random view.
-    `view`: number of the random views, None for none. A subclass gives `inputs(keys)`.
-    """
+    `view`: number of the random views, None for none. A subclass gives `inputs(keys)`."""
 
     on_device = False  # whether batches come from a GPU's memory
     per_row = 0  # pictures of a row that get random views of their own
@@ -55,9 +53,7 @@ class RowSet(torch.utils.data.Dataset):
 
 class PictureSet(RowSet):
     """Eye pairs or photographs: batches {"images": uint8 (B, P, S, S, 3), "targets", "uniforms"}.
-
-    An integer index gives (images float32 (P, 3, S, S) in 0..1, target).
-    """
+    An integer index gives (images float32 (P, 3, S, S) in 0..1, target)."""
 
     def __init__(self, pictures, targets, seed=0, view=None, device=None):
         super().__init__(targets, seed, view)
@@ -79,9 +75,7 @@ class PictureSet(RowSet):
 
 class FeatureSet(RowSet):
     """Kept features (n, D): batches {"features": (B, D), "targets"}.
-
-    `place`: {(row, repeat): number of its features}, for augmented views; else row i has features i.
-    """
+    `place`: {(row, repeat): number of its features}, for augmented views; else row i has features i."""
 
     def __init__(self, features, targets, place=None):
         super().__init__(torch.as_tensor(targets).to(features.device))
@@ -96,10 +90,8 @@ class FeatureSet(RowSet):
 
 class VolumeSet(RowSet):
     """Knees: batches {"volumes": three uint8 (sum of slices, S, S), "lengths": of each exam, "targets"}.
-
     `how`: "crop" cuts the centre S x S of the 256 x 256 slices (published: 224), "none" scales them to S x S.
-    An integer index gives ([three uint8 (slices, S, S)], target).
-    """
+    An integer index gives ([three uint8 (slices, S, S)], target)."""
 
     def __init__(self, files, targets, size, how="crop", seed=0, view=None):
         super().__init__(targets, seed, view)
@@ -186,11 +178,6 @@ class Part:
             rows[name] = str(target), digest([first for first, *_ in files])
         return rows
 
-    def trained_on(self, seen):
-        """IDs of the rows of which a picture is among `seen`: the same bytes, or the same decoded pixels."""
-        rows = zip(self.ids(), self.contents, strict=True)
-        return [name for name, files in rows if not seen.isdisjoint(chain(*files))]
-
     def subset(self, rows):
         """The part with these rows (numbers) alone."""
         pictures = self.pictures and self.pictures.chosen(self.pictures.rows[rows])
@@ -235,9 +222,8 @@ class Data:
     def prior(self):
         """Share of the training rows that carry each label."""
         targets = self.train.targets
-        if targets.ndim == 2:
-            return targets.mean(0).tolist()
-        return (np.bincount(targets, minlength=len(self.labels)) / len(targets)).tolist()
+        carried = targets if self.task == "multilabel" else np.eye(len(self.labels))[targets]
+        return carried.mean(0).tolist()
 
 
 def eval_size(args):
@@ -254,15 +240,15 @@ def decode_files(files, args, size):
     return Pictures(*asked)
 
 
-def open_part(table, targets, args, size, missing):
-    """Decode what a part needs -> (Part, rows left out). An unreadable file stops, or costs its row."""
+def open_part(table, targets, args, size, missing, expected=0):
+    """Decode what a part needs -> Part. An unreadable file stops, or costs its row.
+    `expected`: rows that the part should have, those included that were left out before."""
     nothing = "no row is left that has all its pictures, and readable ones"
     if not len(table):
         raise InputError(nothing)
     if args.dataset == "mrnet":
         pictures = None
-        files = list(chain(*table["files"]))
-        faults = {file: fault for file in files if (fault := volume_fault(file))}
+        faults = {file: fault for file in chain(*table["files"]) if (fault := volume_fault(file))}
     else:
         pictures = decode_files(table["files"], args, size)
         faults = pictures.failed
@@ -273,24 +259,23 @@ def open_part(table, targets, args, size, missing):
             raise InputError(f"{len(faults)} file(s) cannot be read: {shown}. Mend them, or --missing drop")
     if not good.any():
         raise InputError(nothing)
-    part = Part(table, pictures, targets, len(table), size, args.preprocess)
-    return part if good.all() else part.subset(np.flatnonzero(good)), int((~good).sum())
+    part = Part(table, pictures, targets, expected or len(table), size, args.preprocess)
+    return part if good.all() else part.subset(np.flatnonzero(good))
 
 
 def find_data(args):
     """The data folder: --data, data/<name>, or that of rendered stand-ins, which are drawn where missing."""
-    root = Path(args.data or Path("data") / args.dataset)
+    root = Path(args.data or f"data/{args.dataset}")
     stand_ins = not args.data and not root.is_dir()
     if stand_ins:
-        root = Path("data") / "rendered" / args.dataset
+        root = Path("data/rendered") / args.dataset
     with together():  # what goes wrong in one process ends all of them
         if stand_ins and local_rank() == 0:
-            print("!" * 78)
-            print(f"!! There is no data/{args.dataset}. This run takes RENDERED STAND-INS from {root}:")
-            print("!! its scores say nothing about real eyes or knees. Real data: docs/data.md.")
-            print("!" * 78, flush=True)
-            script = str(Path(__file__).parent / "render_data.py")
-            command = [sys.executable, script, str(root), "--dataset", args.dataset, "--patients", "160"]
+            bar = "!" * 78
+            print(bar, f"!! No data/{args.dataset}: this run takes RENDERED STAND-INS from {root}.", sep="\n")
+            print("!! Its scores say nothing about real eyes or knees. See docs/data.md.", bar, sep="\n")
+            script = Path(__file__).with_name("render_data.py")
+            command = [sys.executable, script, root, "--dataset", args.dataset, "--patients", "160"]
             if not tables.is_rendered(root) and subprocess.run(command).returncode:
                 raise InputError(f"the stand-ins could not be rendered into {root}")
     return root
@@ -298,17 +283,15 @@ def find_data(args):
 
 def load(args):
     """Read, check, split and decode what a training run with these arguments trains and validates on -> Data.
-
-    Raises InputError for everything that is not as its layout says, and where nothing is left to train on.
-    """
+    Raises InputError for everything that is not as its layout says, and where nothing is left to train on."""
     root = find_data(args)
     with together():
         table = tables.read(args.dataset, root, args.labels)
         labels, notes = table.labels, table.notes
         frames = split(args.dataset, table.frame, args.val_fraction, args.test_fraction, args.split_seed)
         if args.pseudo_labels:
-            chosen = args.pseudo_labels, args.min_confidence
-            frames["train"], added = tables.add_pseudo_labels(frames, labels, root, *chosen)
+            more = args.pseudo_labels, args.min_confidence
+            frames["train"], added = tables.add_pseudo_labels(frames, labels, root, *more)
             notes.append(f"{added} pseudo-labelled picture(s) join the training part")
         if args.calibration_fraction:
             frames["train"], frames["calibration"] = set_aside(frames["train"], args)
@@ -318,20 +301,19 @@ def load(args):
             notes.append(f"{left_out} row(s) without a picture are left out (--missing drop)")
     parts, unreadable = {}, 0
     for name in [name for name in frames if name != "test"]:  # training never opens the test part
-        size = args.size if name == "train" else eval_size(args)
-        part, bad = open_part(frames[name], targets_of(frames[name], labels), args, size, args.missing)
-        part.expected = expected[name]
-        parts[name], frames[name], unreadable = part, part.table, unreadable + bad
+        frame, size = frames[name], args.size if name == "train" else eval_size(args)
+        part = open_part(frame, targets_of(frame, labels), args, size, args.missing, expected[name])
+        parts[name], frames[name], unreadable = part, part.table, unreadable + len(frame) - len(part)
     repaired = {file for part in parts.values() if part.pictures for file in part.pictures.repaired}
     rows = {name: part.rows() for name, part in parts.items()}
     closed = zip(frames["test"]["ID"], targets_of(frames["test"], labels).tolist(), strict=True)
     rows["test"] = {str(name): (str(target), "") for name, target in closed}
     train, val, calibration = parts["train"], parts["val"], parts.get("calibration")
-    seen = pictures_of(train) | seen_by_weights(args, frames, notes)
+    seen = seen_by_weights(args, frames, notes).union(*chain(*train.contents))
     if calibration:  # thresholds are learned from it: it knows nothing of training, nor validation of it
         if count_duplicates(calibration, seen, args, "calibration"):
             notes.append("the thresholds are learned on rows that are trained on too (--duplicates keep)")
-        seen |= pictures_of(calibration)
+        seen.update(*chain(*calibration.contents))
     facts = dict(root=str(root), rendered=tables.is_rendered(root), notes=notes, left_out=left_out)
     facts |= dict(unreadable=unreadable, repaired=sorted(repaired), digest=digest(rows))
     facts["duplicates"] = count_duplicates(val, seen, args, "validation")
@@ -339,13 +321,8 @@ def load(args):
     facts["patients"] = {name: frame["patient"].nunique() for name, frame in frames.items()}
     if args.shuffle_labels:
         train.targets = train.targets[np.random.default_rng(args.seed).permutation(len(train))]
-    task, family = DATASETS[args.dataset]["task"], DATASETS[args.dataset]["family"]
-    return Data(train, val, labels, task, family, table.ordered, facts, rows, seen, calibration)
-
-
-def pictures_of(part):
-    """Digests of a part's pictures."""
-    return set().union(*chain(*part.contents))
+    about = (DATASETS[args.dataset][name] for name in ("task", "family"))
+    return Data(train, val, labels, *about, table.ordered, facts, rows, seen, calibration)
 
 
 def seen_by_weights(args, frames, notes):
@@ -367,16 +344,17 @@ def seen_by_weights(args, frames, notes):
     return set(state["seen"])
 
 
-def at_training_size(part, args):
-    """The part with pictures of --size, at which the digests of trained pixels were taken."""
-    if part.pictures is None or part.size == args.size:
-        return part
-    return replace(part, pictures=decode_files(part.table["files"], args, args.size))
+def trained_on(part, seen, args):
+    """IDs of the rows of which a picture is among `seen`: the same bytes, or the same decoded pixels."""
+    if part.pictures is not None and part.size != args.size:  # pixels were seen at --size
+        part = replace(part, pictures=decode_files(part.table["files"], args, args.size))
+    rows, seen = zip(part.ids(), part.contents, strict=True), set(seen)
+    return [name for name, files in rows if not seen.isdisjoint(chain(*files))]
 
 
 def count_duplicates(part, seen, args, name):
     """Rows of a part of which a picture was trained on; InputError where there are some, unless allowed."""
-    found = at_training_size(part, args).trained_on(seen)
+    found = trained_on(part, seen, args)
     if found and args.duplicates == "stop":
         problem = f"{len(found)} {name} row(s) hold a picture that is in training too: "
         raise InputError(f"{problem}{', '.join(found[:5])}. Remove one of each, or give --duplicates keep")
@@ -385,27 +363,23 @@ def count_duplicates(part, seen, args, name):
 
 def load_part(args, saved, split, root=None, missing="stop"):
     """The rows of a checkpoint's part in their order, opened -> (Part, facts). `all`: every row of the data.
-
     facts: root, rendered, notes, own (rows, labels and pictures are the run's), digest, left_out,
     trained_on (IDs of the rows that hold a picture the network was trained on).
-    Raises InputError where rows or labels are not the run's, unless `root` names another data set.
-    """
-    home, root = saved["data"]["root"], root or saved["data"]["root"]
-    other = Path(root).resolve() != Path(home).resolve()
+    Raises InputError where rows or labels are not the run's, unless `root` names another data set."""
+    root = root or saved["data"]["root"]
+    other = Path(root).resolve() != Path(saved["data"]["root"]).resolve()
     table = tables.read(args.dataset, root, saved["labels"] if args.dataset in ("retina", "mrnet") else None)
     if table.labels != saved["labels"]:
         trained = f"this network was trained on {', '.join(saved['labels'])}"
         raise InputError(f"{root} has the classes {', '.join(table.labels)}; {trained}")
     frame, expected = choose_rows(table.frame, saved, split, other, missing)
-    known = ChainMap(*saved["rows"].values())  # ID -> (target, digest of its pictures)
-    now = zip(frame["ID"].astype(str), targets_of(frame, table.labels).tolist(), strict=True)
-    changed = [name for name, target in now if name in known and known[name][0] != str(target)]
+    frame = drop_missing({split: frame}, missing)[0][split]
+    part = open_part(frame, targets_of(frame, table.labels), args, eval_size(args), missing, expected)
+    known, rows = ChainMap(*saved["rows"].values()), part.rows()  # ID -> (target, digest of its pictures)
+    changed = [name for name in rows if name in known and known[name][0] != rows[name][0]]
     if changed and not other:
         first = f"{', '.join(changed[:5])}. Restore them, or name another data set with --data"
         raise InputError(f"{len(changed)} row(s) of {root} have other labels than in training: {first}")
-    frame = drop_missing({split: frame}, missing)[0][split]
-    part, _ = open_part(frame, targets_of(frame, table.labels), args, eval_size(args), missing)
-    part.expected, rows = expected, part.rows()
     shared = [name for name in rows if name in known and known[name][1]]  # test pictures were never opened
     replaced = sum(known[name][1] != rows[name][1] for name in shared)
     own, notes = not replaced, table.notes
@@ -419,10 +393,10 @@ def load_part(args, saved, split, root=None, missing="stop"):
     trained = rows.keys() & saved["rows"]["train"].keys()
     if split == "all" and trained:
         notes.append(f"{len(trained)} row(s), by name, are those it was trained on: no measure of it")
-    facts = {"root": str(root), "rendered": tables.is_rendered(root), "notes": notes, "own": own}
-    facts["digest"] = saved["data"]["digest"] if own else digest({split: rows})
-    facts["trained_on"] = at_training_size(part, args).trained_on(set(saved["seen"]))
-    return part, {**facts, "left_out": expected - len(part)}
+    facts = dict(root=str(root), rendered=tables.is_rendered(root), notes=notes, own=own)
+    facts |= dict(digest=saved["data"]["digest"] if own else digest({split: rows}))
+    facts |= dict(trained_on=trained_on(part, saved["seen"], args), left_out=expected - len(part))
+    return part, facts
 
 
 def choose_rows(frame, saved, split, other, missing):

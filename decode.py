@@ -1,20 +1,22 @@
 """Pictures decoded once, in parallel, and kept on disk as uint8."""
 
-import contextlib
 import copy
 import functools
 import hashlib
 import json
 import math
+import os
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from cache import digest, file_stamps, kept_array, replace_file
+from cache import digest, kept_array, replace_file
 from engine import progress
 from errors import InputError, reading
 from preprocess import in_processes, load_picture
+
+FACTS = ("failed", "repaired", "contents")  # what is known of kept pictures
 
 
 def decode(file, kind, size):
@@ -39,31 +41,27 @@ def decode_all(files, kind, size, workers=None):
 
 class Pictures:
     """Pictures decoded once and kept: `.rows` (n, P) points into `.array()`, uint8 (m, S, S, 3).
-
     `.failed` {file: reason}, `.repaired` [file] and `.contents` [[digest of bytes, of pixels] of each file]
-    say what was found. Raises InputError where the system refuses to read a file.
-    """
+    say what was found. Raises InputError where the system refuses to read a file."""
 
     def __init__(self, files, kind, size, cache, workers=None):
         self.files = [file for row in files for file in row]
         self.rows = np.arange(len(self.files)).reshape(len(files), -1)
         self.kind, self.size, self.workers = kind, size, workers
-        self.key = digest(file_stamps(self.files), kind, size, "pictures-2")
+        # The second time cannot be set: it tells of a file that was moved here, or whose first was set back.
+        found = [(os.path.abspath(file), os.stat(file)) for file in self.files]
+        stamps = [(path, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for path, stat in found]
+        self.key = digest(stamps, kind, size, "pictures-2")
         self.path = Path(cache) / f"pictures-{self.key[:20]}.npy"
-        self.shape = (len(self.files), size, size, 3)
-        self.mapped, self.resident = None, None
-        if not self.read_facts():
+        self.shape, self.facts = (len(self.files), size, size, 3), self.path.with_suffix(".json")
+        self.mapped = self.resident = None
+        try:
+            with reading(self.facts, "facts about pictures"):
+                facts = json.loads(self.facts.read_text())
+                self.failed, self.repaired, self.contents = (facts[name] for name in FACTS)
+        except InputError:  # missing or damaged: what was found, and the pictures, are made again
             self.path.unlink(missing_ok=True)
         kept_array(self.path, self.shape, np.uint8, self.fill)
-
-    def read_facts(self):
-        """Take what was found when they were decoded -> whether that is there, and whole."""
-        path = self.path.with_suffix(".json")
-        with contextlib.suppress(InputError), reading(path, "facts about pictures"):
-            facts = json.loads(path.read_text())
-            self.failed, self.repaired, self.contents = facts["failed"], facts["repaired"], facts["contents"]
-            return True
-        return False
 
     def fill(self, array):
         """Decode into `array`, and keep what was found beside it."""
@@ -82,8 +80,8 @@ class Pictures:
         if refused:
             problem = f"the system refuses to read {len(refused)} file(s)"
             raise InputError(f"{problem}: {'; '.join(refused[:3])}. Mend it, then run again")
-        facts = {"failed": self.failed, "repaired": self.repaired, "contents": self.contents}
-        replace_file(self.path.with_suffix(".json"), lambda stream: json.dump(facts, stream), "w")
+        facts = {name: getattr(self, name) for name in FACTS}
+        replace_file(self.facts, lambda stream: json.dump(facts, stream), "w")
 
     def array(self):
         """The kept array, mapped from disk by each process that asks."""
@@ -112,10 +110,8 @@ class GivenPictures(Pictures):
     """Pictures that lie in memory, uint8 (m, S, S, 3)."""
 
     def __init__(self, array, rows):
-        self.stored, self.rows, self.size, self.resident = array, rows, array.shape[1], None
+        self.stored, self.rows, self.shape, self.size = array, rows, array.shape, array.shape[1]
+        self.resident = None
 
     def array(self):
         return self.stored
-
-    def on(self, device):
-        return None

@@ -1,7 +1,5 @@
-"""How every script talks: its help, and at its end a clear message and an exit status.
-
-A traceback is left for what is a bug of ours. What a user can mend gets a sentence.
-"""
+"""How every script talks: its help, and at its end an exit status and a sentence on what a user can mend.
+A traceback is left for what is a bug of ours."""
 
 import argparse
 import contextlib
@@ -27,10 +25,6 @@ class InputError(ValueError):
     """Input that cannot be trusted. The message says what was given, what was expected and what to do."""
 
 
-class Terminated(KeyboardInterrupt):
-    """SIGTERM, which ends a script as Ctrl-C does: files stay whole, and it says how to go on."""
-
-
 class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """The description as it is laid out; a default in square brackets where there is one."""
 
@@ -47,12 +41,11 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=description, formatter_class=Formatter, allow_abbrev=False, **kwargs)
 
     def error(self, message):
-        known = re.findall(r"--[a-z][\w-]+", self.format_help())
-        if message.startswith("unrecognized arguments"):
-            for flag in re.findall(r"--[a-z][\w-]*", message):
-                close = difflib.get_close_matches(flag, known, 1)
-                if close:
-                    message += f". {flag}: did you mean {close[0]}?"
+        unknown = message.startswith("unrecognized arguments")
+        for flag in re.findall(r"--[a-z][\w-]*", message) if unknown else ():
+            known = re.findall(r"--[a-z][\w-]+", self.format_help())
+            for close in difflib.get_close_matches(flag, known, 1):
+                message += f". {flag}: did you mean {close}?"
         super().error(message)
 
 
@@ -93,22 +86,19 @@ def terminate_without(parent):
 
 
 def terminate(number, _):
-    raise Terminated(number)
+    raise KeyboardInterrupt(number)  # SIGTERM ends a script as Ctrl-C does: files stay whole
 
 
 def guard(main, *args):
     """Run `main(*args)` and return its exit status (0 where it returns None).
-
     2: input or a place on disk that the user can mend. 1: a loss that is not finite, too little memory, or
     another process of the run that has ended. 130, 143: Ctrl-C, SIGTERM. The rest keeps its traceback.
-    An exception's `go_on` is the command that goes on; without one it is the command that was given.
-    """
+    An exception's `go_on` is the command that goes on; without one it is the command that was given."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             # A character that the terminal lacks becomes a question mark; a log file gets each line at once.
             stream.reconfigure(errors="replace", line_buffering=True)
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, terminate)
+    signal.signal(signal.SIGTERM, terminate)
     try:
         if "END_WITH_PARENT" in os.environ:  # run_all.sh: its scripts must not outlive it, nor theirs them
             parent, os.environ["END_WITH_PARENT"] = int(os.environ["END_WITH_PARENT"]), str(os.getpid())
@@ -119,17 +109,19 @@ def guard(main, *args):
     except KeyboardInterrupt as error:
         for worker in multiprocessing.active_children():
             worker.kill()  # at its exit Python would wait for the pictures that they decode
-        status = 143 if isinstance(error, Terminated) else 130
-        message = f"interrupted. {how_to_go_on(error)}"
+        status, message = 143 if error.args else 130, f"interrupted. {how_to_go_on(error)}"
     except BrokenPipeError:  # the reader of our output, `| head` say, has gone
         sys.stdout = None
         return 141
     except OSError as error:
         if error.errno not in DISK_ERRORS:
             raise
-        status, place = 2, error.filename or "the output"
-        message = f"error: cannot write {place}: {error.strerror}. What was there before is whole. Free some "
-        message += "space or choose another folder, then give the command again (a begun training: --resume)."
+        place = error.filename or "the output"
+        status, message = (
+            2,
+            f"error: cannot write {place}: {error.strerror}. What was there before is whole. ",
+        )
+        message += "Make room or take another folder, then run again (a begun training: --resume)."
     except (MemoryError, RuntimeError) as error:
         # By name: torch, whose own types are RuntimeErrors, is not imported here just for them.
         status, kinds = 1, {kind.__name__ for kind in type(error).__mro__}

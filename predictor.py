@@ -161,7 +161,7 @@ class Predictor:
         return probs, faults
 
     def predict(self, *given, tta=False):
-        """{label: probability} of one patient, picture or exam; of a list, a folder or a CSV a list of these.
+        """{label: probability} of one patient, picture or exam; of a list or a folder a list of these.
 
         given: LEFT, RIGHT of eye pairs; one picture; an exam's folder or its three files. Pictures are paths,
         PIL images or arrays uint8 (H, W, 3); knees are paths. A large JPEG is decoded at a reduced size: an

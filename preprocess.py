@@ -2,11 +2,10 @@
 
     python preprocess.py data/odir/images data/odir/images_224 --size 224
 
-writes each picture under SRC to DST, a second time only what is new or changed. Status 1: the listed failed.
+writes each picture under SRC to DST. Status 1: the pictures that are listed failed.
 """
 
 import io
-import json
 import math
 import os
 import re
@@ -20,7 +19,7 @@ import numpy as np
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-import cache
+from cache import remove_leftovers, replace_file
 from errors import InputError, Parser, end_with_parent, guard, reading
 
 KINDS = ("fov", "none", "centre")
@@ -32,8 +31,7 @@ SOS, EOI = b"\xff\xda", b"\xff\xd9"  # JPEG markers: start of a scan, end of the
 
 def read_picture(path, side=0):
     """-> (PIL image in RGB, whether a missing JPEG end marker was supplied). Raises InputError, and OSError.
-    With `side` > 0 a JPEG is decoded at the largest reduction that leaves 1.5 x side pixels both ways.
-    """
+    With `side` > 0 a JPEG is decoded at the largest reduction that leaves 1.5 x side pixels both ways."""
     data = Path(path).read_bytes()
     # FF D9 does not occur inside a scan: no end marker after the last scan began means that it is missing.
     repaired = data.startswith(b"\xff\xd8") and data.find(SOS, max(data.rfind(EOI), 0)) >= 0
@@ -62,7 +60,7 @@ def decode(data, side=0):
 def repair(data):
     """A JPEG without end marker -> the whole JPEG. Raises ValueError where more is missing."""
     data = data.rstrip(b"\xff")  # half an end marker
-    never_written = data.endswith(b"\0\0")  # as in a broken download; a scan's last byte is filled with ones
+    never_written = data.endswith(b"\0\0")  # as in a broken download
     if never_written or depends_on_filler(data) or not holds_all_scans(data):
         raise ValueError("a truncated JPEG: its end is missing. Copy or download it again")
     return data + EOI
@@ -184,28 +182,16 @@ def get_args_parser():
 
 
 def make_picture(job, kind, size):
-    """(source, target) -> None, or why the source failed. Raises OSError where DST cannot be written."""
+    """(source, target) -> "", or why the source failed. Raises OSError where DST cannot be written."""
     source, target = job
     try:
-        stamp = source.stat().st_mtime_ns
         image = Image.fromarray(load_picture(source, kind, size)[0])
     except InputError as error:
         return str(error)
     except OSError as error:
         return f"{source}: cannot be read ({error.strerror}). Check the file and its permissions."
-    cache.replace_file(target, partial(image.save, format=WRITES[target.suffix.lower()], quality=95))
-    os.utime(target, ns=(stamp, stamp))  # `is_finished` tells by it which source this was
-
-
-def is_finished(job, settings_file):
-    """Whether the target was made of the source as it is now, and with these settings."""
-    try:
-        source, target, settings = (file.stat() for file in (*job, settings_file))
-    except FileNotFoundError:
-        return False
-    same_time = target.st_mtime_ns // 10**6 == source.st_mtime_ns // 10**6  # not every disk keeps nanoseconds
-    # Every change of a file, be it to an older one, sets its st_ctime to now.
-    return same_time and target.st_ctime_ns >= max(source.st_ctime_ns, settings.st_mtime_ns)
+    replace_file(target, partial(image.save, format=WRITES[target.suffix.lower()], quality=95))
+    return ""
 
 
 def main(argv=None):
@@ -218,25 +204,17 @@ def main(argv=None):
     sources = sorted(path for path in src.rglob("*") if path.suffix.lower() in WRITES and path.is_file())
     if not sources:
         raise InputError(f"SRC {src} is no folder that holds a picture ({' '.join(WRITES)}).")
+    dst.mkdir(parents=True, exist_ok=True)
+    if any((folder / "rendered.json").exists() for folder in (src, src.parent)):
+        (dst / "rendered.json").write_text("{}")  # what was drawn stays marked
     jobs = [(source, dst / source.relative_to(src)) for source in sources]
-
-    settings = json.dumps({"kind": args.kind, "size": args.size}).encode()
-    settings_file = args.dst / "preprocess.json"
-    if not settings_file.is_file() or settings_file.read_bytes() != settings:  # older pictures are made again
-        cache.replace_file(settings_file, lambda stream: stream.write(settings))
-    for marker in (src / "rendered.json", src.parent / "rendered.json"):
-        if marker.exists():  # what was drawn stays marked
-            content = marker.read_bytes()
-            cache.replace_file(dst / marker.name, lambda stream, content=content: stream.write(content))
     for folder in {target.parent for _, target in jobs}:
-        cache.remove_leftovers(folder)
-    todo = [job for job in jobs if not is_finished(job, settings_file)]
-    reasons = in_processes(partial(make_picture, kind=args.kind, size=args.size), todo, args.workers)
-    failures = list(filter(None, tqdm(reasons, total=len(todo), unit="picture", disable=None)))
-    failed, skipped = len(failures), len(jobs) - len(todo)
-    print(f"{len(todo) - failed} written to {args.dst}, {skipped} skipped as finished, {failed} failed")
+        remove_leftovers(folder)
+    made = in_processes(partial(make_picture, kind=args.kind, size=args.size), jobs, args.workers)
+    failures = list(filter(None, tqdm(made, total=len(jobs), unit="picture", disable=None)))
+    print(f"{len(jobs) - len(failures)} written to {args.dst}, {len(failures)} failed")
     if failures:
-        print(*failures, f"{failed} of {len(jobs)} pictures failed", sep="\n", file=sys.stderr)
+        print(*failures, f"{len(failures)} of {len(jobs)} pictures failed", sep="\n", file=sys.stderr)
     return 1 if failures else 0
 
 

@@ -19,10 +19,8 @@ def permuted(count, taken, seed):
 
 def split_patients(annotations, val_fraction=0.2, seed=42):
     """ODIR's published split: (train, val) data frames of `annotations` (one row per patient, column ID).
-
     Without the ten pre-treated patients, then as train_test_split does on the ascending IDs: of the official
-    3 500 rows 2 792 / 698, validation beginning 296, 4308, 4556, 1710, whatever pictures are missing.
-    """
+    3 500 rows 2 792 / 698, validation beginning 296, 4308, 4556, 1710, whatever pictures are missing."""
     kept = annotations[~annotations["ID"].isin(PRETREATED)].sort_values("ID", kind="stable")
     if len(kept) < 2:
         raise InputError(f"{len(kept)} patient(s) cannot be split into a training and a validation part")
@@ -50,15 +48,12 @@ def split_grouped(table, val, test, seed):
 
 def split(name, table, val=None, test=None, seed=42):
     """Split a table by patient -> {"train", "val", "test"}: data frames.
-
     A split that the data set brings is kept. `val`, `test`: shares of the patients; None: the published one.
     """
     given = table["given_part"]
     if (given != "").all():
         if val is not None or test:
-            raise InputError(
-                f"this {name} data set brings its own split: leave out --val- and --test-fraction"
-            )
+            raise InputError(f"{name} brings its own split here: leave out --val- and --test-fraction")
         return {part: table[given == part] for part in PARTS}
     val = DATASETS[name]["val"] if val is None else val
     test = DATASETS[name]["test"] if test is None else test
@@ -66,12 +61,12 @@ def split(name, table, val=None, test=None, seed=42):
         raise InputError(f"--val-fraction {val} and --test-fraction {test}: expected to leave some to train")
     if name != "odir":
         return dict(zip(PARTS, split_grouped(table, val, test, seed), strict=True))
-    train, validation = split_patients(table, val, seed)
-    held = train.iloc[:0]
-    if test:  # cut from the training part, so that validation stays the published one
-        rest, taken = permuted(len(train), round(test * (len(train) + len(validation))), seed)
-        train, held = train.iloc[rest], train.iloc[taken]
-    return {"train": train, "val": validation, "test": held}
+    train, held_out = split_patients(table, val, seed)
+    if not test:
+        return {"train": train, "val": held_out, "test": train[:0]}
+    # Cut from the training part, so that validation stays the published one.
+    rest, taken = permuted(len(train), round(test * (len(train) + len(held_out))), seed)
+    return {"train": train.iloc[rest], "val": held_out, "test": train.iloc[taken]}
 
 
 def drop_missing(parts, missing):
@@ -85,8 +80,7 @@ def drop_missing(parts, missing):
         kept[part], left_out = table[complete], left_out + int((~complete).sum())
     if left_out and missing == "stop":
         absent = ", ".join([str(file) for file in files if file not in there][:5])
-        advice = "Complete the folder, or leave these patients out with --missing drop"
-        raise InputError(f"{left_out} row(s) have no picture, the first files: {absent}. {advice}")
+        raise InputError(f"{left_out} row(s) have no picture, first {absent}. Add them, or --missing drop")
     return kept, left_out
 
 
@@ -94,6 +88,5 @@ def set_aside(train, args):
     """(train, calibration): a share of the training patients that no gradient sees, by the split's seed."""
     patients = train["patient"].unique()
     count = math.ceil(args.calibration_fraction * len(patients))
-    _, taken = permuted(len(patients), count, args.split_seed)
-    aside = train["patient"].isin(patients[taken])
+    aside = train["patient"].isin(patients[permuted(len(patients), count, args.split_seed)[1]])
     return train[~aside], train[aside]

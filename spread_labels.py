@@ -91,7 +91,7 @@ def main(argv=None):
     frame = pd.concat([training_rows(net, root), unlabelled_rows(net, root)], ignore_index=True)
     frame = drop_missing({"": frame}, missing)[0][""]
     targets = np.maximum(frame["target"].to_numpy(np.int64), 0)  # the loss is not looked at
-    part, _ = dataset.open_part(frame, targets, net.args, dataset.eval_size(net.args), missing)
+    part = dataset.open_part(frame, targets, net.args, dataset.eval_size(net.args), missing)
     targets, files = part.table["target"].to_numpy(np.int64), part.table["ID"].to_numpy()
     unlabelled = targets == UNKNOWN
     if unlabelled.all() or not unlabelled.any() or args.neighbors > len(part):

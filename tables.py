@@ -10,13 +10,13 @@ A new data set is a reader like `read_aptos`, and an entry in READERS and in DAT
 import dataclasses
 import os
 import re
+import warnings
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from errors import InputError
-from sheets import CONTROL, as_integers, check_columns, check_names, check_rows, check_zero_one, read_sheet
+from errors import InputError, reading
 
 ODIR_LABELS, GRADES = list("NDGCAHMO"), list("01234")
 GRADE_WORDS = ["none", "mild", "moderate", "severe", "proliferative"]
@@ -41,6 +41,8 @@ WORDS = {"aptos": GRADE_WORDS, "dr": GRADE_WORDS}  # labels as people read them
 WORDS["odir"] = "normal diabetes glaucoma cataract AMD hypertension myopia other".split()
 APTOS_CLASSES = {"nodr": 0, "mild": 1, "moderate": 2, "severe": 3, "proliferativedr": 4, "proliferatedr": 4}
 
+CONTROL = re.compile("[\x00-\x1f\x7f\ud800-\udfff\ufffe\uffff]")  # no sheet of results could hold these again
+OUTSIDE = re.compile(r"(?:^|[/\\])\.\.(?:[/\\]|$)|^[/\\]|^\.$|^[A-Za-z]:")  # leads out of the data folder
 SUFFIX = re.compile(r"\.(?:png|jpe?g|tiff?|bmp)$", re.IGNORECASE)
 SWAPPED = re.compile(r"[_-](?:right|od|r)\n.*[_-](?:left|os|l)$", re.IGNORECASE)
 SIDE = re.compile(r"[_-](left|right|od|os|l|r)$", re.IGNORECASE)
@@ -68,9 +70,7 @@ def read(name, root, labels=None):
     table.ordered = table.ordered and DATASETS[name]["ordered"]
     # By part, then by ID, in which digits count as numbers.
     ids, parts = table.frame["ID"], table.frame["given_part"].map(("", *PARTS).index)
-    padded = ids
-    if not pd.api.types.is_integer_dtype(ids):
-        padded = ids.map(with_padded_digits)
+    padded = ids if pd.api.types.is_integer_dtype(ids) else ids.map(with_padded_digits)
     table.frame = table.frame.iloc[np.lexsort((ids, padded, parts))].reset_index(drop=True)
     given = table.frame[table.frame["given_part"] != ""]
     astride = (given.groupby("patient")["given_part"].nunique() > 1).sum()
@@ -125,6 +125,76 @@ def picture_frame(path, names, folder, target, given_part=""):
     return frame.assign(given_part=given_part, target=target)
 
 
+def read_sheet(path, columns=(), header=0, dtype=None):
+    """A .xlsx or .csv file that has these columns, without a header these alone; no blank rows at its end."""
+    # An error instead of a warning: a row with more fields than names.
+    with reading(path, "a table"), warnings.catch_warnings(action="error", category=pd.errors.ParserWarning):
+        if Path(path).suffix.lower() == ".xlsx":
+            sheet = pd.read_excel(path, header=header, dtype=dtype)
+        else:  # blank lines are kept, so that row numbers stay those of the file
+            sheet = pd.read_csv(path, header=header, dtype=dtype, skip_blank_lines=False, index_col=False)
+    filled = np.flatnonzero(sheet.notna().any(axis=1))
+    if not len(filled):
+        raise InputError(f"{path} holds no row")
+    check_columns(path, sheet, columns)
+    if header is None and sheet.shape[1] > len(columns):
+        raise InputError(f"{path}: {sheet.shape[1]} columns; expected {len(columns)} and no header")
+    sheet.index += 1 if header is None else 2
+    return sheet.iloc[: filled[-1] + 1]
+
+
+def check_columns(path, sheet, columns):
+    """InputError where one of `columns` is missing or there twice."""
+    doubled = [column for column in columns if f"{column}.1" in sheet.columns]
+    if doubled:  # pandas calls the second one `name.1`
+        raise InputError(f"{path}: column(s) twice: {', '.join(doubled)}")
+    missing = [str(column) for column in columns if column not in sheet.columns]
+    if missing:
+        found = ", ".join(map(str, sheet.columns[:20]))
+        raise InputError(f"{path}: column(s) missing: {', '.join(missing)} (found: {found})")
+
+
+def check_rows(path, bad, what, values=None):
+    """InputError naming the sheet rows where the boolean series `bad` is true, with their `values`."""
+    rows = bad.index[bad]
+    if len(rows):
+        shown = [str(row) if values is None else f"{row} ({str(values[row])[:30]})" for row in rows[:5]]
+        raise InputError(f"{path}: {what} in {len(rows)} row(s), first in sheet row(s) {', '.join(shown)}")
+
+
+def check_zero_one(path, sheet, labels):
+    """The label columns as float32 (n, L); InputError for anything but 0 and 1."""
+    numbers = sheet[labels].apply(pd.to_numeric, errors="coerce")
+    for label in labels:
+        check_rows(path, ~numbers[label].isin([0, 1]), f"label {label!r} other than 0 or 1", sheet[label])
+    return numbers.to_numpy(dtype=np.float32)
+
+
+def check_names(path, names, what, unique=True):
+    """A column of names as stripped strings. InputError: empty, control characters, out of the data folder,
+    or doubled (where `unique`)."""
+    empty = names.isna()
+    names = pd.Series([str(name).strip() for name in names.tolist()], names.index, dtype=object)
+    check_rows(path, empty | (names == ""), f"empty {what}")
+    control = names.str.contains(CONTROL)
+    check_rows(path, control, f"control characters in {what}", names[control].map(ascii))
+    check_rows(path, names.str.contains(OUTSIDE), f"{what} that leaves the data folder", names)
+    if unique:
+        check_rows(path, names.duplicated(), f"doubled {what}", names)
+    return names
+
+
+def as_integers(path, values, what, allowed=None):
+    """A column as int64; InputError for anything that is no whole number, or not in `allowed`."""
+    numbers = pd.to_numeric(values, errors="coerce").astype(np.float64)
+    if allowed is None:
+        right, expected = (numbers == np.floor(numbers)) & (numbers.abs() < 2**53), "no whole number"
+    else:
+        right, expected = numbers.isin(allowed), f"not one of {list(allowed)}"
+    check_rows(path, ~right, f"{what} that is {expected}", values)
+    return numbers.astype(np.int64)
+
+
 def read_odir(root, labels):
     """Official annotations.xlsx (one row per patient) or Kaggle's full_df.csv (one row per eye, folded)."""
     path = root / "annotations.xlsx"
@@ -149,9 +219,7 @@ def read_odir(root, labels):
 def read_aptos(root, labels):
     """train.csv (id_code, diagnosis) with train_images/, or ImageFolder's {train,val,test}/<class>/."""
     path = root / "train.csv"
-    if not path.exists():
-        if not (root / "train").is_dir():
-            raise InputError(f"{path} is missing, and so are class folders (train/<class>/, val/<class>/)")
+    if not path.exists() and (root / "train").is_dir():
         return read_image_folder(root)
     sheet = read_sheet(path, ["id_code", "diagnosis"], dtype={"id_code": str})
     names = check_names(path, sheet["id_code"], "id_code")
@@ -177,8 +245,7 @@ def read_image_folder(root):
     # A kappa with squared distances counts classes: of grades 0, 1 and 4 it would take the wrong ones.
     ordered = graded and max(grades) - min(grades) == len(grades) - 1
     if not ordered:
-        order = f"the classes come in {'the' if graded else 'alphabetical'} order {', '.join(classes)}"
-        notes.append(f"{order}. Their names hold no grades, or leave some out: there is no quadratic kappa")
+        notes.append(f"the classes {', '.join(classes)} are no row of grades: there is no quadratic kappa")
     taken = {"ID", "predicted", "trained_on"}.intersection(classes)  # columns of the sheets of results
     if taken:
         raise InputError(f"{root / 'train'}: no class may be called {', '.join(taken)}. Rename the folder")
@@ -198,7 +265,6 @@ def read_image_folder(root):
 
 def read_dr(root, labels):
     """trainLabels.csv (image, level), or the lab's {train,test}_img.csv and _label.csv without header.
-
     The lab's test file is what its accuracies were measured on and its best epoch chosen by: it is our `val`.
     """
     path, grades, frames = root / "trainLabels.csv", range(len(labels)), []
@@ -210,14 +276,11 @@ def read_dr(root, labels):
         return Table(picture_frame(path, names, folder, target), labels)
     for source, part in (("train", "train"), ("test", "val")):
         path, label_path = root / f"{source}_img.csv", root / f"{source}_label.csv"
-        names = check_names(path, read_sheet(path, header=None, dtype=str)[0], "image")
-        levels = read_sheet(label_path, header=None)
-        if levels.shape[1] > 1:
-            raise InputError(f"{label_path}: {levels.shape[1]} columns; expected the levels alone, no header")
-        target = as_integers(label_path, levels[0], "a level (the file has no header)", grades)
+        names = check_names(path, read_sheet(path, [0], header=None, dtype=str)[0], "image")
+        levels = read_sheet(label_path, [0], header=None)[0]
+        target = as_integers(label_path, levels, "a level (the file has no header)", grades)
         if len(names) != len(target):
-            both = f"{path} has {len(names)} rows, {label_path} has {len(target)}"
-            raise InputError(f"{both}: they belong together row by row")
+            raise InputError(f"{path} has {len(names)} rows, {label_path} {len(target)}; expected as many")
         folder = root / source if (root / source).is_dir() else root
         frames.append(picture_frame(path, names, folder, target, part))
     train, test = frames
@@ -250,15 +313,12 @@ def read_mrnet(root, labels):
         for label in labels:
             path = root / f"{source}-{label}.csv"
             sheet = read_sheet(path, [0, 1], header=None)
-            if sheet.shape[1] > 2:
-                raise InputError(f"{path}: {sheet.shape[1]} columns; expected two (id, label) and no header")
             exams = as_integers(path, sheet[0], "an exam id (the file has no header)")
             check_rows(path, exams.duplicated(), "doubled exam id", exams)
             columns[label] = pd.Series(check_zero_one(path, sheet, [1])[:, 0], index=exams)
-            other = columns[labels[0]].index.symmetric_difference(exams)
-            if len(other):
-                count = f"{len(other)} differ, first {other[:5].tolist()}"
-                raise InputError(f"{path} and {source}-{labels[0]}.csv do not hold the same exams: {count}")
+            other = columns[labels[0]].index.symmetric_difference(exams)[:5].tolist()
+            if other:
+                raise InputError(f"{path}, {source}-{labels[0]}.csv do not hold the same exams: {other}")
         frame = pd.DataFrame(columns)  # joined by exam
         names = [f"{exam:04d}" for exam in frame.index]
         files = [tuple(str(root / source / plane / f"{name}.npy") for plane in PLANES) for name in names]
@@ -277,9 +337,7 @@ def unlabelled_pictures(root):
 
 def add_pseudo_labels(parts, labels, root, path, min_confidence):
     """parts["train"] with the pictures of pseudo_labels.csv (filename, label, confidence) -> (frame, number).
-
-    No picture of `parts` may come back, nor another one of a patient who is in validation or test.
-    """
+    No picture of `parts` may come back, nor another one of a patient who is in validation or test."""
     sheet = read_sheet(path, ["filename", "label", "confidence"], dtype={"filename": str, "label": str})
     names = check_names(path, sheet["filename"], "filename")
     check_rows(path, ~sheet["label"].isin(labels), f"label that is not one of {labels}", sheet["label"])
@@ -296,28 +354,26 @@ def add_pseudo_labels(parts, labels, root, path, min_confidence):
         theirs = read_sheet(beside, ["ID", "part"], dtype=str)
         leaked = set(held_out).intersection(patients_of(theirs["ID"][theirs["part"] == "train"]))
         if leaked:
-            problem = f"{path} was spread from {len(leaked)} patient(s) of validation or test"
-            raise InputError(f"{problem}: give the split of {beside.parent} (--split-seed, --val-fraction)")
+            problem = f"{path}: spread from {len(leaked)} patient(s) of validation or test"
+            raise InputError(f"{problem}. Give the split of {beside.parent} (--split-seed, --val-fraction)")
     more = more[confidence >= min_confidence]
     return pd.concat([parts["train"], more], ignore_index=True), len(more)
 
 
 GIVEN = {
-    "odir": "eye pairs: LEFT RIGHT, a folder of <id>_left.* and <id>_right.*, or a CSV",
+    "odir": "eye pairs: LEFT RIGHT, or a folder of <id>_left.* and <id>_right.*",
     "mrnet": "knees: an exam's folder of axial.npy, coronal.npy and sagittal.npy, these files in this order, "
-    "a folder of the folders axial/, coronal/ and sagittal/, or a CSV",
+    "or a folder of the folders axial/, coronal/ and sagittal/",
 }
 
 
 def given_rows(name, given):
     """Paths from a command line, as GIVEN says -> (frame with ID and files, whether they are many)."""
-    wanted = GIVEN.get(name, "single photographs: pictures, a folder of pictures, or a CSV")
+    wanted = GIVEN.get(name, "single photographs: pictures, or a folder of pictures")
     paths, shown = [Path(path) for path in given], " ".join(map(str, given))
-    ident = paths[0].stem.removesuffix("_left")
+    ids = [paths[0].stem.removesuffix("_left")]
     if name == "mrnet" and len(paths) == 1 and (paths[0] / "axial.npy").exists():
-        ident, paths = paths[0].resolve().name, [paths[0] / f"{plane}.npy" for plane in PLANES]
-    if len(paths) == 1 and paths[0].suffix.lower() in (".csv", ".xlsx"):
-        return rows_of_table(name, paths[0]), True
+        ids, paths = [paths[0].resolve().name], [paths[0] / f"{plane}.npy" for plane in PLANES]
     if len(paths) == 1 and paths[0].is_dir():
         rows = sorted(rows_of_folder(name, paths[0]), key=lambda row: with_padded_digits(row[0]))
         if not rows:
@@ -326,22 +382,14 @@ def given_rows(name, given):
     number = {"odir": 2, "mrnet": 3}.get(name, len(paths))
     if len(paths) != number or len(set(paths)) != number or any(path.is_dir() for path in paths):
         raise InputError(f"{shown}: this network takes {wanted}; no file twice")
-    if name == "odir" and swapped(paths):
+    if name == "odir" and SWAPPED.search("\n".join(plain_names(map(str, paths)))):
         raise InputError(f"{shown}: by their names a right eye, then a left one. Give LEFT RIGHT")
-    names = [path.stem for path in paths]
-    if name == "odir" and all(map(SIDE.search, names)) and len(set(patients_of(names))) > 1:
-        print(f"note: by their names {shown} are eyes of two patients")
-    if name in GIVEN:
-        return pd.DataFrame({"ID": [ident], "files": [tuple(map(str, paths))]}), False
-    names = [path.name for path in paths]
-    if len(set(names)) < len(names):
-        names = list(map(str, paths))
-    return pd.DataFrame({"ID": names, "files": [(str(path),) for path in paths]}), len(paths) > 1
-
-
-def swapped(pair):
-    """Whether the names of two files say that the first is a right eye and the second a left one."""
-    return SWAPPED.search("\n".join(plain_names(map(str, pair)))) is not None
+    files = [tuple(map(str, paths))]
+    if name not in GIVEN:
+        ids, files = [path.name for path in paths], [(str(path),) for path in paths]
+        if len(set(ids)) < len(ids):
+            ids = list(map(str, paths))
+    return pd.DataFrame({"ID": ids, "files": files}), len(files) > 1
 
 
 def rows_of_folder(name, folder):
@@ -354,8 +402,7 @@ def rows_of_folder(name, folder):
         return [(file.name, (str(file),)) for file in files]
     pairs, eyes = {}, [file for file in files if file.stem.lower().endswith(("_left", "_right"))]
     if len(eyes) < len(files):
-        others = f"{len(files) - len(eyes)} picture(s) in {folder}"
-        print(f"note: {others}, named neither <id>_left nor <id>_right, are ignored")
+        print(f"note: {len(files) - len(eyes)} picture(s) in {folder} are ignored: no <id>_left or _right")
     for file in eyes:
         patient, _, side = file.stem.rpartition("_")
         pair = pairs.setdefault(patient, {side: f"{folder / patient}_{side}.*" for side in ("left", "right")})
@@ -363,23 +410,3 @@ def rows_of_folder(name, folder):
             raise InputError(f"{file} and {pair[side.lower()]}: two pictures of one eye")
         pair[side.lower()] = str(file)
     return [(patient, tuple(pair.values())) for patient, pair in pairs.items()]
-
-
-def rows_of_table(name, path):
-    """The rows of a CSV, its paths relative to it or, in the official layout, to images/ beside it."""
-    sheet, folder = read_sheet(path, dtype=str), path.parent
-    wanted = {"odir": ["Left-Fundus", "Right-Fundus"], "mrnet": PLANES}.get(name, ["file"])
-    if name == "odir" and "LEFT" in sheet.columns:
-        wanted = ["LEFT", "RIGHT"]
-    check_columns(path, sheet, wanted)
-    columns = [check_names(path, sheet[column], column, unique=False, inside=False) for column in wanted]
-    ids = check_names(path, sheet["ID"] if "ID" in sheet.columns else columns[0], "ID", inside=False)
-    frame = pd.DataFrame({"ID": ids, "files": list(zip(*columns, strict=True))})
-    if name == "odir":
-        wrong = frame["files"].map(swapped)
-        check_rows(path, wrong, "a right eye as LEFT and a left one as RIGHT, by their names,")
-        beside = [(folder / name).exists() for name in columns[0]]
-        if not any(beside) and (folder / "images").is_dir():
-            folder = folder / "images"
-    frame["files"] = [tuple(str(folder / file) for file in files) for files in frame["files"]]
-    return frame.reset_index(drop=True)

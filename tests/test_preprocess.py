@@ -371,16 +371,16 @@ def source(tmp_path):
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_every_picture_is_written_and_a_second_call_skips(tmp_path, source, workers):
+def test_every_picture_is_written(tmp_path, source, workers):
     target = tmp_path / "dst"
     first = run(source, target, "--size", 64, "--workers", workers)
     assert first.returncode == 0, first.stderr
-    assert "6 written" in first.stdout and "0 skipped" in first.stdout
+    assert "6 written" in first.stdout and "0 failed" in first.stdout
     written = sorted(str(path.relative_to(target)) for path in target.rglob("*") if path.is_file())
     expected = [
         str(p.relative_to(source)) for p in source.rglob("*") if p.is_file() and p.name != "notes.txt"
     ]
-    assert written == sorted([*expected, "preprocess.json"])
+    assert written == sorted(expected)
     formats = {
         "a.jpg": "JPEG",
         "b.JPEG": "JPEG",
@@ -393,34 +393,14 @@ def test_every_picture_is_written_and_a_second_call_skips(tmp_path, source, work
             assert image.format == kind and image.size == (64, 64) and image.mode == "RGB"
     expected_pixels = load_picture(source / "deep/c.png", "fov", 64)[0]
     np.testing.assert_array_equal(np.asarray(Image.open(target / "deep/c.png")), expected_pixels)
-    inodes = {name: (target / name).stat().st_ino for name in expected}
     leftover = target / "deep" / f".c.png.{platform.node()}.{2**22 + 1}.tmp"  # no process has this number
     leftover.write_bytes(b"left behind by a killed call")
     picture = Image.fromarray(eye(seed=9))
     picture.save(source / "f.bmp")  # changed since
     second = run(source, target, "--size", 64, "--workers", workers)
-    assert second.returncode == 0 and "1 written" in second.stdout and "5 skipped" in second.stdout
-    assert [name for name in expected if (target / name).stat().st_ino != inodes[name]] == ["f.bmp"]
+    assert second.returncode == 0 and "6 written" in second.stdout
     np.testing.assert_array_equal(np.asarray(Image.open(target / "f.bmp")), prepare(picture, "fov", 64))
     assert not list(target.rglob("*.tmp"))
-
-
-@pytest.mark.parametrize("how", ["older", "same time, other bytes", "same time and bytes", "moved here"])
-def test_a_replaced_source_is_made_again_even_if_it_is_older(tmp_path, source, how):
-    target, changed = tmp_path / "dst", source / "f.bmp"
-    assert run(source, target, "--size", 64).returncode == 0
-    before = changed.stat()
-    picture = Image.fromarray(eye(300 if how == "same time and bytes" else 280, seed=9))
-    place = tmp_path / "elsewhere.bmp" if how == "moved here" else changed
-    picture.save(place)
-    past = before.st_mtime_ns - (0 if how.startswith("same") else 10**12)
-    os.utime(place, ns=(past, past))
-    if place != changed:
-        os.replace(place, changed)
-    assert (changed.stat().st_size == before.st_size) == (how == "same time and bytes")
-    assert "1 written" in run(source, target, "--size", 64).stdout
-    np.testing.assert_array_equal(np.asarray(Image.open(target / "f.bmp")), prepare(picture, "fov", 64))
-    assert "6 skipped" in run(source, target, "--size", 64).stdout
 
 
 def test_what_was_drawn_stays_marked(tmp_path, source):
@@ -430,24 +410,6 @@ def test_what_was_drawn_stays_marked(tmp_path, source):
     (tmp_path / "rendered.json").unlink()
     assert run(source, tmp_path / "real/images", "--size", 64).returncode == 0
     assert not tables.is_rendered(tmp_path / "real/images") and not tables.is_rendered(tmp_path / "real")
-
-
-def test_other_settings_are_not_mistaken_for_finished(tmp_path, source):
-    target = tmp_path / "dst"
-    assert run(source, target, "--size", 64).returncode == 0
-    assert "6 written" in run(source, target, "--size", 48).stdout
-    assert "6 written" in run(source, target, "--size", 48, "--kind", "none").stdout
-    expected = load_picture(source / "f.bmp", "none", 48)[0]
-    np.testing.assert_array_equal(np.asarray(Image.open(target / "f.bmp")), expected)
-    assert "6 skipped" in run(source, target, "--size", 48, "--kind", "none").stdout
-
-
-def test_a_damaged_target_is_written_again(tmp_path, source):
-    target = tmp_path / "dst"
-    run(source, target, "--size", 64)
-    (target / "a.jpg").write_text("damaged")
-    assert "1 written" in run(source, target, "--size", 64).stdout
-    assert Image.open(target / "a.jpg").size == (64, 64)
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -462,8 +424,6 @@ def test_failures_are_named_and_nothing_half_written_stays(tmp_path, source, wor
     assert result.stderr.rstrip().endswith("2 of 8 pictures failed") and "Traceback" not in result.stderr
     assert not (target / "bad.jpg").exists() and not (target / "deep" / "night.png").exists()
     assert not list(target.rglob("*.tmp"))
-    again = run(source, target, "--size", 64, "--workers", workers)
-    assert again.returncode == 1 and "6 skipped" in again.stdout  # a failure is never taken for finished
 
 
 @pytest.mark.skipif(not Path("/proc/self/mem").is_file(), reason="needs Linux")
@@ -492,7 +452,7 @@ def alive(process):
 
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="needs Linux")
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
-def test_a_call_that_is_ended_leaves_no_worker_and_is_taken_up_again(tmp_path, how):
+def test_a_call_that_is_ended_leaves_no_worker_and_only_whole_files(tmp_path, how):
     source, target = tmp_path / "src", tmp_path / "dst"
     source.mkdir()
     Image.fromarray(eye(1000, 1000)).save(source / "00.png")
@@ -516,15 +476,9 @@ def test_a_call_that_is_ended_leaves_no_worker_and_is_taken_up_again(tmp_path, h
     while any(Path(f"/proc/{worker}").exists() for worker in workers) and time.monotonic() < deadline:
         time.sleep(0.1)  # a zombie, which init has not reaped, still owns its temporary file
     assert not any(alive(worker) for worker in workers)
-    finished = {path.name: path.stat().st_ino for path in target.glob("*.png")}
-    assert 3 <= len(finished) < 24
+    assert 3 <= len(list(target.glob("*.png"))) < 24
     rest = run(source, target, "--size", 64, "--workers", 2)
     assert rest.returncode == 0 and not list(target.glob("*.tmp")) and len(list(target.glob("*.png"))) == 24
-    made_again = [name for name, inode in finished.items() if (target / name).stat().st_ino != inode]
-    assert len(made_again) <= 2, (
-        made_again
-    )  # killed between writing a picture and giving it its source's time
-    assert f"{len(finished) - len(made_again)} skipped" in rest.stdout
     assert len({path.read_bytes() for path in target.glob("*.png")}) == 1
 
 

@@ -12,7 +12,6 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-import sheets  # noqa: E402
 import tables  # noqa: E402
 from errors import InputError  # noqa: E402
 from tables import (  # noqa: E402
@@ -161,7 +160,7 @@ def test_labs_headerless_pair_keeps_its_first_row(tmp_path):
     "name, text, words",
     [
         ("train_label.csv", "level\n2\n0\n4\n", ["train_label.csv", "no header", "row(s) 1"]),
-        ("train_label.csv", "2\n0\n", ["3 rows", "has 2", "row by row"]),
+        ("train_label.csv", "2\n0\n", ["3 rows", "csv 2;", "as many"]),
         (
             "train_label.csv",
             "2\n\n0\n4\n",
@@ -540,14 +539,6 @@ def test_a_class_is_no_column_of_the_results(tmp_path, name):
     refused(lambda: read("aptos", tmp_path), name, "Rename the folder")
 
 
-def test_eyes_of_two_patients_are_noted(tmp_path, capsys):
-    given_rows("odir", ["0_left.jpg", "10_right.jpg"])
-    assert "eyes of two patients" in capsys.readouterr().out
-    for pair in (["left.jpg", "right.jpg"], ["0_left.jpg", "0_right.jpg"], ["a.jpg", "b.jpg"]):
-        given_rows("odir", pair)
-    assert not capsys.readouterr().out
-
-
 def test_labels_spread_from_pictures_that_are_held_out_here_are_refused(tmp_path):
     root, csv = tmp_path / "data", tmp_path / "run/pseudo_labels.csv"
     touch(root / "test", "new.jpg")
@@ -690,8 +681,6 @@ def test_control_characters_are_refused_with_their_row(tmp_path, character):
     sheet.loc[4, "Right-Fundus"] = f"12{character}_right.jpg"
     write(tmp_path, kaggle(sheet), "full_df.csv")
     refused(lambda: read("odir", tmp_path), "control characters in Right-Fundus", "row(s) 6")
-    write(tmp_path, f'file\na.jpg\n"b{character}.jpg"\n', "these.csv")
-    refused(lambda: given_rows("aptos", [tmp_path / "these.csv"]), "control characters in file", "row(s) 3")
 
 
 def test_a_control_character_in_the_name_of_a_file_is_refused(tmp_path):
@@ -720,7 +709,7 @@ def test_messages_show_what_they_found(tmp_path):
 def test_suffixes_in_capitals_are_workbooks(tmp_path):
     odir_sheet().to_excel(tmp_path / "a.xlsx", index=False)
     (tmp_path / "a.xlsx").rename(tmp_path / "A.XLSX")
-    assert len(sheets.read_sheet(tmp_path / "A.XLSX")) == 20
+    assert len(tables.read_sheet(tmp_path / "A.XLSX")) == 20
 
 
 def test_kaggles_eyes_with_different_file_names(tmp_path):
@@ -734,10 +723,10 @@ def test_kaggles_eyes_with_different_file_names(tmp_path):
 def test_a_data_set_of_ones_own_takes_a_reader_and_an_entry(tmp_path, monkeypatch):
     def read_clinic(root, labels):
         path = root / "grades.csv"
-        sheet = sheets.read_sheet(path, dtype={"photo": str})
-        sheets.check_columns(path, sheet, ["photo", "grade"])
-        names = sheets.check_names(path, sheet["photo"], "photo")
-        target = sheets.as_integers(path, sheet["grade"], "a grade", range(len(labels)))
+        sheet = tables.read_sheet(path, dtype={"photo": str})
+        tables.check_columns(path, sheet, ["photo", "grade"])
+        names = tables.check_names(path, sheet["photo"], "photo")
+        target = tables.as_integers(path, sheet["grade"], "a grade", range(len(labels)))
         return tables.Table(tables.picture_frame(path, names, root / "photos", target), labels)
 
     entry = {**tables.CLASSES, "labels": ["no", "yes"]}
@@ -754,7 +743,7 @@ def test_a_data_set_of_ones_own_takes_a_reader_and_an_entry(tmp_path, monkeypatc
 # ---------------------------------------------------------------- pictures that somebody names
 
 
-def test_a_right_eye_before_the_left_one_is_noticed(tmp_path):
+def test_a_right_eye_before_the_left_one_is_noticed():
     refused(
         lambda: given_rows("odir", ["x_right.jpg", "x_left.jpg"]), "x_right.jpg x_left.jpg", "Give LEFT RIGHT"
     )
@@ -768,8 +757,6 @@ def test_a_right_eye_before_the_left_one_is_noticed(tmp_path):
         frame, many = given_rows("odir", pair)
         assert frame["files"].tolist() == [tuple(pair)] and not many
     refused(lambda: given_rows("odir", ["x_left.jpg", "x_left.jpg"]), "twice", "LEFT RIGHT")
-    write(tmp_path, "LEFT,RIGHT\n1_left.jpg,1_right.jpg\n2_right.jpg,2_left.jpg\n", "these.csv")
-    refused(lambda: given_rows("odir", [tmp_path / "these.csv"]), "by their names", "row(s) 3")
 
 
 def test_an_exam_and_the_folder_of_exams(tmp_path):
@@ -790,15 +777,6 @@ def test_an_exam_and_the_folder_of_exams(tmp_path):
     refused(lambda: given_rows("odir", ["one.jpg"]), "LEFT RIGHT")
 
 
-def test_an_official_sheet_names_pictures_beside_it(tmp_path):
-    touch(tmp_path / "images", "0_left.jpg")
-    write(tmp_path, odir_sheet(2))
-    frame, many = given_rows("odir", [tmp_path / "annotations.xlsx"])
-    images = tmp_path / "images"
-    assert many and frame["ID"].tolist() == ["0", "3"]
-    assert frame["files"][1] == (str(images / "3_left.jpg"), str(images / "3_right.jpg"))
-
-
 def test_a_row_with_more_fields_than_the_header_is_refused(tmp_path):
     """pandas would take the first column for an index, and every label for its neighbour's."""
     (tmp_path / "train.csv").write_text("id_code,diagnosis,site\na,0,1,x\nb,1,2,x\n")
@@ -809,14 +787,5 @@ def test_a_row_with_more_fields_than_the_header_is_refused(tmp_path):
 def test_the_labs_label_file_has_one_column(tmp_path):
     (tmp_path / "train_img.csv").write_text("a\nb\n")
     (tmp_path / "train_label.csv").write_text("0,3\n1,4\n")
-    with pytest.raises(InputError, match="2 columns; expected the levels alone"):
+    with pytest.raises(InputError, match="2 columns; expected 1 and no header"):
         tables.read("dr", tmp_path)
-
-
-def test_a_csv_of_pairs_is_read_beside_it_where_any_row_is_there(tmp_path):
-    (tmp_path / "images").mkdir()
-    for file in ("1_left.jpg", "1_right.jpg", "images/1_left.jpg", "images/1_right.jpg"):
-        (tmp_path / file).write_bytes(b"")
-    (tmp_path / "x.csv").write_text("LEFT,RIGHT\n0_left.jpg,0_right.jpg\n1_left.jpg,1_right.jpg\n")
-    frame, many = tables.given_rows("odir", [tmp_path / "x.csv"])
-    assert many and frame["files"][1] == (str(tmp_path / "1_left.jpg"), str(tmp_path / "1_right.jpg"))
