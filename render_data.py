@@ -110,9 +110,8 @@ def draw_fundus(rng, size, signs=(), grade=0, right=False):
     disc = (rng.uniform(0.2, 0.28), rng.uniform(0.44, 0.54))
     macula = (disc[0] + rng.uniform(0.3, 0.34), disc[1] + rng.uniform(0.01, 0.05))
     base = rng.uniform((170, 80, 28), (215, 112, 58)) * rng.uniform(0.85, 1.1)
-    bright = rng.uniform(0.42, 0.58, 2)
-    light = 1.05 - 0.9 * ((x - bright[0]) ** 2 + (y - bright[1]) ** 2) + 0.035 * smooth_noise(rng, 9, size)
-    pixels = base.astype(np.float32) * light[..., None]
+    light = 1.05 - 0.9 * ((x - rng.uniform(0.42, 0.58, 1)) ** 2 + (y - rng.uniform(0.42, 0.58, 1)) ** 2)
+    pixels = base.astype(np.float32) * (light + 0.035 * smooth_noise(rng, 9, size))[..., None]
     if "M" in signs:  # the choroid's vessels, where noise crosses zero, and a large pale crescent at the disc
         stripes = np.exp(-((smooth_noise(rng, 24, size) / 0.3) ** 2))[..., None]
         pixels = pixels * 1.12 + np.float32([28, 34, 18]) - stripes * np.float32([6, 32, 22])
@@ -222,7 +221,8 @@ def dr_layout(out, n, rng):
 
 
 def retina_layout(out, n, rng):
-    rows, columns = [], deal(RETINA_SHARES, n, rng) + deal(RETINA_SHARES, n // 4, rng)
+    rows, columns = [], deal(RETINA_SHARES, n, rng)
+    columns += list(rng.choice(list(RETINA), n // 4, p=list(RETINA_SHARES.values())))
     for i, column in enumerate(columns):
         present = {column}
         if column != "normal" and rng.random() < 0.1:
