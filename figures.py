@@ -2,9 +2,8 @@
 
     figures.save(figures.roc(y_true, y_prob, labels, "multilabel"), "roc.png")
 
-Built without pyplot: nothing global is touched, no screen is needed. Okabe-Ito and viridis suit the
-colour-blind. A picture is uint8, (H, W, 3) or (H, W); `aspect` is its width / height before preprocessing
-squashed it into a square.
+Built without pyplot: no screen is needed. Okabe-Ito and viridis suit the colour-blind.
+A picture is uint8, (H, W, 3) or (H, W); `aspect`: its width / height before it was squashed into a square.
 """
 
 import math

@@ -9,6 +9,7 @@ n rows (pairs, photographs, exams), L labels, K classes, B resamples; `threshold
 """
 
 import itertools
+import math
 
 import numpy as np
 
@@ -133,8 +134,7 @@ def expected_calibration_error(y_true, y_prob, bins=15):
 
 def confusion_matrix(y_true, y_pred, num_classes):
     """Counts (K, K) int64, truth in rows, predictions in columns, of y_true, y_pred (n,) in 0..K-1."""
-    y_true, y_pred = np.asarray(y_true), np.asarray(y_pred)
-    cells = y_true.astype(np.int64) * num_classes + y_pred.astype(np.int64)
+    cells = np.asarray(y_true, np.int64) * num_classes + np.asarray(y_pred, np.int64)
     return np.bincount(cells, minlength=num_classes**2).reshape(num_classes, num_classes)
 
 
@@ -191,10 +191,9 @@ def _tables(family, y_true, y_prob, labels=None, threshold=0.5, ordered=True):
 
 def _resamples(shape, n_resamples, seed, patients):
     """How often each row counts, (b, n) float64, block by block: patients are drawn with all their rows."""
-    n, width = shape
-    numbers, names = {}, range(n) if patients is None else np.asarray(patients).tolist()
+    numbers, names = {}, range(shape[0]) if patients is None else np.asarray(patients).tolist()
     owner = np.array([numbers.setdefault(name, len(numbers)) for name in names])  # in order of appearance
-    rng, count, block = np.random.default_rng(seed), len(numbers), max(1, CHUNK // (n * width))
+    rng, count, block = np.random.default_rng(seed), len(numbers), max(1, CHUNK // math.prod(shape))
     for start in range(0, n_resamples, block):
         size = min(block, n_resamples - start)
         drawn = rng.integers(count, size=(size, count)) + np.arange(size)[:, None] * count
