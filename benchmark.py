@@ -39,7 +39,8 @@ EPOCHS = {"00": 36, "01": 32, "02": 47, "03": 59, "04": 59, "05": 59, "06": 42, 
 def get_args_parser():
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("names", nargs="+", choices=BENCHMARKS, metavar="NAME", help=", ".join(BENCHMARKS))
+    names = [*BENCHMARKS, "all"]
+    add("names", nargs="*", choices=names, default="all", metavar="NAME", help=", ".join(names))
     add("--data", type=Path, default=Path("data/odir"), help="eye pairs")
     add("--fullsize", type=Path, default=Path("data/fullsize"), help="photographs as the camera left them")
     add("--trunk", choices=["resnet50", *models.EFFICIENTNETS], default="resnet50", help="network")
@@ -167,10 +168,9 @@ def run(args, device, experiments=("03",)):
 
 def preprocessing(args, device):
     """Decoding in full against decoding at a reduced scale, to 224 pixels on one core."""
-    files = sorted(args.fullsize.glob("*.jpg"))
-    sides = [partial(one, kind="fov", size=224) for one in (plain_picture, preprocess.load_picture)]
-    seconds = in_turn(args.repeats, *(partial(each, side, files) for side in sides))
-    show("preprocessing", *seconds, "pictures/s", len(files))
+    files, seen = sorted(args.fullsize.glob("*.jpg")), {"kind": "fov", "size": 224}
+    ways = [partial(each, partial(way, **seen), files) for way in (plain_picture, preprocess.load_picture)]
+    show("preprocessing", *in_turn(args.repeats, *ways), "pictures/s", len(files))
 
 
 def sampler(args, device):
@@ -211,8 +211,8 @@ BENCHMARKS |= {"preprocessing": preprocessing, "sampler": sampler, "finetune": f
 def main(argv=None):
     args, device = get_args_parser().parse_args(argv), engine.pick_device("auto")
     machine = f"{describe_machine(device)}, {preprocess.default_workers()} cores, torch {torch.__version__}"
-    print(f"{time.strftime('%Y-%m-%d')}, {machine}: {' '.join(args.names)}", flush=True)
-    for name in args.names:
+    print(f"{time.strftime('%Y-%m-%d')}, {machine}", flush=True)
+    for name in BENCHMARKS if "all" in args.names else args.names:
         BENCHMARKS[name](args, device)
 
 
