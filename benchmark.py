@@ -27,7 +27,6 @@ import split
 import tables
 from augment import draw, prepare_batch
 from checkpoint import describe_machine
-from dataset import VolumeSet
 from errors import Parser, guard
 from features import EXTRACT_BATCH, FastTrunk
 
@@ -44,7 +43,6 @@ def get_args_parser():
     add("names", nargs="*", choices=names, default="all", metavar="NAME", help=", ".join(names))
     add("--data", type=Path, default=Path("data/odir"), help="eye pairs")
     add("--fullsize", type=Path, default=Path("data/fullsize"), help="photographs as the camera left them")
-    add("--mrnet", type=Path, default=Path("data/rendered/mrnet"), help="knees")
     add("--trunk", choices=["resnet50", *models.EFFICIENTNETS], default="resnet50", help="network")
     add("--pictures", type=int, default=128, help="pictures of one measurement")
     add("--size", type=int, default=224, help="pixels a side")
@@ -53,28 +51,22 @@ def get_args_parser():
     return parser
 
 
-def timed(function):
-    """The seconds of a call; a GPU's queue is emptied."""
-    start = time.perf_counter()
-    function()
-    if torch.cuda.is_initialized():
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
 def in_turn(repeats, *sides):
-    """Seconds (sides, repeats): A B A B ... after a round to warm up."""
-    rounds = []
-    for _ in range(repeats + 1):
-        rounds.append([timed(side) for side in sides])
-    return np.array(rounds[1:]).T
+    """Seconds (sides, repeats): A B A B ... after a round to warm up; a GPU's queue is emptied."""
+    seconds = np.zeros((repeats + 1, len(sides)))
+    for turn, side in np.ndindex(seconds.shape):
+        start = time.perf_counter()
+        sides[side]()
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+        seconds[turn, side] = time.perf_counter() - start
+    return seconds[1:].T
 
 
 def show(name, plain, ours, unit="s", amount=None):
     """Print both medians, in seconds or as `amount` per second; the median ratio and its spread."""
-    ratios, sides = plain / ours, [np.median(plain), np.median(ours)]
-    if amount:
-        sides = [amount / side for side in sides]
+    ratios, sides = plain / ours, np.array([np.median(plain), np.median(ours)])
+    sides = amount / sides if amount else sides
     spread = f"{np.median(ratios):.1f} ({ratios.min():.1f} to {ratios.max():.1f}, n={len(ratios)})"
     print(f"{name}: plain {sides[0]:.4g}, ours {sides[1]:.4g} {unit}, ratio {spread}", flush=True)
 
@@ -98,28 +90,26 @@ def each(function, items):
 def step(net, inputs, precision="fp32"):
     """A training step towards zeros."""
     with engine.autocast(next(net.parameters()).device, precision):
-        logits = net(*inputs).float()
-    loss = torch.nn.functional.binary_cross_entropy_with_logits(logits, torch.zeros_like(logits))
+        loss = net(*inputs).float().square().mean()
     net.zero_grad()
     loss.backward()
     torch.optim.SGD(net.parameters(), lr=1e-6).step()
 
 
+def plain_picture(file, kind, size):
+    """A picture as the network sees it, decoded in full before it is scaled."""
+    return preprocess.prepare(Image.open(file).convert("RGB"), kind, size)
+
+
 def plain_epoch(net, trained, files, size, device):
     """Decode, resize, run the trunk, train the head (or all of it), batch by batch."""
     for start in range(0, len(files), 64):
-        images = [Image.open(file).convert("RGB") for file in files[start : start + 64]]
-        images = np.stack([image.resize((size, size), Image.Resampling.BILINEAR) for image in images])
+        images = np.stack([plain_picture(file, "none", size) for file in files[start : start + 64]])
         images = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous().to(device)
         pairs = images.unflatten(0, (-1, 2)) / 255
         with torch.no_grad():
             inputs = pairs if trained is net else net.features(pairs)
         step(trained, (inputs,))
-
-
-def plain_preprocess(file):
-    """The same steps on the picture as it was taken, decoded in full."""
-    return preprocess.prepare(Image.open(file).convert("RGB"), "fov", 224)
 
 
 def plain_draws(labels, draws):
@@ -164,25 +154,23 @@ def run(args, device, experiments=("03",)):
     factor = pictures / len(files) * sum(EPOCHS[one] for one in experiments)
     common = ["--data", args.data.resolve(), "--missing", "drop", "--trunk", args.trunk, "--patience", 1000]
     common += ["--weights", "imagenet" if args.trunk == "efficientnet-lite0" else "none", "--size", args.size]
-    plains = [in_turn(1, plain)[0, 0]]
     with tempfile.TemporaryDirectory() as folder:
         for state in ("from nothing", "kept"):
-            taken = 0
+            before, start = in_turn(1, plain), time.perf_counter()
             for one in experiments:
                 flags = re.search(f"^run odir-{one} (.*)", lines, re.M)[1].split()
                 flags += [*common, "--epochs", EPOCHS[one], "--name", f"{one} {state}"]
-                taken += timed(partial(script, "train.py", *flags, cwd=folder))
-            plains.append(timed(plain))
+                script("train.py", *flags, cwd=folder)
+            taken = time.perf_counter() - start
             name = f"{args.trunk}, experiments {' '.join(experiments)} {state}, whole processes"
-            show(name, np.array(plains[-2:]) * factor, np.array([taken, taken]))
+            show(name, np.append(before, in_turn(1, plain)) * factor, taken)
 
 
 def preprocessing(args, device):
     """Decoding in full against decoding at a reduced scale, to 224 pixels on one core."""
-    files = sorted(args.fullsize.glob("*.jpg"))
-    ours = partial(preprocess.load_picture, kind="fov", size=224)
-    seconds = in_turn(args.repeats, partial(each, plain_preprocess, files), partial(each, ours, files))
-    show("preprocessing", *seconds, "pictures/s", len(files))
+    files, seen = sorted(args.fullsize.glob("*.jpg")), {"kind": "fov", "size": 224}
+    ways = [partial(each, partial(way, **seen), files) for way in (plain_picture, preprocess.load_picture)]
+    show("preprocessing", *in_turn(args.repeats, *ways), "pictures/s", len(files))
 
 
 def sampler(args, device):
@@ -216,36 +204,15 @@ def finetune(args, device):
     print(f"  preparing a batch takes {bare:.1%} of the step on it, with --augment pair {pair:.1%}")
 
 
-def knees(net, data, batch, precision, device):
-    for keys in samplers.Batches(np.arange(len(data)), batch):
-        step(net, prepare_batch(data.__getitems__(keys), device)[0], precision)
-
-
-def mrnet(args, device):
-    """A training pass over knees: one by one in float32, against the fast precision and layout."""
-    table = tables.read("mrnet", args.mrnet)
-    frame, precision = table.frame.head(args.pictures // 16), engine.pick_precision("auto", device)
-    data = VolumeSet(frame["files"], tables.targets_of(frame, table.labels), args.size)
-    slow = models.build_model("mrnet", 3).to(device)
-    fast = copy.deepcopy(slow).to(memory_format=torch.channels_last)
-    plain = partial(knees, slow, data, 1, "fp32", device)
-    for batch in (1, 4):
-        seconds = in_turn(args.repeats, plain, partial(knees, fast, data, batch, precision, device))
-        show(f"MRNet, {precision}, batch {batch}", *seconds, "knees/s", len(data))
-
-
 BENCHMARKS = {"extraction": extraction, "run": run, "study": partial(run, experiments=tuple(EPOCHS))}
-BENCHMARKS |= {"preprocessing": preprocessing, "sampler": sampler, "mrnet": mrnet, "finetune": finetune}
+BENCHMARKS |= {"preprocessing": preprocessing, "sampler": sampler, "finetune": finetune}
 
 
 def main(argv=None):
     args, device = get_args_parser().parse_args(argv), engine.pick_device("auto")
-    names = BENCHMARKS if "all" in args.names else args.names
-    if "mrnet" in names and not args.mrnet.is_dir():
-        script("render_data.py", args.mrnet, "--dataset", "mrnet", "--patients", 16, cwd=".")
     machine = f"{describe_machine(device)}, {preprocess.default_workers()} cores, torch {torch.__version__}"
-    print(f"{time.strftime('%Y-%m-%d')}, {machine}: {' '.join(names)}", flush=True)
-    for name in names:
+    print(f"{time.strftime('%Y-%m-%d')}, {machine}", flush=True)
+    for name in BENCHMARKS if "all" in args.names else args.names:
         BENCHMARKS[name](args, device)
 
 

@@ -2,9 +2,8 @@
 
     figures.save(figures.roc(y_true, y_prob, labels, "multilabel"), "roc.png")
 
-Built without pyplot: nothing global is touched, no screen is needed. Okabe-Ito and viridis suit the
-colour-blind. A picture is uint8, (H, W, 3) or (H, W); `aspect` is its width / height before preprocessing
-squashed it into a square.
+Built without pyplot: no screen is needed. Okabe-Ito and viridis suit the colour-blind.
+A picture is uint8, (H, W, 3) or (H, W); `aspect`: its width / height before it was squashed into a square.
 """
 
 import math
@@ -31,9 +30,9 @@ def plain(text, width=60):
     return textwrap.fill(str(text), width).replace("$", r"\$")
 
 
-def mark_rendered(fig, text="RENDERED stand-ins, not patients"):
-    """Say in a line of its own above a figure what about it is drawn and not real; returns the figure."""
-    words = plain(text, int(9 * fig.get_figwidth()))
+def mark_rendered(fig):
+    """Say in a line of its own above a figure that it is of drawn pictures; returns the figure."""
+    words = plain("RENDERED stand-ins, not patients", int(9 * fig.get_figwidth()))
     fig.set_figheight(fig.get_figheight() + 0.1 + 0.2 * (1 + words.count("\n")))
     fig.suptitle(words, color=WRONG, fontsize=11, weight="bold")
     return fig
@@ -66,8 +65,8 @@ def draw_matrix(ax, counts, names, title=""):
     """A confusion matrix (K, K): in each cell the count, and its share of the row, which colours it."""
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)  # a class that nobody has: an empty row
     ax.imshow(shares, cmap="Blues", vmin=0, vmax=1, aspect="auto")  # else the layout forgets long names
-    for i, j in np.ndindex(counts.shape):
-        colour, words = "white" if shares[i, j] > 0.6 else "black", f"{counts[i, j]}\n{shares[i, j]:.0%}"
+    for (i, j), share in np.ndenumerate(shares):
+        words, colour = f"{counts[i, j]}\n{share:.0%}", "white" if share > 0.6 else "black"
         ax.text(j, i, words, ha="center", va="center", fontsize=9, color=colour)
     shown = [plain(name, 14) for name in names]
     ax.set_xticks(range(len(names)), shown, fontsize=8)
@@ -83,15 +82,12 @@ def confusion(y_true, y_prob, labels, task, threshold=0.5):
     if task == "multiclass":
         side = max(3.4, 0.75 * len(labels) + 1)
         fig = Figure((side, side), layout="constrained")
-        draw_matrix(
-            fig.add_subplot(), metrics.confusion_matrix(y_true, y_prob.argmax(1), len(labels)), labels
-        )
+        counts = metrics.confusion_matrix(y_true, y_prob.argmax(1), len(labels))
+        draw_matrix(fig.add_subplot(), counts, labels)
         return fig
     fig, axes = panels(len(labels))
-    truths, answers = y_true.astype(int), (y_prob > threshold).astype(int)
-    for k, label in enumerate(labels):
-        counts = metrics.confusion_matrix(truths[:, k], answers[:, k], 2)
-        draw_matrix(axes[k], counts, ("no", "yes"), label)
+    for ax, label, truth, answer in zip(axes, labels, y_true.T, (y_prob > threshold).T, strict=True):
+        draw_matrix(ax, metrics.confusion_matrix(truth, answer, 2), ("no", "yes"), label)
     return fig
 
 
@@ -120,6 +116,7 @@ def reliability(y_true, y_prob, bins=15):
     """How often the answers of each probability are right; below, how many answers there are.
     y_true (n, L) 0/1 with y_prob (n, L), or classes (n,) with (n, K): then of the strongest class alone."""
     confidence, accuracy, count = metrics.reliability(y_true, y_prob, bins)
+    error = metrics.expected_calibration_error(y_true, y_prob, bins)
     answer, share = "a label", "share that has the label"
     if np.ndim(y_true) == 1:
         answer, share = "the strongest class", "share of right answers"
@@ -130,7 +127,6 @@ def reliability(y_true, y_prob, bins=15):
     above.plot([0, 1], [0, 1], color="#333333", lw=1, ls="--", label="perfectly calibrated")
     above.plot(confidence, accuracy, "o", ms=4, color=BLUE)
     above.set(xlim=(0, 1), ylim=(0, 1), ylabel=share)
-    error = metrics.expected_calibration_error(y_true, y_prob, bins)
     above.set_title(f"expected calibration error {error:.3f}", fontsize=10)
     above.legend(frameon=False, fontsize=9, loc="upper left")
     below.bar(middle, count, width, color=GREY)
@@ -224,10 +220,8 @@ def heatmaps(rows, random_trunk=False):
     fig = Figure(layout=ConstrainedLayoutEngine(w_pad=0, h_pad=0.04))
     width, height = draw_maps(fig.add_subplot(), rows)
     fig.set_size_inches(width, height)
-    words = (
-        "Yellow: what speaks for the label; each map is scaled to its own maximum. No evidence: nothing in "
-    )
-    words += "the picture speaks for it."
+    words = "Yellow: what speaks for the label; each map is scaled to its own maximum. "
+    words += "No evidence: nothing in the picture speaks for it."
     if random_trunk:
         words += " The trunk has random weights: these maps show its accidents, not what it learned."
     caption(fig, words)

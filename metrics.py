@@ -8,6 +8,9 @@ All is computed from weights, how often each row counts, so an interval has the 
 n rows (pairs, photographs, exams), L labels, K classes, B resamples; `threshold` is a number, or (L,).
 """
 
+import itertools
+import math
+
 import numpy as np
 
 from errors import InputError
@@ -20,8 +23,7 @@ CHUNK = 4_000_000  # cells of one block of resamples: 32 MB, whatever the number
 def compute_challenge_metrics(y_true, y_prob, threshold=0.5):
     """{"kappa", "f1", "auc", "final"} of y_true (n, L) 0/1 and y_prob (n, L); predicted: y_prob > threshold.
     kappa: unweighted mean over labels; f1, auc: scikit-learn's average="weighted"; final: mean of the three.
-    A label of one class has no AUC: auc and final are NaN (scikit-learn skips a label that nobody has).
-    """
+    A label of one class has no AUC: auc and final are NaN (scikit-learn skips a label that nobody has)."""
     return scores("per label", y_true, y_prob, threshold=threshold)
 
 
@@ -33,8 +35,7 @@ def challenge_scores(y_true, y_prob, threshold=0.5):
 def scores(family, y_true, y_prob, labels=None, threshold=0.5, ordered=True):
     """Scores of one of FAMILIES: as above; "auc" (knees): {"auc_<label>" of all `labels`, "auc": their mean};
     "classes" (y_true (n,), by argmax): {"accuracy", "kappa", "quadratic_kappa" (ordered), "f1": macro};
-    "each label": {"kappa", "f1", "auc", "accuracy", "support" in rows}, lists of L floats.
-    """
+    "each label": {"kappa", "f1", "auc", "accuracy", "support" in rows}, lists of L floats."""
     tables = _tables(family, y_true, y_prob, labels, threshold, ordered)
     return {key: value[0].tolist() for key, value in _weigh(tables, np.ones((1, len(y_true)))).items()}
 
@@ -59,8 +60,7 @@ def undefined_scores(y_true, y_prob, labels, family="per label", threshold=0.5):
 
 def trivial_scores(y_true, prior, family, labels=None, threshold=0.5, ordered=True):
     """Scores of what needs no picture: {"all zeros": {...} (eye pairs), "class priors": {...}}.
-    The latter answers `prior` (L,), the labels' shares of the training part; classes: "largest class".
-    """
+    The latter answers `prior` (L,), the labels' shares of the training part; classes: "largest class"."""
     y_true, prior = np.asarray(y_true), np.asarray(prior, dtype=np.float64)
     answers = {"all zeros": np.zeros(len(prior))} if family in ("per label", "challenge") else {}
     answers["largest class" if family == "classes" else "class priors"] = prior
@@ -72,8 +72,7 @@ def trivial_scores(y_true, prior, family, labels=None, threshold=0.5, ordered=Tr
 
 def bootstrap_intervals(family, y_true, y_prob, n_resamples=1000, seed=0, patients=None, **rules):
     """{score: [low, high]}, 95 %, percentile bootstrap (Efron 1979); rules: `scores`' labels, threshold,
-    ordered. `patients` (n,) are drawn with all their rows, for two eyes are alike. NaN only if all are.
-    """
+    ordered. `patients` (n,) are drawn with all their rows, for two eyes are alike. NaN only if all are."""
     tables = _tables(family, y_true, y_prob, **rules)
     resamples = _resamples(tables["shape"], n_resamples, seed, patients)
     return _intervals([_weigh(tables, weights) for weights in resamples])
@@ -82,20 +81,21 @@ def bootstrap_intervals(family, y_true, y_prob, n_resamples=1000, seed=0, patien
 def paired_bootstrap(family, y_true, prob_a, prob_b, n_resamples=1000, seed=0, patients=None, **rules):
     """{score: {"difference": b - a, "low", "high": 95 %}}, with the same draws for both."""
     pair = [_tables(family, y_true, prob, **rules) for prob in (prob_a, prob_b)]
+    blocks = []  # the first of all rows once
     resamples = _resamples(pair[0]["shape"], n_resamples, seed, patients)
-    intervals = _intervals([_difference(*pair, weights) for weights in resamples])
+    for weights in itertools.chain([np.ones((1, len(y_true)))], resamples):
+        a, b = (_weigh(tables, weights) for tables in pair)
+        blocks.append({key: b[key] - a[key] for key in a})
     found = {}
-    for key, value in _difference(*pair, np.ones((1, len(y_true)))).items():
-        low, high = intervals[key]
-        found[key] = {"difference": float(value[0]), "low": low, "high": high}
+    for key, (low, high) in _intervals(blocks[1:]).items():
+        found[key] = {"difference": float(blocks[0][key][0]), "low": low, "high": high}
     return found
 
 
 def learned_thresholds(y_true, y_prob):
     """Thresholds (L,) float64 with the highest "per label" final score; to be learned on training rows.
     A label adds kappa / L + f1 * support / all supports, so each is maximised alone, over all midpoints of
-    neighbouring distinct probabilities; ties: closest to 0.5. One class: 0.5.
-    """
+    neighbouring distinct probabilities; ties: closest to 0.5. One class: 0.5."""
     y_true, y_prob = _checked("per label", y_true, y_prob)
     n, support, thresholds = len(y_true), y_true.sum(axis=0), np.full(y_true.shape[1], 0.5)
     predicted = np.arange(n + 1)  # how many every cut predicts: the k highest
@@ -116,8 +116,7 @@ def learned_thresholds(y_true, y_prob):
 
 def reliability(y_true, y_prob, bins=15):
     """(confidence, accuracy, count), (bins,) each, of equal bins (low, high]; NaN where empty. y_true (n, L):
-    every cell; (n,): the top class (Guo et al. 2017, "On Calibration of Modern Neural Networks").
-    """
+    every cell; (n,): the top class (Guo et al. 2017, "On Calibration of Modern Neural Networks")."""
     y_true, y_prob = _checked("classes" if np.ndim(y_true) == 1 else "challenge", y_true, y_prob)
     if y_true.ndim == 1:
         y_true, y_prob = np.argmax(y_prob, axis=1) == y_true, y_prob.max(axis=1)
@@ -135,8 +134,7 @@ def expected_calibration_error(y_true, y_prob, bins=15):
 
 def confusion_matrix(y_true, y_pred, num_classes):
     """Counts (K, K) int64, truth in rows, predictions in columns, of y_true, y_pred (n,) in 0..K-1."""
-    y_true, y_pred = np.asarray(y_true), np.asarray(y_pred)
-    cells = y_true.astype(np.int64) * num_classes + y_pred.astype(np.int64)
+    cells = np.asarray(y_true, np.int64) * num_classes + np.asarray(y_pred, np.int64)
     return np.bincount(cells, minlength=num_classes**2).reshape(num_classes, num_classes)
 
 
@@ -151,9 +149,9 @@ def _checked(family, y_true, y_prob):
         given = f"y_true {y_true.shape} {y_true.dtype} and y_prob {y_prob.shape} {y_prob.dtype}"
         raise InputError(f"for {family!r}, {given} must hold numbers, {wanted}, and not be empty")
     top = y_prob.shape[1] - 1 if classes else 1
-    whole, share = np.isin(y_true, np.arange(top + 1)), (y_prob >= 0) & (y_prob <= 1)  # NaN is neither
-    truth, prob = (f"y_true must be whole, 0 to {top}", y_true, whole), ("y_prob must be 0-1", y_prob, share)
-    for rule, values, right in (truth, prob):
+    rules = {f"y_true must be whole, 0 to {top}": (y_true, np.isin(y_true, np.arange(top + 1)))}
+    rules["y_prob must be 0-1"] = y_prob, (y_prob >= 0) & (y_prob <= 1)  # NaN is neither
+    for rule, (values, right) in rules.items():
         if not right.all():
             at = tuple(np.argwhere(~right)[0].tolist())
             raise InputError(f"{rule}: {(~right).sum()} values are not, as {values[at]} in row {at[0]}")
@@ -193,10 +191,9 @@ def _tables(family, y_true, y_prob, labels=None, threshold=0.5, ordered=True):
 
 def _resamples(shape, n_resamples, seed, patients):
     """How often each row counts, (b, n) float64, block by block: patients are drawn with all their rows."""
-    n, width = shape
-    numbers, names = {}, range(n) if patients is None else np.asarray(patients).tolist()
+    numbers, names = {}, range(shape[0]) if patients is None else np.asarray(patients).tolist()
     owner = np.array([numbers.setdefault(name, len(numbers)) for name in names])  # in order of appearance
-    rng, count, block = np.random.default_rng(seed), len(numbers), max(1, CHUNK // (n * width))
+    rng, count, block = np.random.default_rng(seed), len(numbers), max(1, CHUNK // math.prod(shape))
     for start in range(0, n_resamples, block):
         size = min(block, n_resamples - start)
         drawn = rng.integers(count, size=(size, count)) + np.arange(size)[:, None] * count
@@ -215,11 +212,6 @@ def _intervals(blocks):
     return intervals
 
 
-def _difference(a, b, weights):
-    first, second = _weigh(a, weights), _weigh(b, weights)
-    return {key: second[key] - first[key] for key in first}
-
-
 def _weigh(tables, weights):
     """Scores {key: (B,)} of a family's tables under weights (B, n); of "each label" (B, L)."""
     if tables["family"] == "classes":
@@ -236,26 +228,22 @@ def _weigh(tables, weights):
         auc = _auc(tables, weights)
         named = {f"auc_{label}": one for label, one in zip(tables["labels"], auc.T, strict=True)}
         return {**named, "auc": auc.mean(axis=1)}
-    each = _label_scores(tables, weights)
-    if tables["family"] == "each label":
-        return each
-    kappa, f1, auc = each["kappa"].mean(axis=1), each["accuracy"][:, 0], each["auc"][:, 0]
-    if tables["family"] == "per label":
-        support = each["support"]
-        f1 = _ratio((each["f1"] * support).sum(axis=1), support.sum(axis=1), undefined=0.0)
-        auc = _ratio((each["auc"] * support).sum(axis=1), support.sum(axis=1))
-    return {"kappa": kappa, "f1": f1, "auc": auc, "final": (kappa + f1 + auc) / 3}
-
-
-def _label_scores(tables, weights):
-    """Scores {key: (B, L)} of every label; of one column where the matrix is flattened."""
-    both, predicted, positive = (weights @ tables[name] for name in ("both", "predicted", "positive"))
+    # Of every label (B, L); of one column where the matrix is flattened
+    both, predicted, support = (weights @ tables[name] for name in ("both", "predicted", "positive"))
     total = weights.sum(axis=1, keepdims=True) * tables["size"]
-    neither = total - predicted - positive + both
-    matrix = np.stack([neither, predicted - both, positive - both, both], axis=-1)
-    found = {"kappa": _kappa(matrix.reshape(*both.shape, 2, 2)), "auc": _auc(tables, weights)}
-    found["f1"] = _ratio(2 * both, predicted + positive, undefined=0.0)
-    return {**found, "support": positive, "accuracy": (both + neither) / total}
+    neither = total - predicted - support + both
+    matrix = np.stack([neither, predicted - both, support - both, both], axis=-1)
+    kappa, auc = _kappa(matrix.reshape(*both.shape, 2, 2)), _auc(tables, weights)
+    f1, accuracy = _ratio(2 * both, predicted + support, undefined=0.0), (both + neither) / total
+    if tables["family"] == "each label":
+        return {"kappa": kappa, "auc": auc, "f1": f1, "support": support, "accuracy": accuracy}
+    if tables["family"] == "per label":
+        f1 = _ratio((f1 * support).sum(axis=1), support.sum(axis=1), undefined=0.0)
+        auc = _ratio((auc * support).sum(axis=1), support.sum(axis=1))
+    else:
+        f1, auc = accuracy[:, 0], auc[:, 0]
+    kappa = kappa.mean(axis=1)
+    return {"kappa": kappa, "f1": f1, "auc": auc, "final": (kappa + f1 + auc) / 3}
 
 
 def _kappa(matrix, power=0):

@@ -20,7 +20,7 @@ import figures
 import predictor
 import tables
 from arguments import add_machine_flags
-from cache import file_names, replace_file
+from cache import replace_file
 from errors import InputError, Parser, guard
 
 NO_DEVICE = "Not a medical device: for research and teaching only, never for a diagnosis."
@@ -36,21 +36,17 @@ def get_args_parser():
     add("--threshold", type=float, default=0.5, help="a label is predicted above it (published)")
     add("--learned", action="store_true", help="the thresholds that the run learned on its training patients")
     add("--tta", action="store_true", help="mean with the mirrored pictures")
-    add("--figures", action="store_true", help="of many: a picture each, too")
     add_machine_flags(parser, precision=None)
     return parser
 
 
 def get_args(argv):
-    """Parsed flags. What follows the checkpoints of --ckpt and is none itself is a picture."""
+    """Parsed flags. What follows --ckpt and is no checkpoint is a picture."""
     parser = get_args_parser()
     args = parser.parse_args(argv)
-    count = 1
-    for name in args.ckpt[1:]:
-        if not name.endswith(".pt") and not Path(name, "best.pt").exists():
-            break
-        count += 1
-    args.given, args.ckpt = [*args.ckpt[count:], *args.given], args.ckpt[:count]
+    first, *others = args.ckpt
+    nets = [one for one in others if one.endswith(".pt") or Path(one, "best.pt").exists()]
+    args.ckpt, args.given = [first, *nets], [*(one for one in others if one not in nets), *args.given]
     if not args.given:
         parser.error("expected pictures or a folder")
     return args
@@ -76,16 +72,14 @@ def draw(net, row, probs, thresholds, name, path):
         lines = net.map_rows(part, 0, probs)
     except InputError as error:  # a network without a map of features
         return f"no picture: {error}"
-    notes = [f"{name}, by {net.title()}.", NO_DEVICE, "Each map is scaled to its own maximum."]
+    note = f"{name}, by {net.title()}. {NO_DEVICE} Each map is scaled to its own maximum."
     if len(net.members) > 1:
-        notes.append("The maps are those of the first.")
+        note += " The maps are those of the first."
     if net.random_trunk:
-        notes.append("The trunk has random weights: its maps mean nothing.")
+        note += " The trunk has random weights: its maps mean nothing."
     if net.rendered:
-        notes.append(RENDERED)
-    figure = figures.prediction(lines, thresholds, " ".join(notes))
-    look = {"dpi": 120, "format": "png", "bbox_inches": "tight", "pad_inches": 0.1}
-    replace_file(path, lambda stream: figure.savefig(stream, **look))
+        note += f" {RENDERED}"
+    figures.save(figures.prediction(lines, thresholds, note), path, dpi=120)
     return f"{path} written"
 
 
@@ -107,13 +101,13 @@ def main(argv=None):
     if len(faults) == len(frame):
         raise InputError(f"{left_out}: {'; '.join(list(faults.values())[:5])}")
     frame, probs = frame.drop(frame.index[list(faults)]), np.delete(probs, list(faults), axis=0)
-    chosen, ids, files = net.chosen(probs, thresholds), frame["ID"].astype(str).tolist(), []
+    chosen, ids = net.chosen(probs, thresholds), frame["ID"].astype(str).tolist()
 
-    # One: a table and a picture. Many: a sheet, and on request a picture each
+    # One: a table and a picture. Many: a sheet
     if not many:
         print(f"{ids[0]}, by {net.title()}:")
         print_table(net.names, probs[0], chosen[0], thresholds)
-        files = ["prediction.png"]
+        print(draw(net, frame["files"].iloc[0], probs[0], thresholds, ids[0], args.out / "prediction.png"))
     else:
         path, table = args.out / "predictions.csv", pd.DataFrame({"ID": ids})
         table[net.labels] = probs.astype(float)
@@ -124,14 +118,9 @@ def main(argv=None):
         print(f"{path} written: {len(table)} predicted by {net.title()}.")
         for label, count in zip(net.names, chosen.sum(0), strict=True):
             print(f"  {label}: {count}")
-        if args.figures:
-            files = file_names(ids)
-    for k, file in enumerate(files):
-        print(draw(net, frame["files"].iloc[k], probs[k], thresholds, ids[k], args.out / file))
     print(NO_DEVICE)
     if faults:
-        print("\n".join(faults.values()), file=sys.stderr)
-        print(f"{left_out} and are left out", file=sys.stderr)
+        print(*faults.values(), f"{left_out} and are left out", sep="\n", file=sys.stderr)
     return int(bool(faults))
 
 

@@ -8,6 +8,7 @@ This is not a medical device.
 """
 
 import argparse
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -64,8 +65,7 @@ class Predictor:
         self.model.to(self.device)
         self.digest = checkpoint.network_digest(self.saved["model"], self.thresholds)
         self.per_row = PER_ROW.get(self.args.dataset, 1)
-        # Whether its maps are of a trunk that has learned nothing.
-        self.random_trunk = self.args.weights == "none" and not self.args.fine_tune
+        self.random_trunk = self.args.weights == "none" and not self.args.fine_tune  # it has learned nothing
         # A checkpoint names no folder that is written, and no way of computing that gives other numbers.
         self.args.workers, self.args.cache, self.args.compile = workers, "cache", False
         self.precision = engine.pick_precision(precision or self.args.precision, self.device)
@@ -75,10 +75,8 @@ class Predictor:
         """What it is called in lines and captions: the run's name, its data set, network and precision."""
         path = self.path.resolve()  # a run that was moved or copied has its folder's name
         name = path.parent.name if checkpoint.is_own(path, self.digest) else self.args.name
-        name = f"{name} ({self.args.dataset}, {self.args.model}, {self.precision})"
-        if len(self.members) > 1:
-            name = f"the mean of {len(self.members)} networks, the first {name}"
-        return name
+        mean = f"the mean of {len(self.members)} networks, the first " if len(self.members) > 1 else ""
+        return f"{mean}{name} ({self.args.dataset}, {self.args.model}, {self.precision})"
 
     def limits(self, threshold=0.5, learned=False):
         """A threshold for each label; None for classes that exclude each other: the strongest wins."""
@@ -99,8 +97,7 @@ class Predictor:
     def evaluate(self, part, criterion=None, mirrored=False):
         """(mean loss, probs (n, K)) of a dataset.Part; `mirrored`: probs are the mean of both views."""
         kept = features.TrunkFeatures(self.model, self.args, self.precision, self.device)
-        criterion = criterion or engine.Criterion(self.task)
-        loss, probs = features.evaluate(self.model, kept, part, criterion)
+        loss, probs = features.evaluate(self.model, kept, part, criterion or engine.Criterion(self.task))
         if mirrored:
             probs = (probs + self.live(part, mirrored=True)) / 2
         return loss, probs
@@ -132,9 +129,9 @@ class Predictor:
 
     def open_rows(self, rows):
         """Decode rows of pictures: paths, PIL images or arrays -> (Part, {row: why it cannot be read})."""
-        size, how, sources = eval_size(self.args), self.args.preprocess, [one for row in rows for one in row]
+        size, how, sources = eval_size(self.args), self.args.preprocess, list(chain(*rows))
         if self.args.dataset == "mrnet":
-            pictures, reasons = None, [volume_fault(source) for source in sources]
+            pictures, reasons = None, list(map(volume_fault, sources))
         else:
             array, reasons = decode_sources(sources, how, size, self.args.workers)
             pictures = GivenPictures(array, np.arange(len(sources)).reshape(len(rows), self.per_row))
@@ -176,10 +173,8 @@ class Predictor:
     def rows_of(self, given):
         """Sources as `predict` takes them -> (rows of pictures, whether they are many)."""
         if len(given) == 1 and isinstance(given[0], list):
-            rows = []
-            for one in given[0]:
-                rows += self.rows_of(one if isinstance(one, tuple | list) else (one,))[0]
-            return rows, True
+            many = [self.rows_of(one if isinstance(one, tuple | list) else (one,))[0] for one in given[0]]
+            return list(chain(*many)), True
         if all(isinstance(source, str | Path) for source in given):
             frame, many = tables.given_rows(self.args.dataset, given)
             return list(frame["files"]), many
@@ -199,8 +194,7 @@ class Predictor:
 def decode_sources(sources, how, size, workers):
     """Paths, PIL images and arrays as the network sees them: uint8 (n, size, size, 3), why a file gives none.
     Raises InputError for what lies in memory and is no picture."""
-    for place, source in enumerate(sources):
-        # A picture that Pillow opened and has not decoded is read from its file, as the command line does.
+    for place, source in enumerate(sources):  # what Pillow opened and has not decoded is read from its file
         if isinstance(source, ImageFile.ImageFile) and source.tile and source.filename and not source.tell():
             sources[place] = source.filename
     decoded = decode_all([one for one in sources if isinstance(one, str | Path)], how, size, workers)

@@ -71,11 +71,6 @@ def test_each_benchmark_prints_its_lines(name, printed):
     assert_printed(printed(name), PRINTED[name])
 
 
-def test_knees(printed, rendered):
-    text = printed("mrnet", "--mrnet", str(rendered("mrnet")), "--pictures", "16", "--size", "64")
-    assert_printed(text, [f"batch {batch}: {RATIO.format('knees/s')}" for batch in (1, 4)])
-
-
 @pytest.mark.parametrize("trunk", ["resnet50", "efficientnet-lite0"])
 def test_extraction(trunk, printed, monkeypatch):
     asked = []
