@@ -22,7 +22,10 @@ import torch
 from cache import digest, replace_file
 from errors import InputError, reading
 
-FORMAT = 4  # raise it where a checkpoint holds other things than before
+FORMAT = 4
+REQUIRED = {"best": "args model labels task family ordered rows seen data prior epoch loss scores thresholds"}
+REQUIRED["last"] = "args model trunk ema buffers optimizer scaler digest epoch history best stale seconds "
+REQUIRED["last"] += "changes duplicates seen notes"
 
 
 def load_file(path):
@@ -41,6 +44,9 @@ def load_checkpoint(path, kind="best"):
     state = load_file(path)
     if not isinstance(state, dict) or (state.get("kind"), state.get("format")) != (kind, FORMAT):
         raise InputError(f"{path} is not a {kind}.pt of this repository, in format {FORMAT}")
+    missing = [name for name in REQUIRED[kind].split() if name not in state]
+    if missing:
+        raise InputError(f"{path} is incomplete: {', '.join(missing)}")
     return state
 
 
@@ -177,8 +183,11 @@ def write_sheet(path, frame):
     buffer = io.BytesIO()  # a zip archive on a full disk complains twice
     with pd.ExcelWriter(buffer, engine="openpyxl") as writer:
         frame.to_excel(writer, index=False, freeze_panes=(1, 0))
-        for row in writer.book.active.rows:
-            for cell in row:
+        sheet = writer.book.active
+        for column in sheet.columns:
+            name, letter = str(column[0].value), column[0].column_letter
+            sheet.column_dimensions[letter].width = max(9, len(name) + 3)
+            for cell in column:
                 if cell.data_type == "f":
                     cell.data_type = "s"
                 if isinstance(cell.value, float):

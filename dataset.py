@@ -291,8 +291,7 @@ def load(args):
         frames = split(args.dataset, table.frame, args.val_fraction, args.test_fraction, args.split_seed)
         if args.pseudo_labels:
             more = args.pseudo_labels, args.min_confidence
-            frames["train"], added = tables.add_pseudo_labels(frames, labels, root, *more)
-            notes.append(f"{added} pseudo-labelled picture(s) join the training part")
+            frames["train"] = tables.add_pseudo_labels(frames, table, root, *more)
         if args.calibration_fraction:
             frames["train"], frames["calibration"] = set_aside(frames["train"], args)
         expected = {name: len(frame) for name, frame in frames.items()}
@@ -304,12 +303,14 @@ def load(args):
         frame, size = frames[name], args.size if name == "train" else eval_size(args)
         part = open_part(frame, targets_of(frame, labels), args, size, args.missing, expected[name])
         parts[name], frames[name], unreadable = part, part.table, unreadable + len(frame) - len(part)
+    if unreadable:
+        notes.append(f"{unreadable} row(s) with an unreadable picture are left out (--missing drop)")
     repaired = {file for part in parts.values() if part.pictures for file in part.pictures.repaired}
     rows = {name: part.rows() for name, part in parts.items()}
     closed = zip(frames["test"]["ID"], targets_of(frames["test"], labels).tolist(), strict=True)
     rows["test"] = {str(name): (str(target), "") for name, target in closed}
     train, val, calibration = parts["train"], parts["val"], parts.get("calibration")
-    seen = seen_by_weights(args, frames, notes).union(*chain(*train.contents))
+    seen = seen_by_weights(args, frames, table).union(*chain(*train.contents))
     if calibration:  # thresholds are learned from it: it knows nothing of training, nor validation of it
         if count_duplicates(calibration, seen, args, "calibration"):
             notes.append("the thresholds are learned on rows that are trained on too (--duplicates keep)")
@@ -320,21 +321,26 @@ def load(args):
     facts["parts"] = {name: len(frame) for name, frame in frames.items()}
     facts["patients"] = {name: frame["patient"].nunique() for name, frame in frames.items()}
     if args.shuffle_labels:
+        notes.append("the labels are shuffled among the training rows (--shuffle-labels)")
         train.targets = train.targets[np.random.default_rng(args.seed).permutation(len(train))]
     about = (DATASETS[args.dataset][name] for name in ("task", "family"))
     return Data(train, val, labels, *about, table.ordered, facts, rows, seen, calibration)
 
 
-def seen_by_weights(args, frames, notes):
-    """Digests of the pictures that a best.pt of --weights was trained on; `notes` says what else is known."""
-    state = {}
+def seen_by_weights(args, frames, table):
+    """Digests of the pictures that a best.pt of --weights was trained on; table.notes: what else is known."""
+    state, notes = {}, table.notes
     with together():  # the file of --weights may be damaged on one machine alone
         if Path(args.weights).is_file() and not args.resume:  # a resumed run knows what it has seen
             state = load_file(args.weights)
+            content = digest(Path(args.weights).read_bytes())
+            notes.append(f"--weights {Path(args.weights).name} has the digest {content[:10]}")
     if not isinstance(state, dict) or state.get("kind") != "best":  # a trunk's own state_dict
         return set()
     if state["data"]["rendered"]:
         notes.append("--weights was trained on RENDERED pictures")
+    if state["labels"] != table.labels:
+        notes.append(f"--weights was trained on the classes {', '.join(state['labels'])}")
     if state["args"]["dataset"] == args.dataset:
         theirs = set(tables.patients_of(state["rows"]["train"]))
         for part in [name for name in frames if name != "train"]:
@@ -364,6 +370,7 @@ def count_duplicates(part, seen, args, name):
 def load_part(args, saved, split, root=None, missing="stop"):
     """The rows of a checkpoint's part in their order, opened -> (Part, facts). `all`: every row of the data.
     facts: root, rendered, notes, own (rows, labels and pictures are the run's), digest, left_out,
+    contents {ID: digest of its pictures}, where (part and data in words), suffix (of folders about them),
     trained_on (IDs of the rows that hold a picture the network was trained on).
     Raises InputError where rows or labels are not the run's, unless `root` names another data set."""
     root = root or saved["data"]["root"]
@@ -391,11 +398,19 @@ def load_part(args, saved, split, root=None, missing="stop"):
     if replaced:
         notes.append(f"{replaced} row(s) have other pictures than in training")
     trained = rows.keys() & saved["rows"]["train"].keys()
+    chose = {content for _, content in saved["rows"]["val"].values()}
+    both = sum(content in chose for _, content in rows.values())
+    if split == "test" and both:
+        notes.append(f"{both} row(s) hold the pictures of validation rows, which chose the epoch")
     if split == "all" and trained:
         notes.append(f"{len(trained)} row(s), by name, are those it was trained on: no measure of it")
     facts = dict(root=str(root), rendered=tables.is_rendered(root), notes=notes, own=own)
     facts |= dict(digest=saved["data"]["digest"] if own else digest({split: rows}))
     facts |= dict(trained_on=trained_on(part, saved["seen"], args), left_out=expected - len(part))
+    facts["contents"] = {name: content[:12] for name, (_, content) in rows.items()}
+    place = Path(root).resolve()
+    facts["where"] = split if own else f"{split} of {root}"
+    facts["suffix"] = "" if own else f"-{place.name}-{digest(str(place))[:6]}"
     return part, facts
 
 

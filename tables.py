@@ -100,7 +100,9 @@ def targets_of(frame, labels):
 
 def is_rendered(root):
     """Whether `root` or a folder in it was drawn by render_data.py (its marker file says so)."""
-    return any((place / "rendered.json").exists() for place in (Path(root), *Path(root).glob("*/")))
+    folders = [Path(root), *Path(root).glob("*/")]
+    folders += [folder.resolve().parent for folder in folders]  # of links to pictures elsewhere
+    return any((folder / "rendered.json").exists() for folder in folders)
 
 
 def plain_names(names):
