@@ -50,8 +50,8 @@ def as_map(features):
 
 def grad_cam(model, *inputs):
     """-> (logits (B, K), maps float32 (B * pictures, K, h, w), each with a maximum of 1, None). Without
-    positive evidence a map stays 0. Of MRNet: logits, a list of three (1, K, h, w), of ONE exam's slice with the
-    strongest answer in each plane, and the numbers of these slices."""
+    positive evidence a map stays 0. Of MRNet: logits, a list of three (1, K, h, w), of ONE exam's slice with
+    the strongest answer in each plane, and the numbers of these slices."""
     model.eval()
     layers, activations = cam_layers(model, inputs), []
 

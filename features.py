@@ -138,7 +138,7 @@ def run_batchnorm(model, pictures, seed, precision, device, array):
 
 
 class TrunkFeatures:
-    """Features (n, D) of the rows of some pictures, from disk where they are kept, else extracted and kept: of
+    """Features (n, D) of the rows of some pictures, from disk where they lie, else extracted and kept: of
     these pictures, size, weights with BatchNorm, normalisation, precision, and (`view`) random view."""
 
     def __init__(self, model, args, precision, device):
