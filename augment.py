@@ -1,8 +1,6 @@
 """Random views of pictures, drawn per picture on the CPU and computed for a whole batch on its device.
-
 The random numbers of a picture depend on (seed, view, index, repeat) alone: they are the same with any number
-of workers, processes or batches, and when a view's features are kept on disk. Pictures stay in 0..1.
-"""
+of workers, processes or batches, and when a view's features are kept on disk. Pictures stay in 0..1."""
 
 import functools
 import math
@@ -14,23 +12,19 @@ import torch.nn.functional as F
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 MRNET_MEAN, MRNET_STD = 58.09, 49.73  # of volumes stretched to 0..255, as published
 JITTER = (0.2, 0.2, 0.2, 0.1)  # brightness, contrast, saturation, hue: torchvision ColorJitter's arguments
-EYES = {"rotate": 30, "hflip": True, "vflip": True, "jitter": JITTER}  # rotate in degrees
-RECIPES = {
-    "eyes": EYES,  # experiments 8, 9: each eye by itself
-    # Experiments 14-17: "shared" is what both eyes of a patient have in common; mirrored, they change places.
-    "pair": {**EYES, "shared": ("hflip", "vflip", "jitter"), "swap": True},
-    "lab": {"rotate": 20, "hflip": True, "vflip": True},  # the DR grading lab
-    # MRNet: one draw for the whole volume; shift is a share of the width.
-    "knee": {"rotate": 25, "shift": 0.11, "hflip": True},
-}
+# Rotation in degrees, shift as a share of the width. "lab": the DR grading lab; "knee": of a whole volume.
+RECIPES = {"lab": {"rotate": 20, "hflip": True, "vflip": True}}
+RECIPES["knee"] = {"rotate": 25, "shift": 0.11, "hflip": True}
+RECIPES["eyes"] = {"rotate": 30, "hflip": True, "vflip": True, "jitter": JITTER}  # experiments 8, 9
+# Experiments 14-17: "shared" is what both eyes of a patient have in common; mirrored, they change places.
+RECIPES["pair"] = {**RECIPES["eyes"], "shared": ("hflip", "vflip", "jitter"), "swap": True}
 COLUMNS = {"rotate": slice(0, 1), "crop": slice(1, 3), "shift": slice(3, 5)}  # of a draw
 COLUMNS |= {"hflip": slice(5, 6), "vflip": slice(6, 7), "jitter": slice(7, 11)}
 
 
 def draw(seed, view, keys, pictures):
     """Uniform numbers (B, pictures + 1, 11) in [0, 1) for keys [(index, repeat)]; the last is the pair's."""
-    generators = [np.random.default_rng((seed, view, *key)) for key in keys]
-    rows = [generator.random((pictures + 1, 11), dtype=np.float32) for generator in generators]
+    rows = [np.random.default_rng((seed, view, *key)).random((pictures + 1, 11), np.float32) for key in keys]
     return torch.from_numpy(np.stack(rows))
 
 
@@ -114,8 +108,7 @@ def shift_hue(images, turns):
 
 def prepare_batch(batch, device, recipe="none", size=None, mirrored=False):
     """A data set's batch -> (inputs of the model, targets) on `device`, seen as `recipe` says.
-    Pictures are (B, P, 3, size, size) in 0..1; features and volumes have no `size`. mirrored: as in a mirror.
-    """
+    Pictures are (B, P, 3, size, size) in 0..1; features and volumes have no `size`."""
     device = torch.device(device)
     # On MPS a source may be freed before a copy that is not waited for (pytorch issues 139550, 189690).
     send = functools.partial(torch.Tensor.to, device=device, non_blocking=device.type == "cuda")
@@ -123,9 +116,7 @@ def prepare_batch(batch, device, recipe="none", size=None, mirrored=False):
     if "features" in batch:
         return (batch["features"],), batch["targets"]
     if "volumes" in batch:
-        volumes = [send(plane) for plane in batch["volumes"]]
-        if mirrored:
-            volumes = [plane.flip(-1) for plane in volumes]
+        volumes = [send(plane).flip(-1) if mirrored else send(plane) for plane in batch["volumes"]]
         return prepare_volumes(volumes, batch["lengths"], batch.get("uniforms"), recipe), batch["targets"]
     images = batch["images"].permute(0, 1, 4, 2, 3).float().div_(255)  # (B, P, 3, S, S), channels last
     if recipe != "none" and len(images):
@@ -137,8 +128,7 @@ def prepare_batch(batch, device, recipe="none", size=None, mirrored=False):
 
 def prepare_volumes(volumes, lengths, uniforms, recipe):
     """Three planes of uint8 slices (sum of slices, S, S) -> ([(sum of slices, 3, S, S)] * 3, lengths).
-    Each exam is stretched to 0..255 by its own minimum and maximum (a constant one: 0), then normalised.
-    """
+    Each exam is stretched to 0..255 by its own minimum and maximum (a constant one: 0), then normalised."""
     matrices = None
     if recipe != "none" and lengths[0]:
         u = {name: uniforms[:, 0, columns] for name, columns in COLUMNS.items()}

@@ -4,6 +4,7 @@ from contextlib import ExitStack
 
 import numpy as np
 import torch
+from torch.nn.modules.module import register_module_forward_hook
 
 from augment import prepare_batch
 from errors import InputError
@@ -12,10 +13,8 @@ from tables import PLANES
 
 
 def cam_layers(model, inputs):
-    """The modules whose output the maps are made of: the last map of features of each trunk.
-    Of a vision transformer it is what enters the last block: after it only the class token counts.
-    Raises InputError for a network without a map of features.
-    """
+    """The modules whose output the maps are made of: the last map of features of each trunk, else InputError.
+    Of a vision transformer it is what enters the last block: after it only the class token counts."""
     trunks = model.backbone if isinstance(model, MRNet) else [model.backbone]
     trunks = [getattr(trunk, "net", trunk) for trunk in trunks]  # the network inside a features.FastTrunk
     if hasattr(model, "cam_layer"):
@@ -26,16 +25,14 @@ def cam_layers(model, inputs):
         return [trunk.encoder.layers[-1].ln_1]
     if family == "SwinTransformer":  # before it the channels come last
         return [trunk.permute]
-    pixels = {}  # of each module's map, in the order of the calls; 0 of an activation that is shared
+    pixels = {}  # of each layer's map, in the order of the calls; 0 of an activation that is shared
+    layers = set(trunk.modules()) - {trunk}
 
     def note(module, _, output):
-        if torch.is_tensor(output) and output.ndim == 4:
+        if module in layers and torch.is_tensor(output) and output.ndim == 4:
             pixels[module] = 0 if module in pixels else output.shape[2] * output.shape[3]
 
-    with torch.no_grad(), ExitStack() as hooks:
-        for module in trunk.modules():
-            if module is not trunk:
-                hooks.enter_context(module.register_forward_hook(note))
+    with torch.no_grad(), register_module_forward_hook(note):
         model.features(*(part[:1] for part in inputs))
     widest = min(2, max(pixels.values(), default=0))  # a map of one pixel where there is no other
     if not widest:
@@ -52,11 +49,9 @@ def as_map(features):
 
 
 def grad_cam(model, *inputs):
-    """The maps of every class -> (logits (B, K), maps, picks).
-    maps: float32 (B * pictures, K, h, w), each with a maximum of 1 (without positive evidence it stays 0).
-    For MRNet: a list of three (1, K, h, w), of ONE exam's slice with the strongest answer in each plane, and
-    `picks` its slice numbers; None otherwise.
-    """
+    """-> (logits (B, K), maps float32 (B * pictures, K, h, w), each with a maximum of 1, None). Without
+    positive evidence a map stays 0. Of MRNet: logits, a list of three (1, K, h, w), of ONE exam's slice with
+    the strongest answer in each plane, and the numbers of these slices."""
     model.eval()
     layers, activations = cam_layers(model, inputs), []
 
@@ -84,10 +79,8 @@ def grad_cam(model, *inputs):
 
 
 def explain(model, batch, device):
-    """Heat maps of one row's batch -> (names, pictures, maps).
-    A picture uint8 (S, S, 3) and its maps (K, h, w) for each eye, for the one photograph, or for each plane's
-    slice with the strongest answer; the names say which.
-    """
+    """Heat maps of one row's batch -> (names, pictures uint8 (S, S, 3), maps (K, h, w)): one of each for each
+    eye, for the one photograph, or for each plane's slice with the strongest answer."""
     inputs, _ = prepare_batch(batch, device)
     _, maps, picks = grad_cam(model, *inputs)
     if picks is None:

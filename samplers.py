@@ -1,7 +1,5 @@
 """Which picture comes when: an epoch's order (plain, balanced, weighted), its batches; class weights.
-
-Every order follows from its arguments alone, so a resumed run draws what an uninterrupted one draws.
-"""
+Every order follows from its arguments alone, so a resumed run draws what an uninterrupted one draws."""
 
 import numpy as np
 import pandas as pd
@@ -15,19 +13,16 @@ ROUNDS = 256  # drawn at once: their random numbers stay in the cache
 
 class LabelBalancedSampler(torch.utils.data.Sampler):
     """Draw from the label sampled least so far (ties at random), then any of its rows (with replacement).
-    labels: (n, L) of 0/1 or (n,) class numbers; `num_samples` (n) draws an epoch. A draw raises the
-    count of every label its row carries. A label nobody carries is left out; a row without one never drawn.
-    All draws at one count are one pass over the labels in random order that skips those already above it.
-    """
+    A draw raises the count of every label its row carries. labels: (n, L) of 0/1 or (n,) class numbers; one
+    that nobody carries is left out. All draws at one count are one pass over the labels in random order."""
 
     def __init__(self, labels, seed=0, num_samples=None):
         labels = np.asarray(labels)
-        if labels.ndim == 1 and len(labels):
-            labels = _classes(labels)[:, None] == np.arange(np.max(labels) + 1)
+        if labels.ndim == 1:
+            labels = labels[:, None] == np.unique(labels)
         if labels.ndim != 2 or not np.any(labels) or not ((labels == 0) | (labels == 1)).all():
             raise InputError(f"labels {labels.shape} must be (n, L) of 0/1 with a 1, or (n,) class numbers")
-        self.seed, self.epoch = seed, 0
-        self.num_samples = len(labels) if num_samples is None else num_samples
+        self.seed, self.epoch, self.num_samples = seed, 0, num_samples or len(labels)
         labels = np.ascontiguousarray(labels[:, labels.any(axis=0)], dtype=bool)
         columns, self.members = np.nonzero(labels.T)  # the rows of the first label, of the second, ...
         self.sizes = np.bincount(columns)
@@ -41,8 +36,7 @@ class LabelBalancedSampler(torch.utils.data.Sampler):
     def order(self, epoch):
         """Row numbers (num_samples,) int64 of an epoch, the same for the same seed and epoch."""
         rng = np.random.default_rng([self.seed, epoch])
-        counts = [0] * len(self.sizes)
-        level, found, order = 0, 0, [np.empty(0, np.int64)]
+        counts, level, found, order = [0] * len(self.sizes), 0, 0, [np.empty(0, np.int64)]
         while found < self.num_samples:
             line = rng.permuted(np.tile(np.arange(len(counts)), (ROUNDS, 1)), axis=1)  # (rounds, labels)
             rows = self.members[self.starts[line] + rng.integers(self.sizes[line])]
@@ -67,10 +61,8 @@ class LabelBalancedSampler(torch.utils.data.Sampler):
 
 
 class Batches:
-    """The batches of an epoch's `order`, for one rank, as lists of (index, repeat).
-    A rank takes rows rank::world of each batch of `batch` rows; of a short last one perhaps none. `repeat` is
-    how often the index came before: a picture drawn twice in an epoch is augmented in two ways.
-    """
+    """The batches of an epoch's `order` as lists of (index, repeat): a rank takes rows rank::world of each.
+    `repeat`: how often the index came before; a picture drawn twice in an epoch is augmented in two ways."""
 
     def __init__(self, order, batch, rank=0, world=1):
         self.order = np.asarray(order, dtype=np.int64)
@@ -87,9 +79,8 @@ class Batches:
 
 
 def epoch_order(kind, targets, seed, epoch):
-    """Row numbers (n,) int64 of an epoch over all ranks, by kind of SAMPLERS.
-    targets: (n, L) 0/1 or (n,) class numbers; "weighted", torch's WeightedRandomSampler, needs class numbers.
-    """
+    """Row numbers (n,) int64 of an epoch over all ranks, of targets (n, L) 0/1 or class numbers (n,);
+    "weighted", torch's WeightedRandomSampler, needs class numbers."""
     if kind == "shuffle":
         return np.random.default_rng([seed, epoch]).permutation(len(targets))
     if kind == "balanced":
@@ -106,8 +97,7 @@ def pos_weight(targets, labels=None):
     """Negatives / positives (L,) float32 of targets (n, L) 0/1; InputError for a label without positives."""
     positives = np.asarray(targets).sum(axis=0, dtype=np.int64)
     if not positives.all():
-        empty = int(np.argmin(positives))
-        name = labels[empty] if labels else empty
+        name = (labels or range(len(positives)))[np.argmin(positives)]
         raise InputError(f"label {name} has no positives among {len(targets)} rows: no pos_weight")
     return ((len(targets) - positives) / positives).astype(np.float32)
 
@@ -120,14 +110,7 @@ def class_weights(targets, num_classes):
 
 def class_counts(targets, num_classes=0):
     """Pictures of each class (K,) of targets (n,), at least `num_classes`; InputError for one without any."""
-    counts = np.bincount(_classes(targets), minlength=num_classes)
+    counts = np.bincount(targets, minlength=num_classes)
     if not counts.all():
         raise InputError(f"a class without a picture has no weight; pictures per class: {counts.tolist()}")
     return counts
-
-
-def _classes(targets):
-    targets = np.asarray(targets)
-    if targets.ndim != 1 or targets.dtype.kind not in "iu" or not len(targets) or targets.min() < 0:
-        raise InputError(f"targets {targets.shape} {targets.dtype} must be (n,) class numbers from 0")
-    return targets.astype(np.int64)

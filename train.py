@@ -4,11 +4,9 @@
 
 is experiment 3 of the eye-pair study: a linear head on a frozen ResNet-50, on data/odir (or, where that is
 missing, on rendered stand-ins, which is said loudly). Writes runs/<name>/ (best.pt, last.pt, run.json,
-split.csv, train_results.xlsx, TensorBoard events) and a copy of best.pt here. The last line has the best
-epoch's scores.
+split.csv, train_results.xlsx, TensorBoard events) and a copy of best.pt here, then prints the best scores.
 """
 
-import functools
 import shlex
 import sys
 import time
@@ -23,14 +21,13 @@ def main(argv=None):
     args, stored = get_args(argv, __doc__)
     import torch
 
-    import augment
     import checkpoint
     import dataset
     import engine
     import learner as learning
     import metrics
     import records
-    from features import evaluate, loader_workers, training_data
+    from features import evaluate
 
     # Device, data, network, run folder
     device = engine.start_processes(engine.pick_device(args.device), args.deterministic)
@@ -42,20 +39,16 @@ def main(argv=None):
     learner = learning.build_learner(args, data, precision, device, stored)
     folder, state, lock = records.open_run(args, stored, data, learner)
     if stored and records.is_finished(args, stored, folder):
-        since = f"{state['epoch']} epochs, {state['stale']} of them since the best"
-        print(f"{folder} is finished: {since}. To go on, raise --epochs or --patience")
+        print(f"{folder} is finished: {state['epoch']} epochs. To go on, raise --epochs or --patience")
         return
     args.name, writer = folder.name, None
     val_criterion = engine.Criterion(data.task)  # validation loss stays unweighted
-    shown = dict(device=device, recipe=args.augment, size=dataset.eval_size(args))
-    prepare = functools.partial(augment.prepare_batch, **shown)
     if args.bn == "batch" and engine.world() > 1 and device.type != "cuda":
         print("note: a CPU has no synchronised BatchNorm: each process normalises by its own share")
 
     # Epochs
-    before = time.perf_counter() - state["seconds"]
-    numbers = range(state["epoch"], args.epochs)
-    epochs = engine.progress(numbers, folder.name, initial=state["epoch"], total=args.epochs)
+    before, first = time.perf_counter() - state["seconds"], state["epoch"]
+    epochs = engine.progress(range(first, args.epochs), folder.name, initial=first, total=args.epochs)
     try:
         with engine.together():
             if engine.rank() == 0:
@@ -63,16 +56,8 @@ def main(argv=None):
         for epoch in epochs:
             if records.is_over(args, state):
                 break
-            frozen = not args.fine_tune or epoch < args.freeze_epochs
-            learner.model.backbone.requires_grad_(not frozen)
-            batches = learning.epoch_batches(args, data.train.targets, epoch)
-            rows, module, mode = training_data(args, learner, data.train, epoch, batches)
-            engine.train_mode(module, hold_batchnorm=args.bn != "batch")
-            module = learner.distributed(module, frozen, args.compile)
-            loader = engine.make_loader(rows, batches, loader_workers(args, device, rows), device)
-            train_loss, *train_outputs = engine.train_one_epoch(module, loader, prepare, learner, epoch, mode)
-            lr = learner.optimizer.param_groups[-1]["lr"]
-            network = learner.evaluated()
+            train_loss, *train_outputs = learner.train_epoch(data.train, epoch)
+            lr, network = learner.optimizer.param_groups[-1]["lr"], learner.evaluated()
             engine.share_buffers(learner.model, network)
 
             # Validation
@@ -91,9 +76,9 @@ def main(argv=None):
                 best = {"epoch": epoch, "loss": val_loss, "scores": scores, "thresholds": None}
                 best |= {"probs": torch.from_numpy(probs), "weights": learner.kept_weights()}
                 if args.calibration_fraction:
-                    part = data.calibration
-                    _, answers = evaluate(network, learner.features, part, val_criterion)
-                    best["thresholds"] = metrics.learned_thresholds(part.targets, answers).tolist()
+                    _, answers = evaluate(network, learner.features, data.calibration, val_criterion)
+                    thresholds = metrics.learned_thresholds(data.calibration.targets, answers)
+                    best["thresholds"] = thresholds.tolist()
                 state["best"] = best
             state["epoch"], state["seconds"] = epoch + 1, time.perf_counter() - before
             with engine.together():

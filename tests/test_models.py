@@ -428,7 +428,7 @@ def test_damaged_imagenet_weights_and_those_that_hold_code(no_network):
 
 def test_the_seeds_alexnet_has_no_imagenet_weights(no_network):
     asked, _ = no_network
-    with pytest.raises(InputError, match="--weights imagenet: the retina study's AlexNet has none"):
+    with pytest.raises(InputError, match="--weights imagenet: no such file; expected none or a file"):
         build_model("alexnet", 3, "imagenet", 96)
     assert not asked
 
