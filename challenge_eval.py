@@ -60,6 +60,7 @@ def main(argv=None):
     y_true, y_prob = read_pair(args.ground_truth, args.predictions)
     answers = {"these predictions": challenge_scores(y_true, y_prob)}
     answers |= trivial_scores(y_true, y_true.mean(axis=0), "challenge")
+    print(f"{args.predictions}, against {args.ground_truth}")
     print(f"challenge score, all cells flattened: {len(y_true)} patients x 8 labels, positive above 0.5\n")
     print(" " * 20 + "".join(f"{name:>14}" for name in NAMES.values()))
     for name, found in answers.items():

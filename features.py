@@ -4,6 +4,7 @@ So are BatchNorm's statistics, fitted to the training pictures (`--bn fitted`)."
 import copy
 import functools
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -91,9 +92,12 @@ def with_fast_trunk(model, precision="fp32", compile=False):
 
 
 def compiled(module):
-    """`torch.compile(module)`, which may pack the weights of a frozen trunk once."""
+    """`torch.compile(module)`, which may pack the weights of a frozen trunk once. InputError: no compiler."""
     import torch._inductor.config as inductor
 
+    compilers = (inductor.cpp.cxx[1] or "", "g++", "clang++", "cl")
+    if not next(module.parameters()).is_cuda and not any(map(shutil.which, compilers)):
+        raise InputError("--compile needs a C++ compiler (g++, clang++ or cl): install one or leave it out")
     inductor.freezing = True
     return torch.compile(module)
 

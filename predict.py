@@ -2,12 +2,13 @@
 
     python predict.py --ckpt best.pt left.jpg right.jpg
 
-prints a table of probabilities and writes prediction.png (pictures, heat maps, bars). A folder or
+prints a table of probabilities and writes prediction.png (pictures, heat maps, bars). A folder, a CSV or
 several pictures give predictions.csv: ID, a probability per label, the predicted labels.
 
-What it takes depends on what the network was trained on. Eye pairs: LEFT RIGHT, or a folder of <id>_left.*
-and <id>_right.*. Photographs: pictures, or a folder. Knees: an exam's folder, three .npy files, or a folder
-of axial/ coronal/ sagittal/. This is not a medical device.
+What it takes depends on what the network was trained on. Eye pairs: LEFT RIGHT, a folder of <id>_left.* and
+<id>_right.*, or a CSV (LEFT,RIGHT or ID,Left-Fundus,Right-Fundus). Photographs: pictures, a folder, or a CSV
+(file). Knees: an exam's folder, three .npy files, a folder of axial/ coronal/ sagittal/, or a CSV
+(axial,coronal,sagittal). Paths in a CSV are relative to it. This is not a medical device.
 """
 
 import sys
@@ -30,7 +31,7 @@ RENDERED = "Trained on RENDERED pictures: what it says about a real eye or knee 
 def get_args_parser():
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("given", nargs="*", metavar="PICTURE", help="pictures or a folder, as described above")
+    add("given", nargs="*", metavar="PICTURE", help="pictures, a folder or a CSV, as described above")
     add("--ckpt", required=True, nargs="+", help="a best.pt or a run's folder; several: their mean")
     add("--out", type=Path, default=Path("."), help="folder for prediction.png or predictions.csv")
     add("--threshold", type=float, default=0.5, help="a label is predicted above it (published)")
@@ -48,7 +49,7 @@ def get_args(argv):
     nets = [one for one in others if one.endswith(".pt") or Path(one, "best.pt").exists()]
     args.ckpt, args.given = [first, *nets], [*(one for one in others if one not in nets), *args.given]
     if not args.given:
-        parser.error("expected pictures or a folder")
+        parser.error("expected pictures, a folder or a CSV")
     return args
 
 

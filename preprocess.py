@@ -213,6 +213,11 @@ def main(argv=None):
     made = in_processes(partial(make_picture, kind=args.kind, size=args.size), jobs, args.workers)
     failures = list(filter(None, tqdm(made, total=len(jobs), unit="picture", disable=None)))
     print(f"{len(jobs) - len(failures)} written to {args.dst}, {len(failures)} failed")
+    there = {file for file in dst.rglob("*") if file.suffix.lower() in WRITES}
+    if len(there) > len(jobs):
+        print(
+            f"note: {args.dst} also holds {len(there) - len(jobs)} picture(s) that are not in SRC (any more)"
+        )
     if failures:
         print(*failures, f"{len(failures)} of {len(jobs)} pictures failed", sep="\n", file=sys.stderr)
     return 1 if failures else 0

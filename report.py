@@ -59,14 +59,15 @@ def make_rows(published, lines, runs):
         if run["experiment"]:
             continue
         # A control is compared with its experiment's line, another own run with the first one of its name.
-        line, title = own_lines.setdefault(run["base"], types.SimpleNamespace(**run["args"])), "own run"
+        name = f"{run['study']} {run['base']}"
+        line, title = own_lines.setdefault(name, types.SimpleNamespace(**run["args"])), "own run"
         if run["shuffled"]:
             title = "shuffled-label control: kappa and AUC have to fall to chance"
             if run["bare"] in lines:
                 line = types.SimpleNamespace(**{**vars(lines[run["bare"]]), "shuffle_labels": True})
         run["differs"] = arguments.differences(run["args"], line) + run["changes"]
         own = {"study": run["study"], "experiment": run["base"], "title": title, "kind": "own"}
-        run["experiment"] = f"own {run['base']}"
+        run["experiment"] = f"own {name}"
         entries.setdefault(run["experiment"], blank | own)
     for name, entry in entries.items():
         members = [run for run in runs if run["experiment"] == name]
@@ -90,8 +91,10 @@ def counted(runs):
         seed, network = str(run["args"].get("seed")), run["info"].get("best_digest")
         if run["status"] != "finished":
             why = f"it is {run['status']}"
-        elif done and (run["part"], run["digest"]) != (done[0]["part"], done[0]["digest"]):
-            why = f"it was scored on other data than {done[0]['name']}"
+        elif done and any(run[key] != done[0][key] for key in ("part", "digest", "contents")):
+            why = f"it was scored on other data than {done[0]['name']}, or on other pictures of their names"
+        elif done and weights_of(run) != weights_of(done[0]):
+            why = f"its --weights are another file's than those of {done[0]['name']}"
         elif network in [one["info"].get("best_digest") for one in done]:
             why = "it holds the network of another run here"
         elif seed in seeds:
@@ -103,6 +106,11 @@ def counted(runs):
         if done:
             run["problems"].append(f"not counted: {why}")
     return done
+
+
+def weights_of(run):
+    """What is known of the file that it started from."""
+    return [note for note in run["notes"] if note.startswith("--weights")]
 
 
 def problems_of(row):
@@ -170,7 +178,7 @@ def page_data(runs):
         told.append(one := {key: run[key] for key in ("name", "study", "history", "args")})
         if run["truth"] is None:
             continue
-        part = digest(run["digest"], run["part"], run["ids"], run["labels"])[:12]
+        part = digest(*(run[key] for key in ("digest", "part", "contents", "ids", "labels")))[:12]
         if part not in parts:
             parts[part] = {key: run[key] for key in ("ids", "labels", "families")}
             parts[part] |= {"truth": run["truth"].tolist(), "ordered": run["ordered"]}
@@ -260,9 +268,9 @@ def print_comparison(first, second):
         if run["truth"] is None:
             print(f"no scores are compared: {run['name']} has no sound answers of its best network (test.py)")
             return
-    same = all(first[key] == second[key] for key in ("ids", "labels"))
+    same = all(first[key] == second[key] for key in ("ids", "labels", "contents"))
     if not same or (first["truth"] != second["truth"]).any():
-        print("no scores are compared: they were scored on other rows or labels, or their truth differs")
+        print("no scores are compared: other rows or labels, other pictures, or their truth differs")
         return
     rules = dict(patients=patients_of(first["ids"]), labels=first["labels"], ordered=first["ordered"])
     for family in first["families"]:

@@ -81,6 +81,7 @@ def read_tested(path, run):
         best, seen = run["info"].get(f"best_{key}"), tested["checkpoint"][key]
         if best is None or best != seen:
             raise InputError(f"it is stale (of a checkpoint with {key} {seen}; the run's best has {best})")
+    run["contents"] = tested["data"].get("contents")
     if tested["data"]["digest"] != run["digest"]:
         raise InputError("it is stale (the data changed after the training)")
     found = {"scores": flatten(tested["scores"]), "intervals": flatten(tested.get("intervals") or {}, pair)}
@@ -191,7 +192,7 @@ def read_run(folder):
     """A run folder as a dict; without a sound run.json its status is "damaged"."""
     base = re.sub(r"-seed\d+$", "", folder.name)
     bare = re.sub(r"^((demo|control)-)+", "", base)
-    run = dict.fromkeys("tested history rows patients digest ids labels probs truth".split())
+    run = dict.fromkeys("tested history rows patients digest contents ids labels probs truth".split())
     run |= dict(folder=folder, name=folder.name, bare=bare, base=base, study=bare.split("-")[0])
     run |= dict(status="damaged", data="rendered" if "demo-" in folder.name else "", part="val")
     run |= dict(shuffled="control-" in folder.name, problems=[], notes=[], changes=[], scored=("", ""))

@@ -93,7 +93,10 @@ def main(argv=None):
     targets = np.maximum(frame["target"].to_numpy(np.int64), 0)  # the loss is not looked at
     part = dataset.open_part(frame, targets, net.args, dataset.eval_size(net.args), missing)
     targets, files = part.table["target"].to_numpy(np.int64), part.table["ID"].to_numpy()
-    unlabelled = targets == UNKNOWN
+    unlabelled, known, rows = targets == UNKNOWN, net.saved["rows"]["train"], part.rows()
+    changed = sum(known[name] != rows[name] for name in files[~unlabelled])
+    if changed:
+        raise InputError(f"{changed} picture(s) have other labels or contents than in training: restore them")
     if unlabelled.all() or not unlabelled.any() or args.neighbors > len(part):
         count = f"there are {(~unlabelled).sum()} labelled and {unlabelled.sum()} unlabelled pictures"
         raise InputError(f"{count}: expected some of both, and --neighbors {args.neighbors} in all")
@@ -108,15 +111,13 @@ def main(argv=None):
         raise InputError("no label reached any picture: raise --neighbors")
     sheet = pd.DataFrame({"filename": files[reached], "label": np.array(net.labels)[found[reached]]})
     sheet["confidence"] = confidence[reached]
+    trained = pd.DataFrame({"filename": list(net.saved["rows"]["train"]), "source": tables.SPREAD_FROM})
+    sheet = pd.concat([sheet.assign(source="spread"), trained])
     out = (args.out or checkpoint.home_of(net.path, net.digest)) / "pseudo_labels.csv"
     replace_file(out, lambda stream: sheet.to_csv(stream, index=False, float_format="%.6f"), "w")
-    if not out.with_name("run.json").exists():  # a run's folder says already whose pictures they come from
-        split = pd.DataFrame([(name, part) for part, rows in net.saved["rows"].items() for name in rows])
-        split.columns = ["ID", "part"]
-        replace_file(out.with_name("split.csv"), lambda stream: split.to_csv(stream, index=False), "w")
 
     # What came of it
-    missed = f"{unlabelled.sum() - len(sheet)} of them reached by no label"
+    missed = f"{unlabelled.sum() - reached.sum()} of them reached by no label"
     print(f"{(~unlabelled).sum()} labelled training pictures, {unlabelled.sum()} unlabelled, {missed}")
     for label, count in sheet["label"].value_counts().reindex(net.labels, fill_value=0).items():
         print(f"  {label}: {count}")

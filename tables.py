@@ -24,6 +24,7 @@ RETINA_LABELS = ["diabetic retinopathy", "glaucoma", "normal"]
 MRNET_LABELS = ["abnormal", "acl", "meniscus"]
 PLANES = ["axial", "coronal", "sagittal"]
 PARTS = ("train", "val", "test")
+SPREAD_FROM = "trained on"  # source of the rows in pseudo_labels.csv that its labels come from
 SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
 
 # Shares of val and test are the published ones; 0: no test part unless --test-fraction asks for one.
@@ -172,15 +173,15 @@ def check_zero_one(path, sheet, labels):
     return numbers.to_numpy(dtype=np.float32)
 
 
-def check_names(path, names, what, unique=True):
-    """A column of names as stripped strings. InputError: empty, control characters, out of the data folder,
-    or doubled (where `unique`)."""
+def check_names(path, names, what, unique=True, inside=True):
+    """A column of names as stripped strings. InputError: empty, control characters, out of the data folder
+    (where `inside`), or doubled (where `unique`)."""
     empty = names.isna()
     names = pd.Series([str(name).strip() for name in names.tolist()], names.index, dtype=object)
     check_rows(path, empty | (names == ""), f"empty {what}")
     control = names.str.contains(CONTROL)
     check_rows(path, control, f"control characters in {what}", names[control].map(ascii))
-    check_rows(path, names.str.contains(OUTSIDE), f"{what} that leaves the data folder", names)
+    check_rows(path, names.str.contains(OUTSIDE) & inside, f"{what} that leaves the data folder", names)
     if unique:
         check_rows(path, names.duplicated(), f"doubled {what}", names)
     return names
@@ -261,6 +262,9 @@ def read_image_folder(root):
             rows.append((f"{part}/{name}/{file.name}", classes.index(name), part))
     if not rows:
         raise InputError(f"{root}: neither train.csv nor pictures in train/<class>/")
+    ignored = sum(file.is_file() for part in PARTS for file in (root / part).rglob("[!.]*")) - len(rows)
+    if ignored:
+        notes.append(f"{ignored} file(s) are ignored: no {' '.join(SUFFIXES)} straight in a class's folder")
     names, target, parts = (pd.Series(values) for values in zip(*rows, strict=True))
     return Table(picture_frame(root, names, root, target, parts), classes, notes, ordered)
 
@@ -337,11 +341,22 @@ def unlabelled_pictures(root):
     return sorted(str(file) for file in (Path(root) / "test").glob("*") if file.suffix.lower() in SUFFIXES)
 
 
-def add_pseudo_labels(parts, labels, root, path, min_confidence):
-    """parts["train"] with the pictures of pseudo_labels.csv (filename, label, confidence) -> (frame, number).
-    No picture of `parts` may come back, nor another one of a patient who is in validation or test."""
+def add_pseudo_labels(parts, table, root, path, min_confidence):
+    """parts["train"] with the pictures of pseudo_labels.csv (filename, label, confidence, and its `source`).
+    No picture of `parts` may come back, nor may a patient of validation or test be in it, or have been in the
+    training of the network that spread the labels, whose rows it ends with."""
+    labels, held_out = table.labels, [*parts["val"]["patient"], *parts["test"]["patient"]]
     sheet = read_sheet(path, ["filename", "label", "confidence"], dtype={"filename": str, "label": str})
     names = check_names(path, sheet["filename"], "filename")
+    patients = pd.Series(patients_of(names), names.index)
+    if "source" in sheet:
+        origin = sheet["source"] == SPREAD_FROM
+        check_rows(
+            path, origin & patients.isin(held_out), "spread from a patient of validation or test", names
+        )
+        sheet, names = sheet[~origin], names[~origin]
+    else:
+        table.notes.append(f"{path} does not say whose pictures its labels were spread from")
     check_rows(path, ~sheet["label"].isin(labels), f"label that is not one of {labels}", sheet["label"])
     confidence = pd.to_numeric(sheet["confidence"], errors="coerce")
     check_rows(path, ~confidence.between(0, 1), "confidence outside 0 to 1", sheet["confidence"])
@@ -349,33 +364,28 @@ def add_pseudo_labels(parts, labels, root, path, min_confidence):
     labelled = [name for frame in parts.values() for name in plain_names(frame["ID"])]
     known = pd.Series(plain_names(names), names.index).isin(labelled)
     check_rows(path, known, "a picture that is labelled already", names)
-    held_out = [*parts["val"]["patient"], *parts["test"]["patient"]]
     check_rows(path, more["patient"].isin(held_out), "a patient of validation or test", names)
-    beside = Path(path).with_name("split.csv")  # of the run whose training pictures the labels come from
-    if beside.is_file():
-        theirs = read_sheet(beside, ["ID", "part"], dtype=str)
-        leaked = set(held_out).intersection(patients_of(theirs["ID"][theirs["part"] == "train"]))
-        if leaked:
-            problem = f"{path}: spread from {len(leaked)} patient(s) of validation or test"
-            raise InputError(f"{problem}. Give the split of {beside.parent} (--split-seed, --val-fraction)")
     more = more[confidence >= min_confidence]
-    return pd.concat([parts["train"], more], ignore_index=True), len(more)
+    table.notes.append(f"{len(more)} pseudo-labelled picture(s) join the training part")
+    return pd.concat([parts["train"], more], ignore_index=True)
 
 
 GIVEN = {
-    "odir": "eye pairs: LEFT RIGHT, or a folder of <id>_left.* and <id>_right.*",
+    "odir": "eye pairs: LEFT RIGHT, a folder of <id>_left.* and <id>_right.*, or a CSV",
     "mrnet": "knees: an exam's folder of axial.npy, coronal.npy and sagittal.npy, these files in this order, "
-    "or a folder of the folders axial/, coronal/ and sagittal/",
+    "a folder of the folders axial/, coronal/ and sagittal/, or a CSV",
 }
 
 
 def given_rows(name, given):
     """Paths from a command line, as GIVEN says -> (frame with ID and files, whether they are many)."""
-    wanted = GIVEN.get(name, "single photographs: pictures, or a folder of pictures")
+    wanted = GIVEN.get(name, "single photographs: pictures, a folder of pictures, or a CSV")
     paths, shown = [Path(path) for path in given], " ".join(map(str, given))
     ids = [paths[0].stem.removesuffix("_left")]
     if name == "mrnet" and len(paths) == 1 and (paths[0] / "axial.npy").exists():
         ids, paths = [paths[0].resolve().name], [paths[0] / f"{plane}.npy" for plane in PLANES]
+    if len(paths) == 1 and paths[0].suffix.lower() in (".csv", ".xlsx"):
+        return rows_of_sheet(name, paths[0]), True
     if len(paths) == 1 and paths[0].is_dir():
         rows = sorted(rows_of_folder(name, paths[0]), key=lambda row: with_padded_digits(row[0]))
         if not rows:
@@ -386,6 +396,9 @@ def given_rows(name, given):
         raise InputError(f"{shown}: this network takes {wanted}; no file twice")
     if name == "odir" and SWAPPED.search("\n".join(plain_names(map(str, paths)))):
         raise InputError(f"{shown}: by their names a right eye, then a left one. Give LEFT RIGHT")
+    stems = [path.stem for path in paths]
+    if name == "odir" and all(map(SIDE.search, stems)) and len(set(patients_of(stems))) > 1:
+        print(f"note: by their names {shown} are eyes of two patients")
     files = [tuple(map(str, paths))]
     if name not in GIVEN:
         ids, files = [path.name for path in paths], [(str(path),) for path in paths]
@@ -399,16 +412,40 @@ def rows_of_folder(name, folder):
     if name == "mrnet":
         exams = {file.stem for plane in PLANES for file in (folder / plane).glob("*.npy")}
         return [(exam, tuple(str(folder / plane / f"{exam}.npy") for plane in PLANES)) for exam in exams]
-    files = [file for file in folder.glob("[!.]*") if file.suffix.lower() in SUFFIXES]
+    there = [file for file in folder.glob("[!.]*") if file.is_file()]
+    files = [file for file in there if file.suffix.lower() in SUFFIXES]
+    if name == "odir":
+        files = [file for file in files if file.stem.lower().endswith(("_left", "_right"))]
+    if len(files) < len(there):
+        wanted = "<id>_left, <id>_right" if name == "odir" else " ".join(SUFFIXES)
+        print(f"note: {len(there) - len(files)} file(s) in {folder} are ignored: they are no {wanted}")
     if name != "odir":
         return [(file.name, (str(file),)) for file in files]
-    pairs, eyes = {}, [file for file in files if file.stem.lower().endswith(("_left", "_right"))]
-    if len(eyes) < len(files):
-        print(f"note: {len(files) - len(eyes)} picture(s) in {folder} are ignored: no <id>_left or _right")
-    for file in eyes:
+    pairs = {}
+    for file in files:
         patient, _, side = file.stem.rpartition("_")
         pair = pairs.setdefault(patient, {side: f"{folder / patient}_{side}.*" for side in ("left", "right")})
         if not pair[side.lower()].endswith("*"):
             raise InputError(f"{file} and {pair[side.lower()]}: two pictures of one eye")
         pair[side.lower()] = str(file)
     return [(patient, tuple(pair.values())) for patient, pair in pairs.items()]
+
+
+def rows_of_sheet(name, path):
+    """The rows of a CSV, its paths relative to it or, in the official layout, to images/ beside it."""
+    sheet, folder = read_sheet(path, dtype=str), path.parent
+    wanted = {"odir": ["Left-Fundus", "Right-Fundus"], "mrnet": PLANES}.get(name, ["file"])
+    if name == "odir" and "LEFT" in sheet.columns:
+        wanted = ["LEFT", "RIGHT"]
+    check_columns(path, sheet, wanted)
+    columns = [check_names(path, sheet[column], column, unique=False, inside=False) for column in wanted]
+    ids = check_names(path, sheet["ID"] if "ID" in sheet.columns else columns[0], "ID", inside=False)
+    if name == "odir":
+        pairs = pd.Series(["\n".join(plain_names(pair)) for pair in zip(*columns, strict=True)], ids.index)
+        check_rows(
+            path, pairs.str.contains(SWAPPED), "a right eye as LEFT and a left one as RIGHT, by their names,"
+        )
+        if (folder / "images").is_dir() and not any((folder / file).exists() for file in columns[0]):
+            folder = folder / "images"
+    files = [tuple(str(folder / file) for file in row) for row in zip(*columns, strict=True)]
+    return pd.DataFrame({"ID": ids.to_numpy(), "files": files})

@@ -9,7 +9,6 @@ gets a folder of its own there. Several checkpoints: their mean.
 """
 
 import sys
-from pathlib import Path
 
 import numpy as np
 
@@ -74,9 +73,7 @@ def output_folder(args, net, facts):
         name += "-mirrored"
     if len(net.members) > 1:
         name += f"-mean-{digest(*(member.digest for member in net.members))[:6]}"
-    if not facts["own"]:
-        root = Path(facts["root"]).resolve()
-        name += f"-{root.name}-{digest(str(root))[:6]}"
+    name += facts["suffix"]
     # APTOS was published on its test part; class folders may have none.
     published = net.args.dataset == "aptos" and net.saved["rows"].get("test")
     return home if name == ("test-test" if published else "test-val") else home / name
@@ -189,12 +186,13 @@ def main(argv=None):
     args = get_args_parser().parse_args(argv)
     net = predictor.load(args.ckpt, args.device, args.precision, args.workers)
     limits = net.limits(args.threshold)
+    if args.resamples < 1:
+        raise InputError(f"--resamples {args.resamples}: expected 1 or more")
     part, facts, loss, probs = evaluate(args, net)
     patients, duplicates = len(set(part.patients())), facts["duplicates"]
-    where = args.split if facts["own"] else f"{args.split} of {facts['root']}"
     rendered = facts["rendered"] or net.rendered
     mark = " (RENDERED)" if rendered else ""
-    about = f"{net.title()}, {where}{mark}: {len(part)} rows, {patients} patients"
+    about = f"{net.title()}, {facts['where']}{mark}: {len(part)} rows, {patients} patients"
     if facts["left_out"]:
         about += f", {facts['left_out']} of {part.expected} left out"
     if duplicates:
@@ -209,7 +207,9 @@ def main(argv=None):
     # Scores
     result = {"checkpoint": {"digest": net.digest, "epoch": net.saved["epoch"], "loss": net.saved["loss"]}}
     result["networks"] = [{"path": str(one.path), "digest": one.digest} for one in net.members]
-    result["data"] = {name: facts[name] for name in ("root", "own", "digest")} | {"rendered": rendered}
+    result["data"] = {name: facts[name] for name in ("root", "own", "digest", "contents")} | {
+        "rendered": rendered
+    }
     result |= {name: getattr(args, name) for name in ("split", "threshold", "tta", "resamples")}
     result |= {"rows": len(part), "expected_rows": part.expected, "patients": patients}
     result |= {"duplicates": duplicates, "precision": net.precision, "weights": net.args.weights}

@@ -407,7 +407,7 @@ def test_rows_of_folders_and_command_lines(tmp_path, capsys):
     table, many = tables.given_rows("odir", [tmp_path / "eyes"])
     assert many and list(table["ID"]) == ["7", "08"]  # digits count as numbers
     assert table["files"][0] == (str(tmp_path / "eyes/7_LEFT.jpg"), str(tmp_path / "eyes/7_right.PNG"))
-    assert "1 picture(s)" in capsys.readouterr().out and table["files"][1][1].endswith("08_right.*")
+    assert "2 file(s)" in capsys.readouterr().out and table["files"][1][1].endswith("08_right.*")
     table, many = tables.given_rows("aptos", [tmp_path / "eyes"])
     assert many and list(table["ID"]) == ["7_LEFT.jpg", "7_right.PNG", "08_left.jpg", "other.jpg"]
     table, many = tables.given_rows("odir", ["a/5_left.jpg", "b/5_right.jpg"])
@@ -455,3 +455,56 @@ def test_real_photographs(trained, tmp_path, capsys):
     for name in ("one", "pair"):
         with Image.open(tmp_path / name / "prediction.png") as image:
             assert image.width > 1000
+
+
+@pytest.mark.parametrize(
+    "name, text, ids, files",
+    [
+        ("odir", "LEFT,RIGHT\na.jpg,sub/b.jpg\n", ["a.jpg"], ("a.jpg", "sub/b.jpg")),
+        (
+            "odir",
+            "ID,Left-Fundus,Right-Fundus,N\n007,7_left.jpg,7_right.jpg,1\n",
+            ["007"],
+            ("7_left.jpg", "7_right.jpg"),
+        ),
+        ("retina", "file\n x.jpg\ny.png\n", ["x.jpg", "y.png"], ("x.jpg",)),
+        (
+            "mrnet",
+            "axial,coronal,sagittal,ID\n1a.npy,1c.npy,1s.npy,01\n",
+            ["01"],
+            ("1a.npy", "1c.npy", "1s.npy"),
+        ),
+    ],
+)
+def test_rows_of_a_csv_are_relative_to_it(name, text, ids, files, tmp_path):
+    table, many = tables.given_rows(name, [write(tmp_path / "list" / "these.csv", text)])
+    assert many and list(table["ID"]) == ids
+    assert table["files"][0] == tuple(str(tmp_path / "list" / file) for file in files)
+
+
+@pytest.mark.parametrize(
+    "name, text, said",
+    [
+        ("odir", "LEFT,left\na,b\n", "RIGHT"),
+        ("odir", "a,b\n1,2\n", "Left-Fundus"),
+        ("odir", "LEFT,RIGHT\na.jpg,\n", "empty RIGHT .* row.* 2"),
+        ("aptos", "file\na.jpg\nb.jpg\na.jpg\n", "doubled ID .* 4"),
+        ("aptos", "ID,file\n,b.jpg\n", "empty ID"),
+        ("aptos", "file\n", "no row"),
+    ],
+)
+def test_a_csv_that_is_not_as_expected(name, text, said, tmp_path):
+    with pytest.raises(InputError, match=said):
+        tables.given_rows(name, [write(tmp_path / "these.csv", text)])
+
+
+def test_csv_end_to_end(trained, rendered, tmp_path, capsys):
+    eyes = sorted((rendered("retina") / "test").iterdir())[:3]
+    sheet = write(tmp_path / "these.csv", "file\n" + "\n".join([*map(str, eyes), "gone.jpg"]) + "\n")
+    assert run("--ckpt", trained("retina") / "best.pt", sheet, "--out", tmp_path) == 1
+    assert "gone.jpg: No such file or directory" in capsys.readouterr().err
+    result = pd.read_csv(tmp_path / "predictions.csv")
+    assert list(result["ID"]) == list(map(str, eyes))
+    probs = result[["diabetic retinopathy", "glaucoma", "normal"]]
+    np.testing.assert_allclose(probs.sum(axis=1), 1, atol=1e-5)
+    assert list(probs.idxmax(axis=1)) == list(result["predicted"])

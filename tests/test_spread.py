@@ -122,13 +122,13 @@ def test_pictures_that_train_would_refuse_get_no_label(tmp_path, capsys):
     parts = {part: frame.loc[list(names)] for part, names in net.saved["rows"].items()}
     sheet = pd.DataFrame({"filename": ["1_right.jpg", "5.jpg"], "label": "yes", "confidence": 1})
     sheet.to_csv(tmp_path / "pseudo.csv", index=False)
-    assert add_pseudo_labels(parts, net.labels, root, tmp_path / "pseudo.csv", 0)[1] == 2, (
-        "training takes what is left"
-    )
+    table = read("retina", root, net.labels)
+    more = add_pseudo_labels(parts, table, root, tmp_path / "pseudo.csv", 0)
+    assert len(more) == len(parts["train"]) + 2, "training takes what is left"
 
 
-def test_validation_pictures_and_labels_change_nothing(trained, rendered, tmp_path):
-    """Without the validation pictures, and with other labels for them, the same file; with another training label, another."""
+def test_validation_pictures_and_labels_change_nothing(trained, rendered, tmp_path, capsys):
+    """Without the validation pictures, and with other labels for them, the same file; another training label stops it."""
     ckpt = trained("retina") / "best.pt"
     saved = checkpoint.load_checkpoint(ckpt)
     assert run("--ckpt", ckpt, "--out", tmp_path / "a", "--cache", tmp_path / "cache-a") == 0
@@ -146,8 +146,8 @@ def test_validation_pictures_and_labels_change_nothing(trained, rendered, tmp_pa
     for name in saved["rows"]["train"]:
         sheet.loc[name, labels] = np.roll(sheet.loc[name, labels].to_numpy(), 1)
     sheet.to_csv(data / "train.csv")
-    assert run("--ckpt", ckpt, "--data", data, "--out", tmp_path / "c", "--cache", tmp_path / "cache-b") == 0
-    assert (tmp_path / "c/pseudo_labels.csv").read_bytes() != first
+    assert run("--ckpt", ckpt, "--data", data, "--out", tmp_path / "c", "--cache", tmp_path / "cache-b") == 2
+    assert "38 picture(s) have other labels or contents than in training" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------- the chain
@@ -155,16 +155,17 @@ def test_validation_pictures_and_labels_change_nothing(trained, rendered, tmp_pa
 
 def test_spread_then_train_on(trained, rendered, train_here, tmp_path, capsys):
     ckpt, data = trained("retina") / "best.pt", rendered("retina")
-    (tmp_path / "split.csv").write_text("ID,part\nof another network,train\n")
     assert run("--ckpt", ckpt, "--out", tmp_path, "--cache", tmp_path / "cache") == 0
     text = capsys.readouterr().out
-    split = pd.read_csv(tmp_path / "split.csv", dtype=str)
-    pd.testing.assert_frame_equal(split, pd.read_csv(trained("retina") / "split.csv", dtype=str))
     sheet = pd.read_csv(tmp_path / "pseudo_labels.csv", dtype={"filename": str})
+    split = pd.read_csv(trained("retina") / "split.csv", dtype=str)
+    origin = sheet["filename"][sheet["source"] == "trained on"]
+    assert origin.tolist() == split["ID"][split["part"] == "train"].tolist()
+    sheet = sheet[sheet["source"] == "spread"]
     unlabelled = [Path(file).name for file in unlabelled_pictures(data)]
-    assert list(sheet.columns) == ["filename", "label", "confidence"] and set(sheet["filename"]) <= set(
-        unlabelled
-    )
+    assert list(sheet.columns) == ["filename", "label", "confidence", "source"] and set(
+        sheet["filename"]
+    ) <= set(unlabelled)
     assert sheet["confidence"].between(0, 1).all()
     before = json.loads((trained("retina") / "run.json").read_text())["data"]["parts"]
     assert f"{before['train']} labelled training pictures, {len(unlabelled)} unlabelled" in text

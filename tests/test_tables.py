@@ -228,18 +228,19 @@ def test_unlabelled_and_pseudo_labelled_pictures(tmp_path):
     write(tmp_path, RETINA, "train.csv")
     touch(tmp_path / "test", "b.png", "a.jpg", "readme.txt")
     assert [Path(file).name for file in tables.unlabelled_pictures(tmp_path)] == ["a.jpg", "b.png"]
-    table, labels, _ = read_three("retina", tmp_path)
+    data = read("retina", tmp_path)
+    table = data.frame
     parts = {"train": table, "val": table[:0], "test": table[:0]}
     path = tmp_path / "pseudo_labels.csv"
     path.write_text("filename,label,confidence\na.jpg,normal,0.9\nb.png,glaucoma,0.4\n")
-    more, added = add_pseudo_labels(parts, labels, tmp_path, path, 0.4)
-    assert (
-        added == 2
-        and more["target"].tolist() == [2, 0, 1, 2, 2, 1]
-        and more["files"].iloc[-1] == (str(tmp_path / "test" / "b.png"),)
+    more = add_pseudo_labels(parts, data, tmp_path, path, 0.4)
+    assert data.notes[-2].endswith("does not say whose pictures its labels were spread from")
+    assert data.notes[-1].startswith("2 pseudo-labelled")
+    assert more["target"].tolist() == [2, 0, 1, 2, 2, 1] and more["files"].iloc[-1] == (
+        str(tmp_path / "test" / "b.png"),
     )
-    more, added = add_pseudo_labels(parts, labels, tmp_path, path, 0.5)
-    assert added == 1 and more["ID"].tolist()[-1] == "a.jpg" and len(more) == len(table) + 1
+    more = add_pseudo_labels(parts, data, tmp_path, path, 0.5)
+    assert more["ID"].tolist()[-1] == "a.jpg" and len(more) == len(table) + 1
     for text, words in (
         ("filename,label,confidence\na.jpg,drusen,0.9\n", ["not one of", "row(s) 2"]),
         ("filename,label,confidence\na.jpg,normal,1.5\n", ["confidence outside", "row(s) 2"]),
@@ -249,7 +250,7 @@ def test_unlabelled_and_pseudo_labelled_pictures(tmp_path):
         ("filename,label\na.jpg,normal\n", ["missing: confidence"]),
     ):
         path.write_text(text)
-        refused(lambda: add_pseudo_labels(parts, labels, tmp_path, path, 0.0), *words)
+        refused(lambda: add_pseudo_labels(parts, data, tmp_path, path, 0.0), *words)
 
 
 # ---------------------------------------------------------------- MRNet
@@ -478,12 +479,13 @@ def test_no_labelled_picture_comes_back_with_a_pseudo_label(tmp_path):
     names = [f"{i:05d}" for i in range(15)]
     frame = read("retina", graded(tmp_path, names, "retina")).frame
     parts = {"train": frame[:10], "val": frame[10:13], "test": frame[13:]}
-    labels, path = tables.DATASETS["retina"]["labels"], tmp_path / "pseudo_labels.csv"
+    table = tables.Table(frame, tables.DATASETS["retina"]["labels"])
+    path = tmp_path / "pseudo_labels.csv"
     touch(tmp_path / "test", *(f"{name}.jpg" for name in names))
 
     def add(*files):
         path.write_text("filename,label,confidence\n" + "".join(f"{file},normal,0.9\n" for file in files))
-        return add_pseudo_labels(parts, labels, tmp_path, path, 0.5)
+        return add_pseudo_labels(parts, table, tmp_path, path, 0.5)
 
     message = refused(lambda: add(*(f"{name}.jpg" for name in names)), "labelled already in 15 row(s)")
     assert "2 (00000.jpg)" in message
@@ -491,8 +493,8 @@ def test_no_labelled_picture_comes_back_with_a_pseudo_label(tmp_path):
         refused(lambda name=name: add("new.jpg", name), "labelled already", f"row(s) 3 ({name})")
     for name in ("00010_left.jpg", "00013_right.jpg"):
         refused(lambda name=name: add(name), "patient of validation or test", f"row(s) 2 ({name})")
-    more, added = add("00003_right.jpg", "new.jpg")  # the other eye of a training patient helps
-    assert added == 2 and more["ID"].tolist() == [*names[:10], "00003_right.jpg", "new.jpg"]
+    more = add("00003_right.jpg", "new.jpg")  # the other eye of a training patient helps
+    assert more["ID"].tolist() == [*names[:10], "00003_right.jpg", "new.jpg"]
     assert more["patient"].tolist()[-2:] == ["00003", "new"] and set(more["given_part"][-2:]) == {"train"}
     touch(tmp_path / "test", "new.jpg")
     refused(lambda: add("new", "new.jpg"), "a row above has too", "row(s) 3 (new.jpg)")
@@ -543,20 +545,22 @@ def test_labels_spread_from_pictures_that_are_held_out_here_are_refused(tmp_path
     root, csv = tmp_path / "data", tmp_path / "run/pseudo_labels.csv"
     touch(root / "test", "new.jpg")
     csv.parent.mkdir()
-    csv.write_text("filename,label,confidence\nnew.jpg,glaucoma,0.9\n")
     part = pd.DataFrame({"ID": ["1.jpg", "2.jpg"], "patient": ["1", "2"]})
     parts = {"train": part[:0], "val": part[:1], "test": part[1:]}
 
-    def add():
-        return tables.add_pseudo_labels(parts, ["glaucoma", "normal"], root, csv, 0)[1]
+    table = tables.Table(part, ["glaucoma", "normal"])
 
-    assert add() == 1
-    split = csv.with_name("split.csv")
-    split.write_text("ID,part\n1.jpg,val\n2.jpg,test\n3.jpg,train\n")
-    assert add() == 1
+    def add(*origin):
+        rows = ["filename,label,confidence,source", "new.jpg,glaucoma,0.9,spread"]
+        csv.write_text("\n".join(rows + [f"{name},,,{tables.SPREAD_FROM}" for name in origin]))
+        return tables.add_pseudo_labels(parts, table, root, csv, 0)["ID"].tolist()
+
+    assert add() == add("3.jpg") == ["new.jpg"]
+    assert not any("whose pictures" in note for note in table.notes)
     for leaked in ("1.jpg", "2_left.jpg"):
-        split.write_text(f"ID,part\n{leaked},train\n")
-        refused(add, "spread from 1 patient(s) of validation or test")
+        refused(
+            lambda leaked=leaked: add("3.jpg", leaked), "spread from a patient of", f"row(s) 4 ({leaked})"
+        )
 
 
 @pytest.mark.parametrize(
@@ -743,7 +747,7 @@ def test_a_data_set_of_ones_own_takes_a_reader_and_an_entry(tmp_path, monkeypatc
 # ---------------------------------------------------------------- pictures that somebody names
 
 
-def test_a_right_eye_before_the_left_one_is_noticed():
+def test_a_right_eye_before_the_left_one_is_noticed(tmp_path):
     refused(
         lambda: given_rows("odir", ["x_right.jpg", "x_left.jpg"]), "x_right.jpg x_left.jpg", "Give LEFT RIGHT"
     )
@@ -757,6 +761,8 @@ def test_a_right_eye_before_the_left_one_is_noticed():
         frame, many = given_rows("odir", pair)
         assert frame["files"].tolist() == [tuple(pair)] and not many
     refused(lambda: given_rows("odir", ["x_left.jpg", "x_left.jpg"]), "twice", "LEFT RIGHT")
+    write(tmp_path, "LEFT,RIGHT\n1_left.jpg,1_right.jpg\n2_right.jpg,2_left.jpg\n", "these.csv")
+    refused(lambda: given_rows("odir", [tmp_path / "these.csv"]), "by their names", "row(s) 3")
 
 
 def test_an_exam_and_the_folder_of_exams(tmp_path):
@@ -789,3 +795,29 @@ def test_the_labs_label_file_has_one_column(tmp_path):
     (tmp_path / "train_label.csv").write_text("0,3\n1,4\n")
     with pytest.raises(InputError, match="2 columns; expected 1 and no header"):
         tables.read("dr", tmp_path)
+
+
+def test_eyes_of_two_patients_are_noted(tmp_path, capsys):
+    given_rows("odir", ["0_left.jpg", "10_right.jpg"])
+    assert "eyes of two patients" in capsys.readouterr().out
+    for pair in (["left.jpg", "right.jpg"], ["0_left.jpg", "0_right.jpg"], ["a.jpg", "b.jpg"]):
+        given_rows("odir", pair)
+    assert not capsys.readouterr().out
+
+
+def test_an_official_sheet_names_pictures_beside_it(tmp_path):
+    touch(tmp_path / "images", "0_left.jpg")
+    write(tmp_path, odir_sheet(2))
+    frame, many = given_rows("odir", [tmp_path / "annotations.xlsx"])
+    images = tmp_path / "images"
+    assert many and frame["ID"].tolist() == ["0", "3"]
+    assert frame["files"][1] == (str(images / "3_left.jpg"), str(images / "3_right.jpg"))
+
+
+def test_a_csv_of_pairs_is_read_beside_it_where_any_row_is_there(tmp_path):
+    (tmp_path / "images").mkdir()
+    for file in ("1_left.jpg", "1_right.jpg", "images/1_left.jpg", "images/1_right.jpg"):
+        (tmp_path / file).write_bytes(b"")
+    (tmp_path / "x.csv").write_text("LEFT,RIGHT\n0_left.jpg,0_right.jpg\n1_left.jpg,1_right.jpg\n")
+    frame, many = tables.given_rows("odir", [tmp_path / "x.csv"])
+    assert many and frame["files"][1] == (str(tmp_path / "1_left.jpg"), str(tmp_path / "1_right.jpg"))
