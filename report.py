@@ -6,10 +6,11 @@
 A run belongs to the experiment whose line in run_all.sh it ran, whatever its folder is called. What differs
 from that line, what is stale, damaged or rendered is named. --compare prints the flags in which two runs
 differ, every score's paired difference with its 95 % interval and the ten rows they disagree on most, and
-writes runs/compare.html with their curves.
+writes runs/compare.html with their curves and photographs.
 """
 
 import base64
+import hashlib
 import json
 import os
 import sys
@@ -19,7 +20,7 @@ from pathlib import Path
 
 import arguments
 import runfolders
-from errors import InputError, Parser, end_with_parent, guard
+from errors import InputError, Parser, end_with_parent, guard, reading
 
 PICTURES = "confusion roc reliability samples heatmaps".split()
 PROBS_BYTES, PAGE_BYTES = 6_000_000, 9_000_000  # room for probabilities, and for all with the pictures
@@ -250,7 +251,7 @@ def print_table(rows):
 
 
 def print_comparison(first, second):
-    """Flags in which two runs differ, paired differences of their scores, rows they disagree on."""
+    """Flags in which two runs differ, paired differences of their scores -> IDs they disagree on most."""
     import metrics
     from tables import patients_of
 
@@ -267,11 +268,11 @@ def print_comparison(first, second):
     for run in (first, second):
         if run["truth"] is None:
             print(f"no scores are compared: {run['name']} has no sound answers of its best network (test.py)")
-            return
+            return []
     same = all(first[key] == second[key] for key in ("ids", "labels", "contents"))
     if not same or (first["truth"] != second["truth"]).any():
         print("no scores are compared: other rows or labels, other pictures, or their truth differs")
-        return
+        return []
     rules = dict(patients=patients_of(first["ids"]), labels=first["labels"], ordered=first["ordered"])
     for family in first["families"]:
         print(f"\n{family} scores, B less A, with the 95 % interval over patients")
@@ -281,11 +282,31 @@ def print_comparison(first, second):
             print(f"  {score:16} {gap['difference']:+.4f}  [{gap['low']:+.4f}, {gap['high']:+.4f}]")
     print("\nthe rows they disagree on most")
     gaps = abs(second["probs"] - first["probs"])
-    for row in (-gaps.max(1)).argsort(kind="stable")[:10]:
+    most = (-gaps.max(1)).argsort(kind="stable")[:10]
+    for row in most:
         k = gaps[row].argmax()
         a, b = first["probs"][row, k], second["probs"][row, k]
         has = "has it" if first["truth"][row, k] else "has it not"
         print(f"  {first['ids'][row]}: {first['labels'][k]} {a:.2f} by A, {b:.2f} by B ({has})")
+    return [first["ids"][row] for row in most]
+
+
+def photographs(run, ids):
+    """{ID: photographs as WebP} of these rows of a run, where they are still those that it was tested on."""
+    from cache import digest
+    from tables import read
+
+    shown = {}
+    with reading(f"the photographs of {run['name']}", "a data set"):
+        frame = read(run["study"], run["info"]["data"]["root"], run["labels"]).frame
+        rows = frame[frame["ID"].astype(str).isin(ids) & (run["study"] != "mrnet")]
+        for name, files in zip(rows["ID"].astype(str), rows["files"], strict=True):
+            contents = [Path(file).read_bytes() for file in files]
+            found = digest([hashlib.blake2b(one, digest_size=10).hexdigest() for one in contents])
+            if found[:12] == (run["contents"] or {}).get(name):
+                small = [runfolders.shrink(file, 200) for file in files]
+                shown[name] = [base64.b64encode(one).decode() for one in small]
+    return shown
 
 
 def main():
@@ -300,8 +321,12 @@ def main():
         runs = list(pool.map(runfolders.read_run, args.compare or sorted(found)))  # two hundred take long
     data, rows = page_data(runs), make_rows(published, arguments.experiments(), runs)
     if args.compare:
-        write_page(args.runs / "compare.html", rows, data | {"chosen": [0, 1]})
-        print_comparison(*runs)
+        most, data["chosen"] = print_comparison(*runs), [0, 1]
+        try:
+            data["photos"] = photographs(runs[0], most)
+        except InputError as error:
+            print(f"no photographs: {error}")
+        write_page(args.runs / "compare.html", rows, data)
         print(f"wrote {args.runs / 'compare.html'}")
         return
     write_page(args.runs / "report.html", rows, data)

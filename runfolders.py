@@ -147,13 +147,13 @@ def sheet_as_json(path):
     return json.dumps(dict(zip(map(str, header), columns, strict=True)), default=str).encode()
 
 
-def shrink(path):
-    """A picture as WebP, 800 pixels wide."""
+def shrink(path, width=800):
+    """A picture as WebP."""
     from PIL import Image
 
     with Image.open(path) as image:
         image = image.convert("RGB")
-    image.thumbnail((800, 6000), reducing_gap=2)
+    image.thumbnail((width, 6000), reducing_gap=2)
     image.save(buffer := io.BytesIO(), "WEBP", quality=50, method=2)
     return buffer.getvalue()
 

@@ -21,10 +21,12 @@ import dataset  # noqa: E402
 import decode  # noqa: E402
 import samplers  # noqa: E402
 import tables  # noqa: E402
+from cache import digest  # noqa: E402
 from dataset import FeatureSet, PictureSet, VolumeSet, split_patients  # noqa: E402
 from decode import GivenPictures, Pictures  # noqa: E402
 from errors import InputError  # noqa: E402
 from preprocess import load_picture  # noqa: E402
+from render_data import render  # noqa: E402
 from split import PRETREATED, drop_missing, split  # noqa: E402
 from tables import GRADES, targets_of  # noqa: E402
 
@@ -707,3 +709,39 @@ def test_another_data_sets_classes_are_refused(rendered, trained, tmp_path):
         "has the classes dry, wet",
         "trained on 0, 1, 2, 3, 4",
     )
+
+
+def test_what_is_left_out_shuffled_or_shared_is_noted(tmp_path, trained):
+    """An unreadable picture, shuffled labels, test pictures that chose the epoch, other classes of --weights."""
+    root = tmp_path / "eyes"
+    render(root, "odir", 40, 64)
+    flags = ["--data", str(root), "--size", "32", "--workers", "0", "--cache", str(tmp_path / "cache")]
+    flags += ["--test-fraction", "0.2", "--missing", "drop", "--shuffle-labels"]
+    first = dataset.load(arguments.parse(flags))
+    Path(first.val.table["files"].iloc[0][0]).write_bytes(b"no picture")
+    weights = trained("retina") / "best.pt"
+    args = arguments.parse([*flags, "--weights", str(weights)])
+    data = dataset.load(args)
+    notes = data.facts["notes"]
+    assert "1 row(s) with an unreadable picture are left out (--missing drop)" in notes
+    assert "the labels are shuffled among the training rows (--shuffle-labels)" in notes
+    content = digest(weights.read_bytes())[:10]
+    assert f"--weights best.pt has the digest {content}" in notes
+    assert "--weights was trained on the classes diabetic retinopathy, glaucoma, normal" in notes
+    test = list(data.rows["test"])[:2]
+    for name, files in zip(test, data.val.table["files"].iloc[:2], strict=True):
+        for file, side in zip(files, ("left", "right"), strict=True):
+            shutil.copy(file, root / "images" / f"{name}_{side}.jpg")
+    saved = {"data": {"root": str(root), "digest": "x"}, "labels": data.labels, "rows": data.rows, "seen": []}
+    part, facts = dataset.load_part(args, saved, "test", missing="drop")
+    assert any(note.startswith("2 row(s) hold the pictures of validation rows") for note in facts["notes"])
+    assert list(facts["contents"]) == part.ids() and facts["where"] == "test" and not facts["suffix"]
+
+
+def test_links_to_rendered_pictures_are_rendered(tmp_path):
+    render(tmp_path / "drawn", "odir", 8, 64)
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked/images").symlink_to(tmp_path / "drawn/images")
+    assert tables.is_rendered(tmp_path / "linked")
+    (tmp_path / "linked/images").unlink()
+    assert not tables.is_rendered(tmp_path / "linked")

@@ -1,5 +1,6 @@
 """heatmap.py: which files it writes for which rows; its maps are of the network that gave the number."""
 
+import os
 import shutil
 from pathlib import Path
 
@@ -13,6 +14,8 @@ import heatmap
 import predictor
 from cache import file_names
 from errors import guard
+
+REAL = Path(os.environ.get("REAL_DATA", "absent"))
 
 
 def run(*arguments):
@@ -45,22 +48,35 @@ def test_per_label_counts(trained, tmp_path):
     assert len(names) == 6
 
 
-def test_exams(trained, tmp_path):
-    flags = ["--split", "val", "--per-label", 1, "--out", tmp_path / "knee", "--cache", tmp_path / "cache"]
-    assert run("--ckpt", trained("mrnet") / "best.pt", *flags) == 0
-    file = next((tmp_path / "knee").iterdir())
-    with Image.open(file) as image:  # three planes, picture and three labels
-        assert 0.8 < image.width / image.height < 1.4
+def test_pictures_and_exams(trained, rendered, tmp_path, capsys):
+    eyes = sorted((rendered("retina") / "test").iterdir())[:2]
+    assert run("--ckpt", trained("retina") / "best.pt", *eyes, "--out", tmp_path / "eyes") == 0
+    assert sorted(file.stem for file in (tmp_path / "eyes").iterdir()) == [eye.stem for eye in eyes]
+    planes = [
+        sorted((rendered("mrnet") / "valid" / plane).iterdir())[0]
+        for plane in ("axial", "coronal", "sagittal")
+    ]
+    assert run("--ckpt", trained("mrnet") / "best.pt", *planes, "--out", tmp_path / "knee") == 0
+    (file,) = (tmp_path / "knee").iterdir()
+    with Image.open(file) as image:
+        assert (
+            file.stem == planes[0].stem and 0.8 < image.width / image.height < 1.4
+        )  # three planes, picture and three labels
 
 
-def test_default_folder_is_that_of_the_run_in_which_the_checkpoint_lies(trained, tmp_path, monkeypatch):
+def test_default_folder_is_that_of_the_run_in_which_the_checkpoint_lies(
+    trained, rendered, tmp_path, monkeypatch
+):
     """Of a moved run the moved folder; of a lone best.pt one beside it, never the one that the file names."""
     before = sorted(trained("retina").rglob("*"))
     shutil.copytree(trained("retina"), tmp_path / "moved")
     shutil.copyfile(trained("retina") / "best.pt", tmp_path / "best.pt")
     monkeypatch.chdir(tmp_path)
-    for given, folder in (("moved", "moved/heatmaps"), ("best.pt", "test-best/heatmaps")):
-        assert run("--ckpt", given, "--per-label", 1) == 0 and list((tmp_path / folder).glob("normal-*.png"))
+    eye = sorted((rendered("retina") / "test").iterdir())[0]
+    assert run("--ckpt", "moved", eye) == 0 and (tmp_path / "moved/heatmaps" / f"{eye.stem}.png").is_file()
+    assert (
+        run("--ckpt", "best.pt", eye) == 0 and (tmp_path / "test-best/heatmaps" / f"{eye.stem}.png").is_file()
+    )
     assert sorted(trained("retina").rglob("*")) == before
 
 
@@ -87,9 +103,21 @@ def test_maps_probabilities_and_words_are_of_one_network(precision, trained, tmp
                 np.testing.assert_allclose(cam, cams[label], atol=1e-5)
 
 
-def test_refused(trained, tmp_path, capsys):
-    assert run("--ckpt", trained("retina"), "--split", "test", "--out", tmp_path / "out") == 2
-    assert "no test part" in capsys.readouterr().err and not list(tmp_path.glob("out/*"))
+def test_refused(trained, rendered, tmp_path, capsys):
+    ckpt, eye = trained("retina") / "best.pt", sorted((rendered("retina") / "test").iterdir())[0]
+    (tmp_path / "broken.jpg").write_bytes(b"no picture")
+    for arguments, said in (
+        ([], "either pictures or --split"),
+        ([eye, "--split", "val"], "either pictures or --split"),
+        (["--split", "test"], "no test part"),
+        (["--split", "val", "--per-label", 0], "1 or more"),
+        ([eye, "--data", rendered("retina")], "--data goes with --split"),
+        ([eye, tmp_path / "broken.jpg"], "broken.jpg"),
+        ([tmp_path / "gone.jpg"], "gone.jpg"),
+    ):
+        assert run("--ckpt", ckpt, *arguments, "--out", tmp_path / "out") == 2
+        assert said in capsys.readouterr().err
+    assert not list(tmp_path.glob("out/*"))
 
 
 def test_names_are_safe_and_none_is_written_twice():
@@ -102,3 +130,39 @@ def test_names_are_safe_and_none_is_written_twice():
         "_c.d.png",
         "z-b-3.png",
     ]
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason="REAL_DATA is not set")
+def test_real_photographs(trained, tmp_path):
+    assert (
+        run("--ckpt", trained("retina") / "best.pt", REAL / "fullsize" / "IDRiD_046.jpg", "--out", tmp_path)
+        == 0
+    )
+    assert (
+        run(
+            "--ckpt",
+            trained("odir") / "best.pt",
+            *[REAL / f"odir/images/0_{side}.jpg" for side in ("left", "right")],
+            "--out",
+            tmp_path,
+        )
+        == 0
+    )
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["0.png", "IDRiD_046.png"]
+
+
+def test_maps_of_another_data_set_get_a_folder_of_their_own(trained, rendered, tmp_path, monkeypatch):
+    shutil.copytree(trained("retina"), tmp_path / "run")
+    shutil.copytree(rendered("retina"), tmp_path / "other")
+    with Image.open(file := next((tmp_path / "other/train").iterdir())) as image:
+        image.rotate(180).save(file)
+    said, caption = [], figures.caption
+    monkeypatch.setattr(figures, "caption", lambda fig, text: said.append(text) or caption(fig, text))
+    flags = ["--ckpt", tmp_path / "run", "--per-label", 1, "--cache", tmp_path / "cache"]
+    assert run(*flags, "--split", "val") == 0
+    before = {file: file.read_bytes() for file in (tmp_path / "run/heatmaps").iterdir()}
+    assert said[-1].endswith(", val") and "epoch " in said[-1]
+    assert run(*flags, "--split", "all", "--data", tmp_path / "other") == 0
+    assert {file: file.read_bytes() for file in (tmp_path / "run/heatmaps").iterdir()} == before
+    assert len(list((tmp_path / "run").glob("heatmaps-other-*/*.png"))) == 3
+    assert said[-1].endswith(f", all of {tmp_path / 'other'}")

@@ -509,3 +509,10 @@ def test_defaults_and_light_imports():
     code = "import sys, preprocess; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
     assert "processes (default: the cores allowed)" in run("--help").stdout
+
+
+def test_pictures_that_are_gone_from_the_source_are_counted(tmp_path, source):
+    target = tmp_path / "dst"
+    assert "also holds" not in run(source, target).stdout
+    next(file for file in source.rglob("*.png")).unlink()
+    assert "also holds 1 picture(s) that are not in SRC" in run(source, target).stdout

@@ -2,6 +2,7 @@
 
 import argparse
 import base64
+import hashlib
 import html
 import io
 import json
@@ -18,6 +19,7 @@ import pytest
 from PIL import Image
 
 import arguments
+import cache
 import figures
 import metrics
 import report
@@ -1339,3 +1341,60 @@ def test_pictures_are_shrunk(tmp_path):
     small = runfolders.shrink(tmp_path / "big.png")
     assert len(small) < (tmp_path / "big.png").stat().st_size / 10
     assert Image.open(io.BytesIO(small)).size == (800, 400)
+
+
+def test_other_pictures_under_the_same_names_are_not_averaged_nor_compared(tmp_path, capsys):
+    """The test part is opened by test.py alone, which tells what it saw; so is the file of --weights."""
+    runs = [fake_run(tmp_path / "runs", name) for name in ("odir-03", "odir-03-seed43", "odir-03-seed44")]
+    for folder, content in zip(runs, ("a", "b", "a"), strict=True):
+        add_answers(folder, 0.4)
+        edit(folder, "test_scores.json", data={"contents": {str(row): content for row in range(60)}})
+    for folder, weights in zip(runs, ("1", "1", "2"), strict=True):
+        edit(folder, "run.json", data={"notes": [f"--weights w.pt has the digest {weights}"]})
+    row = rows_here(tmp_path / "runs")["odir-03"]
+    assert row["n"] == 1 and row["scored"].startswith("698")
+    found = " ".join(report.problems_of(row))
+    assert "odir-03-seed43: not counted: it was scored on other data" in found
+    assert "odir-03-seed44: not counted: its --weights are another file's" in found
+    for other, said in ((runs[1], "other pictures"), (runs[2], "B less A")):
+        assert main_of("--runs", tmp_path / "runs", "--compare", runs[0], other) == 0
+        printed = capsys.readouterr().out
+        assert said in printed and ("B less A" in printed) == (other == runs[2])
+
+
+def test_compare_shows_the_photographs_that_were_tested(tmp_path, rendered, capsys):
+    import tables
+
+    frame = tables.read("odir", rendered("odir")).frame
+    ids = list(frame["ID"])
+    contents = {}
+    for name, files in zip(ids, frame["files"], strict=True):
+        found = [hashlib.blake2b(Path(file).read_bytes(), digest_size=10).hexdigest() for file in files]
+        contents[str(name)] = cache.digest(found)[:12]
+    pair = two_runs(tmp_path)
+    for folder, quality in zip(pair, (0.3, 0.5), strict=True):
+        add_answers(folder, quality, n=len(ids), ids=ids, labels="NDGCAHMO")
+        edit(folder, "run.json", data={"root": str(rendered("odir"))})
+        edit(folder, "test_scores.json", data={"contents": contents})
+
+    def compare():
+        assert main_of("--runs", tmp_path / "runs", "--compare", *pair) == 0
+        page = (tmp_path / "runs/compare.html").read_text()
+        return page, json.loads(re.search(r'id="data">(.*?)</script>', page, re.S)[1])["photos"]
+
+    page, photos = compare()
+    assert "no photographs" not in capsys.readouterr().out
+    assert len(photos) == 10 and all(len(pictures) == 2 for pictures in photos.values())
+    if CHROMIUM:
+        seen, console, _ = browse(page, tmp_path)
+        assert not console and seen["scroll"] <= 390 and seen["pictures"] == 20
+        assert seen["foundCharts"] == 2 and "per label: paired difference" in seen["found"]
+    for folder in pair:  # the pictures of one patient are others by now: hers are not shown
+        edit(folder, "test_scores.json", data={"contents": contents | {next(iter(photos)): "other"}})
+    assert len(compare()[1]) == 9
+    for folder in pair:
+        edit(folder, "run.json", data={"root": str(tmp_path / "gone")})
+    capsys.readouterr()
+    assert main_of("--runs", tmp_path / "runs", "--compare", *pair) == 0
+    printed = capsys.readouterr().out
+    assert "no photographs: " in printed and "gone" in printed and "B less A" in printed

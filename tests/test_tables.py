@@ -821,3 +821,11 @@ def test_a_csv_of_pairs_is_read_beside_it_where_any_row_is_there(tmp_path):
     (tmp_path / "x.csv").write_text("LEFT,RIGHT\n0_left.jpg,0_right.jpg\n1_left.jpg,1_right.jpg\n")
     frame, many = tables.given_rows("odir", [tmp_path / "x.csv"])
     assert many and frame["files"][1] == (str(tmp_path / "1_left.jpg"), str(tmp_path / "1_right.jpg"))
+
+
+def test_files_that_class_folders_do_not_give_are_counted(tmp_path):
+    touch(tmp_path / "train" / "0 healthy", "a.png", "b.webp", ".hidden")
+    touch(tmp_path / "train" / "1 sick", "c.png")
+    touch(tmp_path / "train" / "1 sick" / "2023", "d.png")
+    table = read("aptos", tmp_path)
+    assert len(table.frame) == 2 and table.notes[0].startswith("2 file(s) are ignored")
