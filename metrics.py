@@ -58,16 +58,13 @@ def undefined_scores(y_true, y_prob, labels, family="per label", threshold=0.5):
     return found
 
 
-def trivial_scores(y_true, prior, family, labels=None, threshold=0.5, ordered=True):
+def trivial_scores(y_true, prior, family, **rules):
     """Scores of what needs no picture: {"all zeros": {...} (eye pairs), "class priors": {...}}.
     The latter answers `prior` (L,), the labels' shares of the training part; classes: "largest class"."""
-    y_true, prior = np.asarray(y_true), np.asarray(prior, dtype=np.float64)
+    prior, shape = np.asarray(prior, dtype=np.float64), (len(y_true), len(prior))
     answers = {"all zeros": np.zeros(len(prior))} if family in ("per label", "challenge") else {}
     answers["largest class" if family == "classes" else "class priors"] = prior
-    for name, answer in answers.items():
-        y_prob = np.broadcast_to(answer, (len(y_true), len(prior)))
-        answers[name] = scores(family, y_true, y_prob, labels, threshold, ordered)
-    return answers
+    return {key: scores(family, y_true, np.broadcast_to(one, shape), **rules) for key, one in answers.items()}
 
 
 def bootstrap_intervals(family, y_true, y_prob, n_resamples=1000, seed=0, patients=None, **rules):
@@ -81,15 +78,12 @@ def bootstrap_intervals(family, y_true, y_prob, n_resamples=1000, seed=0, patien
 def paired_bootstrap(family, y_true, prob_a, prob_b, n_resamples=1000, seed=0, patients=None, **rules):
     """{score: {"difference": b - a, "low", "high": 95 %}}, with the same draws for both."""
     pair = [_tables(family, y_true, prob, **rules) for prob in (prob_a, prob_b)]
-    blocks = []  # the first of all rows once
-    resamples = _resamples(pair[0]["shape"], n_resamples, seed, patients)
+    blocks, resamples = [], _resamples(pair[0]["shape"], n_resamples, seed, patients)
     for weights in itertools.chain([np.ones((1, len(y_true)))], resamples):
         a, b = (_weigh(tables, weights) for tables in pair)
         blocks.append({key: b[key] - a[key] for key in a})
-    found = {}
-    for key, (low, high) in _intervals(blocks[1:]).items():
-        found[key] = {"difference": float(blocks[0][key][0]), "low": low, "high": high}
-    return found
+    whole, ends = blocks[0], _intervals(blocks[1:])  # the first block is of all rows once
+    return {key: dict(difference=float(whole[key][0]), low=ends[key][0], high=ends[key][1]) for key in ends}
 
 
 def learned_thresholds(y_true, y_prob):
@@ -160,10 +154,8 @@ def _checked(family, y_true, y_prob):
 
 def _above(y_prob, threshold):
     """What is predicted, (n, L) bool. A number is compared in y_prob's precision, an array in float64."""
-    if np.ndim(threshold) == 0:
-        return y_prob > float(threshold)
-    threshold = np.asarray(threshold, dtype=np.float64)
-    if threshold.shape != y_prob.shape[1:] or np.isnan(threshold).any():
+    threshold = np.asarray(threshold, dtype=np.float64) if np.ndim(threshold) else float(threshold)
+    if np.ndim(threshold) and (threshold.shape != y_prob.shape[1:] or np.isnan(threshold).any()):
         raise InputError(f"threshold {threshold} must be a number, or {y_prob.shape[1]}: one a label")
     return y_prob > threshold
 
@@ -216,8 +208,8 @@ def _weigh(tables, weights):
     """Scores {key: (B,)} of a family's tables under weights (B, n); of "each label" (B, L)."""
     if tables["family"] == "classes":
         size = tables["shape"][1]
-        matrix = np.stack([np.bincount(tables["cells"], one, minlength=size**2) for one in weights])
-        matrix = matrix.reshape(-1, size, size)
+        counts = [np.bincount(tables["cells"], one, minlength=size**2) for one in weights]
+        matrix = np.reshape(counts, (-1, size, size))
         right = np.diagonal(matrix, axis1=1, axis2=2)  # (B, K)
         f1 = _ratio(2 * right, matrix.sum(axis=1) + matrix.sum(axis=2), undefined=0.0).mean(axis=1)
         found = {"accuracy": right.sum(axis=1) / matrix.sum(axis=(1, 2)), "kappa": _kappa(matrix)}

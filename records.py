@@ -94,7 +94,6 @@ class RunRecords:
         commands = [before.get("command"), shlex.join(["python", *sys.argv])]
         versions = {name: metadata.version(name) for name in ("numpy", "torchvision")}
         versions |= {"torch": torch.__version__, "python": platform.python_version()}
-        # What run.json says of how the run was made.
         self.about = {"args": vars(args), "command": " ; ".join(filter(None, commands)), **self.task}
         self.about |= {"commit": checkpoint.commit(), "versions": versions, "precision": learner.precision}
         self.about |= {"device": checkpoint.describe_machine(learner.device), "processes": engine.world()}
@@ -168,12 +167,13 @@ class RunRecords:
         print(f"\n{whole}; a resume goes on after {self.saved_epoch} of them, which last.pt holds")
 
     def save_facts(self, **more):
-        """run.json"""
+        """run.json: how the run was made and what came of it so far."""
         state, best = self.state, self.state["best"] or {}
         told = {"seconds": round(state["seconds"], 1), "epochs_run": state["epoch"]}
-        told |= {"best_epoch": best.get("epoch"), "best_loss": best.get("loss")}
-        told |= {"scores": best.get("scores"), "thresholds": best.get("thresholds")}
-        told |= {"best_digest": self.best_digest, "changes": state["changes"]}
+        told |= {"best_epoch": best.get("epoch"), "best_loss": best.get("loss"), "changes": state["changes"]}
+        told |= {name: best.get(name) for name in ("scores", "thresholds")} | {
+            "best_digest": self.best_digest
+        }
         checkpoint.save_json(self.folder / "run.json", {**self.about, **told, **more})
 
     def end(self, seconds):
