@@ -68,14 +68,6 @@ def is_finished(args, stored, folder):
     return whole and is_over(args, stored) and args.folds == stored["args"]["folds"]
 
 
-def history_row(epoch, lr, train_loss, val_loss, train_scores, val_scores):
-    """A row of train_results.xlsx."""
-    row = {"epoch": epoch, "lr": lr, "train_loss": train_loss, "val_loss": val_loss}
-    for part, scores in (("train", train_scores), ("val", val_scores)):
-        row |= {f"{part}_{'final_score' if name == 'final' else name}": scores[name] for name in scores}
-    return row
-
-
 class RunRecords:
     """The files of one run, written by rank 0; `state` and `learner` are the training loop's own."""
 
@@ -171,9 +163,8 @@ class RunRecords:
         state, best = self.state, self.state["best"] or {}
         told = {"seconds": round(state["seconds"], 1), "epochs_run": state["epoch"]}
         told |= {"best_epoch": best.get("epoch"), "best_loss": best.get("loss"), "changes": state["changes"]}
-        told |= {name: best.get(name) for name in ("scores", "thresholds")} | {
-            "best_digest": self.best_digest
-        }
+        told |= {"scores": best.get("scores"), "thresholds": best.get("thresholds")}
+        told["best_digest"] = self.best_digest
         checkpoint.save_json(self.folder / "run.json", {**self.about, **told, **more})
 
     def end(self, seconds):

@@ -52,7 +52,8 @@ def evaluate(args, net):
         found.append((part, facts, *member.evaluate(part, mirrored=args.tta)))
     part, facts, loss, _ = found[0]
     every = [one for _, one, *_ in found]  # what is known of a mean is what is known of any of its networks
-    facts["own"], facts["rendered"] = all(one["own"] for one in every), facts["rendered"] or net.rendered
+    facts["own"] = all(one["own"] for one in every)
+    facts["rendered"] |= net.rendered
     facts["duplicates"] = len(set().union(*(one["trained_on"] for one in every)))
     notes = [note for one in every for note in one["notes"]]
     # Also what was known when it was trained: that it had seen validation patients, for example.
@@ -126,11 +127,8 @@ def classification_text(part, chosen, net):
     """scikit-learn's report of what is predicted, `chosen` (n, K)."""
     from sklearn.metrics import classification_report
 
-    predicted, numbers = chosen.astype(int), range(len(net.labels))
-    if net.task == "multiclass":
-        predicted = chosen.argmax(1)
-    elif len(net.labels) == 1:  # scikit-learn takes one column for two classes
-        numbers = [1]
+    predicted = chosen.argmax(1) if net.task == "multiclass" else chosen.astype(int)
+    numbers = range(len(net.labels)) if len(net.labels) > 1 else [1]  # it takes one column for two classes
     rules = dict(labels=numbers, target_names=net.names, digits=4, zero_division=0)
     return classification_report(part.targets.astype(int), predicted, **rules)
 
@@ -161,8 +159,7 @@ def shifted_to_half(probs, thresholds):
     """Probabilities (n, L) mapped by straight lines so that 0.5 means the learned threshold of the label."""
     columns = zip(probs.T, thresholds, strict=True)
     shifted = np.stack([np.interp(column, [0, limit, 1], [0, 0.5, 1]) for column, limit in columns], axis=1)
-    above = np.maximum(shifted, np.nextafter(0.5, 1))
-    return np.where(probs > thresholds, above, np.minimum(shifted, 0.5))
+    return np.where(probs > thresholds, np.maximum(shifted, np.nextafter(0.5, 1)), np.minimum(shifted, 0.5))
 
 
 def write_files(out, part, probs, net, text, learned):
