@@ -11,7 +11,6 @@ import itertools
 import json
 import os
 import platform
-import subprocess
 import zipfile
 from pathlib import Path
 
@@ -91,8 +90,7 @@ def is_own(path, digest):
 
 
 def home_of(path, digest):
-    """Where files about a checkpoint go: into its folder where that is its run's, else into one beside it;
-    never to a path that is stored in it."""
+    """Where files about a checkpoint go: its run's folder, else one beside it; no path stored in it."""
     return path.parent if is_own(path, digest) else path.with_name(f"test-{path.stem}")
 
 
@@ -151,13 +149,6 @@ def describe_machine(device):
         return torch.cuda.get_device_name(device)
     capability = torch.backends.cpu.get_cpu_capability()
     return f"{device.type}, {torch.get_num_threads()} threads, {capability}, {platform.machine()}"
-
-
-def commit():
-    """The commit of the code that runs, with + when files differ from it; "unknown" without git."""
-    command = "git describe --always --abbrev=12 --exclude=* --dirty=+"
-    told = subprocess.run(command, shell=True, cwd=Path(__file__).parent, capture_output=True, text=True)
-    return told.stdout.strip() or "unknown"
 
 
 def write_sheet(path, frame):

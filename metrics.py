@@ -16,7 +16,6 @@ import numpy as np
 from errors import InputError
 
 FAMILIES = ("per label", "challenge", "classes", "auc", "each label")  # never under one name
-LEVEL = 0.95  # of the intervals
 CHUNK = 4_000_000  # cells of one block of resamples: 32 MB, whatever the number of rows
 
 
@@ -197,7 +196,7 @@ def _intervals(blocks):
     for key in blocks[0]:
         values = np.concatenate([block[key] for block in blocks])
         nowhere = np.isnan(values).all(axis=0)  # numpy warns of quantiles of nothing
-        ends = np.nanquantile(np.where(nowhere, 0, values), [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0)
+        ends = np.nanquantile(np.where(nowhere, 0, values), [(1 - 0.95) / 2, (1 + 0.95) / 2], axis=0)
         intervals[key] = np.where(nowhere, np.nan, ends).T.tolist()
     return intervals
 

@@ -1,10 +1,9 @@
 """What a run leaves in its folder: checkpoints, results, TensorBoard, run.json; and what it prints."""
 
-import datetime
-import functools
 import platform
 import shlex
 import shutil
+import subprocess
 import sys
 import time
 from importlib import metadata
@@ -79,21 +78,25 @@ class RunRecords:
         remove_leftovers(folder)
         rows = [(name, part) for part, names in data.rows.items() for name in names]
         table = pd.DataFrame(rows, columns=["ID", "part"])
-        replace_file(folder / "split.csv", functools.partial(table.to_csv, index=False), "w")
+        replace_file(folder / "split.csv", lambda stream: table.to_csv(stream, index=False), "w")
         if data.facts["repaired"]:
             (folder / "repaired.txt").write_text("\n".join(data.facts["repaired"]) + "\n")
         before = checkpoint.run_facts(folder) if args.resume else {}
         commands = [before.get("command"), shlex.join(["python", *sys.argv])]
+        # The commit of the code that runs, with + when files differ from it.
+        git = "git describe --always --abbrev=12 --exclude=* --dirty=+"
+        told = subprocess.run(git, shell=True, cwd=Path(__file__).parent, capture_output=True, text=True)
+        commit = told.stdout.strip() or "unknown"
         versions = {name: metadata.version(name) for name in ("numpy", "torchvision")}
         versions |= {"torch": torch.__version__, "python": platform.python_version()}
         self.about = {"args": vars(args), "command": " ; ".join(filter(None, commands)), **self.task}
-        self.about |= {"commit": checkpoint.commit(), "versions": versions, "precision": learner.precision}
+        self.about |= {"commit": commit, "versions": versions, "precision": learner.precision}
         self.about |= {"device": checkpoint.describe_machine(learner.device), "processes": engine.world()}
         # What it started from: a fine-tuned run that goes on has other weights by now.
         started_from = before.get("trunk_digest", learner.trunk if args.resume else learner.features.digest)
         self.about |= {"trunk_name": learner.model.trunk_name, "trunk_digest": started_from}
         self.about["data"] = {**data.facts, "repaired": len(data.facts["repaired"])}
-        self.about["started"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        self.about["started"] = time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime())
         self.save_facts(status="running")
         self.save_last()
         from torch.utils.tensorboard import SummaryWriter  # late: rank 0 alone needs it

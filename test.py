@@ -11,6 +11,7 @@ gets a folder of its own there. Several checkpoints: their mean.
 import sys
 
 import numpy as np
+from sklearn.metrics import classification_report
 
 import checkpoint
 import dataset
@@ -125,8 +126,6 @@ def print_scores(result):
 
 def classification_text(part, chosen, net):
     """scikit-learn's report of what is predicted, `chosen` (n, K)."""
-    from sklearn.metrics import classification_report
-
     predicted = chosen.argmax(1) if net.task == "multiclass" else chosen.astype(int)
     numbers = range(len(net.labels)) if len(net.labels) > 1 else [1]  # it takes one column for two classes
     rules = dict(labels=numbers, target_names=net.names, digits=4, zero_division=0)
