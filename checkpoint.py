@@ -55,9 +55,7 @@ def load_last(folder):
     try:
         return {**load_checkpoint(Path(folder, "last.pt"), "last"), "lock": lock}
     except InputError as error:
-        left = (
-            f"{Path(folder, 'best.pt')}, where that is whole, still serves test.py or a new run's --weights"
-        )
+        left = f"{Path(folder, 'best.pt')}, where that is whole, serves test.py or a new run's --weights"
         raise InputError(f"{error}. {left}") from error
 
 
