@@ -32,14 +32,13 @@ def read_labels(path, binary):
 
     from tables import as_integers, check_rows, read_sheet
 
-    columns = ["ID", *LABELS]
-    sheet = read_sheet(path, columns, dtype=object)[columns].dropna(how="all")  # blank rows are nothing
+    sheet = read_sheet(path, ["ID", *LABELS], dtype=object)[["ID", *LABELS]].dropna(how="all")
     ids = as_integers(path, sheet["ID"], "ID")
     check_rows(path, ids.duplicated(keep=False), "repeated ID", ids)
     numbers = sheet[LABELS].apply(pd.to_numeric, errors="coerce").astype(np.float64)
+    expected = "0 or 1" if binary else "a number from 0 to 1"
     for label in LABELS:
         good = numbers[label].isin([0, 1]) if binary else numbers[label].between(0, 1)
-        expected = "0 or 1" if binary else "a number from 0 to 1"
         check_rows(path, ~good, f"column {label} that is not {expected}", sheet[label])
     return numbers.set_index(ids)
 
@@ -48,8 +47,7 @@ def read_pair(ground_truth, predictions):
     """(y_true, y_prob), float64 (patients, 8), of two files in the order of the first, joined by ID."""
     truth, answer = read_labels(ground_truth, binary=True), read_labels(predictions, binary=False)
     for here, there, path in ((truth, answer, predictions), (answer, truth, ground_truth)):
-        absent = here.index.difference(there.index).tolist()
-        if absent:
+        if absent := here.index.difference(there.index).tolist():
             count = f"{len(absent)} of the {len(here)} IDs of the other file"
             raise InputError(f"{path} lacks {count}, first {absent[:5]}. Add these patients")
     return truth.to_numpy(), answer.loc[truth.index].to_numpy()

@@ -6,17 +6,16 @@ run.json  how the run was made and what came out of it
 """
 
 import contextlib
-import functools
 import io
 import itertools
 import json
 import os
 import platform
-import subprocess
 import zipfile
 from pathlib import Path
 
 import filelock
+import pandas as pd
 import torch
 
 from cache import digest, replace_file
@@ -31,11 +30,10 @@ REQUIRED["last"] += "changes duplicates seen notes"
 def load_file(path):
     """A file of torch.save, checksums compared, nothing unpickled but tensors and plain containers."""
     with reading(path, "a checkpoint"):
-        if zipfile.is_zipfile(path):  # torch does not compare the checksums that it writes
-            with zipfile.ZipFile(path) as archive:
-                damaged = archive.testzip()
-            if damaged:
-                raise InputError(f"{path} is damaged: the checksum of {damaged} differs")
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:  # torch does not compare the checksums that it writes
+                if damaged := archive.testzip():
+                    raise InputError(f"{path} is damaged: the checksum of {damaged} differs")
         return torch.load(path, map_location="cpu", weights_only=True)
 
 
@@ -44,32 +42,27 @@ def load_checkpoint(path, kind="best"):
     state = load_file(path)
     if not isinstance(state, dict) or (state.get("kind"), state.get("format")) != (kind, FORMAT):
         raise InputError(f"{path} is not a {kind}.pt of this repository, in format {FORMAT}")
-    missing = [name for name in REQUIRED[kind].split() if name not in state]
-    if missing:
+    if missing := [name for name in REQUIRED[kind].split() if name not in state]:
         raise InputError(f"{path} is incomplete: {', '.join(missing)}")
     return state
 
 
 def load_last(folder):
     """last.pt of a run, and under "lock" the run's lock, taken before it is read (by rank 0)."""
-    folder = Path(folder)
-    if not (folder / "run.json").exists() and not (folder / "last.pt").exists():
+    if not any(Path(folder, name).exists() for name in ("run.json", "last.pt")):
         raise InputError(f"--resume {folder}: there is no such run folder")
     lock = lock_run(folder) if os.environ.get("RANK", "0") == "0" else None
     try:
-        return {**load_checkpoint(folder / "last.pt", "last"), "lock": lock}
+        return {**load_checkpoint(Path(folder, "last.pt"), "last"), "lock": lock}
     except InputError as error:
-        left = f"{folder / 'best.pt'}, where that is whole, still serves test.py or a new run's --weights"
+        left = f"{Path(folder, 'best.pt')}, where that is whole, serves test.py or a new run's --weights"
         raise InputError(f"{error}. {left}") from error
 
 
 def save_checkpoint(path, kind, **state):
-    try:
-        replace_file(path, functools.partial(torch.save, {"kind": kind, "format": FORMAT, **state}))
-    except RuntimeError as error:  # of torch.save, which hides the OSError of a full disk
-        if isinstance(error.__context__, OSError):
-            raise error.__context__ from None
-        raise
+    buffer = io.BytesIO()  # torch.save hides the OSError of a full disk
+    torch.save({"kind": kind, "format": FORMAT, **state}, buffer)
+    replace_file(path, lambda stream: stream.write(buffer.getbuffer()))
 
 
 def state_digest(*modules):
@@ -88,12 +81,6 @@ def cpu_state(module, copy=False):
     return {key: value.detach().to("cpu", copy=copy) for key, value in module.state_dict().items()}
 
 
-def find_checkpoint(path):
-    """A checkpoint, or the best.pt of a run's folder."""
-    path = Path(path)
-    return path / "best.pt" if (path / "best.pt").exists() else path
-
-
 def is_own(path, digest):
     """Whether the checkpoint `path`, of a network with this digest, is the best one of the run it lies in."""
     best = run_facts(path.parent).get("best_digest")  # none yet while the run is training
@@ -101,8 +88,7 @@ def is_own(path, digest):
 
 
 def home_of(path, digest):
-    """Where files about a checkpoint go: into its folder where that is its run's, else into one beside it;
-    never to a path that is stored in it."""
+    """Where files about a checkpoint go: its run's folder, else one beside it; no path stored in it."""
     return path.parent if is_own(path, digest) else path.with_name(f"test-{path.stem}")
 
 
@@ -136,10 +122,8 @@ def new_run_folder(args):
 
 def lock_run(folder):
     """Hold a run's folder until this process ends -> its lock. InputError: another one trains there."""
-    lock = filelock.FileLock(Path(folder) / ".lock", blocking=False)
     try:
-        lock.acquire()
-        return lock
+        return filelock.FileLock(Path(folder, ".lock"), blocking=False).acquire().lock
     except filelock.Timeout:
         raise InputError(f"{folder} is being trained by another process: wait for it, or stop it") from None
 
@@ -153,10 +137,8 @@ def save_json(path, value):
 
 def run_facts(folder):
     """run.json as a dict; an empty one where it is missing or damaged: what it says can be written again."""
-    with contextlib.suppress(OSError, ValueError):
-        facts = json.loads((Path(folder) / "run.json").read_text())
-        if isinstance(facts, dict):
-            return facts
+    with contextlib.suppress(OSError, ValueError, TypeError):  # TypeError: it is JSON, but no dict
+        return {**json.loads(Path(folder, "run.json").read_text())}
     return {}
 
 
@@ -167,26 +149,15 @@ def describe_machine(device):
     return f"{device.type}, {torch.get_num_threads()} threads, {capability}, {platform.machine()}"
 
 
-def commit():
-    """The commit of the code that runs, with + when files differ from it; "unknown" without git."""
-    command = ["git", "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty=+"]
-    with contextlib.suppress(OSError, subprocess.CalledProcessError):
-        asked = {"cwd": Path(__file__).parent, "stderr": subprocess.DEVNULL, "text": True}
-        return subprocess.check_output(command, **asked).strip()
-    return "unknown"
-
-
 def write_sheet(path, frame):
     """A DataFrame as .xlsx: first row frozen, numbers with four digits, text never taken for a formula."""
-    import pandas as pd
-
     buffer = io.BytesIO()  # a zip archive on a full disk complains twice
     with pd.ExcelWriter(buffer, engine="openpyxl") as writer:
         frame.to_excel(writer, index=False, freeze_panes=(1, 0))
         sheet = writer.book.active
         for column in sheet.columns:
-            name, letter = str(column[0].value), column[0].column_letter
-            sheet.column_dimensions[letter].width = max(9, len(name) + 3)
+            width = max(9, len(str(column[0].value)) + 3)
+            sheet.column_dimensions[column[0].column_letter].width = width
             for cell in column:
                 if cell.data_type == "f":
                     cell.data_type = "s"

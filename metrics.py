@@ -16,7 +16,6 @@ import numpy as np
 from errors import InputError
 
 FAMILIES = ("per label", "challenge", "classes", "auc", "each label")  # never under one name
-LEVEL = 0.95  # of the intervals
 CHUNK = 4_000_000  # cells of one block of resamples: 32 MB, whatever the number of rows
 
 
@@ -42,8 +41,7 @@ def scores(family, y_true, y_prob, labels=None, threshold=0.5, ordered=True):
 
 def undefined_scores(y_true, y_prob, labels, family="per label", threshold=0.5):
     """What is NaN in `scores` and why, in words: ["auc of glaucoma: only one class among 12 rows"]."""
-    y_true, y_prob = _checked(family, y_true, y_prob)
-    predicted = np.argmax(y_prob, axis=1) if family == "classes" else _above(y_prob, threshold)
+    y_true, y_prob, predicted = _checked(family, y_true, y_prob, threshold)
     if family in ("challenge", "classes"):  # one score over everything
         y_true, predicted = y_true.reshape(-1, 1), predicted.reshape(-1, 1)
         labels = ["all classes"] if family == "classes" else ["all labels"]
@@ -58,15 +56,14 @@ def undefined_scores(y_true, y_prob, labels, family="per label", threshold=0.5):
     return found
 
 
-def trivial_scores(y_true, prior, family, labels=None, threshold=0.5, ordered=True):
+def trivial_scores(y_true, prior, family, labels=None, **rules):
     """Scores of what needs no picture: {"all zeros": {...} (eye pairs), "class priors": {...}}.
     The latter answers `prior` (L,), the labels' shares of the training part; classes: "largest class"."""
-    y_true, prior = np.asarray(y_true), np.asarray(prior, dtype=np.float64)
+    prior, shape = np.asarray(prior, dtype=np.float64), (len(y_true), len(prior))
     answers = {"all zeros": np.zeros(len(prior))} if family in ("per label", "challenge") else {}
     answers["largest class" if family == "classes" else "class priors"] = prior
     for name, answer in answers.items():
-        y_prob = np.broadcast_to(answer, (len(y_true), len(prior)))
-        answers[name] = scores(family, y_true, y_prob, labels, threshold, ordered)
+        answers[name] = scores(family, y_true, np.broadcast_to(answer, shape), labels, **rules)
     return answers
 
 
@@ -81,22 +78,19 @@ def bootstrap_intervals(family, y_true, y_prob, n_resamples=1000, seed=0, patien
 def paired_bootstrap(family, y_true, prob_a, prob_b, n_resamples=1000, seed=0, patients=None, **rules):
     """{score: {"difference": b - a, "low", "high": 95 %}}, with the same draws for both."""
     pair = [_tables(family, y_true, prob, **rules) for prob in (prob_a, prob_b)]
-    blocks = []  # the first of all rows once
-    resamples = _resamples(pair[0]["shape"], n_resamples, seed, patients)
+    blocks, resamples = [], _resamples(pair[0]["shape"], n_resamples, seed, patients)
     for weights in itertools.chain([np.ones((1, len(y_true)))], resamples):
         a, b = (_weigh(tables, weights) for tables in pair)
         blocks.append({key: b[key] - a[key] for key in a})
-    found = {}
-    for key, (low, high) in _intervals(blocks[1:]).items():
-        found[key] = {"difference": float(blocks[0][key][0]), "low": low, "high": high}
-    return found
+    whole, ends = blocks[0], _intervals(blocks[1:])  # the first block is of all rows once
+    return {key: dict(difference=float(whole[key][0]), low=ends[key][0], high=ends[key][1]) for key in ends}
 
 
 def learned_thresholds(y_true, y_prob):
     """Thresholds (L,) float64 with the highest "per label" final score; to be learned on training rows.
     A label adds kappa / L + f1 * support / all supports, so each is maximised alone, over all midpoints of
     neighbouring distinct probabilities; ties: closest to 0.5. One class: 0.5."""
-    y_true, y_prob = _checked("per label", y_true, y_prob)
+    y_true, y_prob, _ = _checked("per label", y_true, y_prob)
     n, support, thresholds = len(y_true), y_true.sum(axis=0), np.full(y_true.shape[1], 0.5)
     predicted = np.arange(n + 1)  # how many every cut predicts: the k highest
     for label in np.flatnonzero((support > 0) & (support < n)):
@@ -117,9 +111,9 @@ def learned_thresholds(y_true, y_prob):
 def reliability(y_true, y_prob, bins=15):
     """(confidence, accuracy, count), (bins,) each, of equal bins (low, high]; NaN where empty. y_true (n, L):
     every cell; (n,): the top class (Guo et al. 2017, "On Calibration of Modern Neural Networks")."""
-    y_true, y_prob = _checked("classes" if np.ndim(y_true) == 1 else "challenge", y_true, y_prob)
+    y_true, y_prob, top = _checked("classes" if np.ndim(y_true) == 1 else "challenge", y_true, y_prob)
     if y_true.ndim == 1:
-        y_true, y_prob = np.argmax(y_prob, axis=1) == y_true, y_prob.max(axis=1)
+        y_true, y_prob = top == y_true, y_prob.max(axis=1)
     place = np.searchsorted(np.linspace(0, 1, bins + 1)[1:-1], y_prob.ravel())
     count = np.bincount(place, minlength=bins)
     sums = (np.bincount(place, values.ravel(), minlength=bins) for values in (y_prob, y_true))
@@ -138,8 +132,9 @@ def confusion_matrix(y_true, y_pred, num_classes):
     return np.bincount(cells, minlength=num_classes**2).reshape(num_classes, num_classes)
 
 
-def _checked(family, y_true, y_prob):
-    """y_true (n, L) bool, or (n,) int64 for "classes"; y_prob as given: float32 is compared as float32."""
+def _checked(family, y_true, y_prob, threshold=0.5):
+    """y_true (n, L) bool, or (n,) int64 for "classes"; y_prob as given; what is predicted, shaped as y_true.
+    A number as the threshold is compared in y_prob's precision, an array in float64."""
     y_true, y_prob, classes = np.asarray(y_true), np.asarray(y_prob), family == "classes"
     if family not in FAMILIES:
         raise InputError(f"score family {family!r} must be one of {FAMILIES}")
@@ -155,26 +150,20 @@ def _checked(family, y_true, y_prob):
         if not right.all():
             at = tuple(np.argwhere(~right)[0].tolist())
             raise InputError(f"{rule}: {(~right).sum()} values are not, as {values[at]} in row {at[0]}")
-    return y_true.astype(np.int64 if classes else bool), y_prob
-
-
-def _above(y_prob, threshold):
-    """What is predicted, (n, L) bool. A number is compared in y_prob's precision, an array in float64."""
-    if np.ndim(threshold) == 0:
-        return y_prob > float(threshold)
-    threshold = np.asarray(threshold, dtype=np.float64)
-    if threshold.shape != y_prob.shape[1:] or np.isnan(threshold).any():
+    if classes:
+        return y_true.astype(np.int64), y_prob, np.argmax(y_prob, axis=1)
+    threshold = np.asarray(threshold, dtype=np.float64) if np.ndim(threshold) else float(threshold)
+    if np.ndim(threshold) and (threshold.shape != y_prob.shape[1:] or np.isnan(threshold).any()):
         raise InputError(f"threshold {threshold} must be a number, or {y_prob.shape[1]}: one a label")
-    return y_prob > threshold
+    return y_true.astype(bool), y_prob, y_prob > threshold
 
 
 def _tables(family, y_true, y_prob, labels=None, threshold=0.5, ordered=True):
     """What the weights do not change, done once for any number of resamples."""
-    y_true, y_prob = _checked(family, y_true, y_prob)
+    y_true, y_prob, predicted = _checked(family, y_true, y_prob, threshold)
     tables = {"family": family, "shape": y_prob.shape, "labels": labels, "ordered": ordered, "size": 1}
     if family == "classes":
-        return {**tables, "cells": y_true * y_prob.shape[1] + np.argmax(y_prob, axis=1)}
-    predicted = _above(y_prob, threshold)
+        return {**tables, "cells": y_true * y_prob.shape[1] + predicted}
     counts = {"positive": y_true, "predicted": predicted, "both": y_true & predicted}
     if family == "challenge":  # flattened: a row is `size` cells of one column
         counts = {name: cells.sum(axis=1, keepdims=True) for name, cells in counts.items()}
@@ -207,7 +196,7 @@ def _intervals(blocks):
     for key in blocks[0]:
         values = np.concatenate([block[key] for block in blocks])
         nowhere = np.isnan(values).all(axis=0)  # numpy warns of quantiles of nothing
-        ends = np.nanquantile(np.where(nowhere, 0, values), [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0)
+        ends = np.nanquantile(np.where(nowhere, 0, values), [(1 - 0.95) / 2, (1 + 0.95) / 2], axis=0)
         intervals[key] = np.where(nowhere, np.nan, ends).T.tolist()
     return intervals
 
@@ -216,8 +205,8 @@ def _weigh(tables, weights):
     """Scores {key: (B,)} of a family's tables under weights (B, n); of "each label" (B, L)."""
     if tables["family"] == "classes":
         size = tables["shape"][1]
-        matrix = np.stack([np.bincount(tables["cells"], one, minlength=size**2) for one in weights])
-        matrix = matrix.reshape(-1, size, size)
+        counts = [np.bincount(tables["cells"], one, minlength=size**2) for one in weights]
+        matrix = np.reshape(counts, (-1, size, size))
         right = np.diagonal(matrix, axis1=1, axis2=2)  # (B, K)
         f1 = _ratio(2 * right, matrix.sum(axis=1) + matrix.sum(axis=2), undefined=0.0).mean(axis=1)
         found = {"accuracy": right.sum(axis=1) / matrix.sum(axis=(1, 2)), "kappa": _kappa(matrix)}

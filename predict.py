@@ -41,18 +41,6 @@ def get_args_parser():
     return parser
 
 
-def get_args(argv):
-    """Parsed flags. What follows --ckpt and is no checkpoint is a picture."""
-    parser = get_args_parser()
-    args = parser.parse_args(argv)
-    first, *others = args.ckpt
-    nets = [one for one in others if one.endswith(".pt") or Path(one, "best.pt").exists()]
-    args.ckpt, args.given = [first, *nets], [*(one for one in others if one not in nets), *args.given]
-    if not args.given:
-        parser.error("expected pictures, a folder or a CSV")
-    return args
-
-
 def print_table(names, probs, chosen, thresholds):
     """A line per label: probability, a bar of 40 characters with the threshold, a mark if predicted."""
     width = max(map(len, names))
@@ -85,16 +73,21 @@ def draw(net, row, probs, thresholds, name, path):
 
 
 def main(argv=None):
-    # The networks, and what they are asked about
-    args = get_args(argv)
-    net = predictor.load(args.ckpt, args.device, args.precision, args.workers)
-    places = {folder for one in args.given for folder in (Path(one), *Path(one).resolve().parents[:2])}
+    # The networks, and what they are asked about: what follows --ckpt and is no checkpoint is a picture
+    parser = get_args_parser()
+    args = parser.parse_args(argv)
+    nets = [one for one in args.ckpt[1:] if one.endswith(".pt") or Path(one, "best.pt").exists()]
+    given = [*(one for one in args.ckpt[1:] if one not in nets), *args.given]
+    if not given:
+        parser.error("expected pictures, a folder or a CSV")
+    net = predictor.load([args.ckpt[0], *nets], args.device, args.precision, args.workers)
+    places = [folder for one in given for folder in (Path(one), *Path(one).resolve().parents[:2])]
     if any((folder / "rendered.json").exists() for folder in places):
         print("note: these are RENDERED pictures")
     if net.rendered:
         print(f"{'!' * 84}\n!! {RENDERED}\n{'!' * 84}", flush=True)
     thresholds = net.limits(args.threshold, args.learned)
-    frame, many = tables.given_rows(net.args.dataset, args.given)
+    frame, many = tables.given_rows(net.args.dataset, given)
 
     # Probabilities, of what can be read
     probs, faults = net.answer(list(frame["files"]), args.tta)

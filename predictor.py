@@ -34,8 +34,9 @@ PER_ROW = {"odir": 2, "mrnet": 3}  # files of a row; of the other data sets one
 def load(path, device="auto", precision=None, workers=None):
     """The network of a best.pt or of a run's folder; of a list of them, one that answers with their mean.
     precision: auto, fp32, bf16 or fp16; by default what the run was asked to use. Raises InputError."""
-    paths = path if isinstance(path, list | tuple) else [path]
-    net, *others = [Predictor(checkpoint.find_checkpoint(one), device, precision, workers) for one in paths]
+    paths = [Path(one) for one in (path if isinstance(path, list | tuple) else [path])]
+    files = [one / "best.pt" if (one / "best.pt").exists() else one for one in paths]
+    net, *others = [Predictor(file, device, precision, workers) for file in files]
     for other in others:
         if (other.labels, other.args.dataset) != (net.labels, net.args.dataset):
             raise InputError(f"{other.path} has other labels or another data set than {net.path}")

@@ -1,10 +1,9 @@
 """What a run leaves in its folder: checkpoints, results, TensorBoard, run.json; and what it prints."""
 
-import datetime
-import functools
 import platform
 import shlex
 import shutil
+import subprocess
 import sys
 import time
 from importlib import metadata
@@ -68,14 +67,6 @@ def is_finished(args, stored, folder):
     return whole and is_over(args, stored) and args.folds == stored["args"]["folds"]
 
 
-def history_row(epoch, lr, train_loss, val_loss, train_scores, val_scores):
-    """A row of train_results.xlsx."""
-    row = {"epoch": epoch, "lr": lr, "train_loss": train_loss, "val_loss": val_loss}
-    for part, scores in (("train", train_scores), ("val", val_scores)):
-        row |= {f"{part}_{'final_score' if name == 'final' else name}": scores[name] for name in scores}
-    return row
-
-
 class RunRecords:
     """The files of one run, written by rank 0; `state` and `learner` are the training loop's own."""
 
@@ -87,22 +78,25 @@ class RunRecords:
         remove_leftovers(folder)
         rows = [(name, part) for part, names in data.rows.items() for name in names]
         table = pd.DataFrame(rows, columns=["ID", "part"])
-        replace_file(folder / "split.csv", functools.partial(table.to_csv, index=False), "w")
+        replace_file(folder / "split.csv", lambda stream: table.to_csv(stream, index=False), "w")
         if data.facts["repaired"]:
             (folder / "repaired.txt").write_text("\n".join(data.facts["repaired"]) + "\n")
         before = checkpoint.run_facts(folder) if args.resume else {}
         commands = [before.get("command"), shlex.join(["python", *sys.argv])]
+        # The commit of the code that runs, with + when files differ from it.
+        git = "git describe --always --abbrev=12 --exclude=* --dirty=+"
+        told = subprocess.run(git, shell=True, cwd=Path(__file__).parent, capture_output=True, text=True)
+        commit = told.stdout.strip() or "unknown"
         versions = {name: metadata.version(name) for name in ("numpy", "torchvision")}
         versions |= {"torch": torch.__version__, "python": platform.python_version()}
-        # What run.json says of how the run was made.
         self.about = {"args": vars(args), "command": " ; ".join(filter(None, commands)), **self.task}
-        self.about |= {"commit": checkpoint.commit(), "versions": versions, "precision": learner.precision}
+        self.about |= {"commit": commit, "versions": versions, "precision": learner.precision}
         self.about |= {"device": checkpoint.describe_machine(learner.device), "processes": engine.world()}
         # What it started from: a fine-tuned run that goes on has other weights by now.
         started_from = before.get("trunk_digest", learner.trunk if args.resume else learner.features.digest)
         self.about |= {"trunk_name": learner.model.trunk_name, "trunk_digest": started_from}
         self.about["data"] = {**data.facts, "repaired": len(data.facts["repaired"])}
-        self.about["started"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        self.about["started"] = time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime())
         self.save_facts(status="running")
         self.save_last()
         from torch.utils.tensorboard import SummaryWriter  # late: rank 0 alone needs it
@@ -168,12 +162,12 @@ class RunRecords:
         print(f"\n{whole}; a resume goes on after {self.saved_epoch} of them, which last.pt holds")
 
     def save_facts(self, **more):
-        """run.json"""
+        """run.json: how the run was made and what came of it so far."""
         state, best = self.state, self.state["best"] or {}
         told = {"seconds": round(state["seconds"], 1), "epochs_run": state["epoch"]}
-        told |= {"best_epoch": best.get("epoch"), "best_loss": best.get("loss")}
+        told |= {"best_epoch": best.get("epoch"), "best_loss": best.get("loss"), "changes": state["changes"]}
         told |= {"scores": best.get("scores"), "thresholds": best.get("thresholds")}
-        told |= {"best_digest": self.best_digest, "changes": state["changes"]}
+        told["best_digest"] = self.best_digest
         checkpoint.save_json(self.folder / "run.json", {**self.about, **told, **more})
 
     def end(self, seconds):

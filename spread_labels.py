@@ -94,31 +94,26 @@ def main(argv=None):
     part = dataset.open_part(frame, targets, net.args, dataset.eval_size(net.args), missing)
     targets, files = part.table["target"].to_numpy(np.int64), part.table["ID"].to_numpy()
     unlabelled, known, rows = targets == UNKNOWN, net.saved["rows"]["train"], part.rows()
-    changed = sum(known[name] != rows[name] for name in files[~unlabelled])
-    if changed:
+    if changed := sum(known[name] != rows[name] for name in files[~unlabelled]):
         raise InputError(f"{changed} picture(s) have other labels or contents than in training: restore them")
+    count = f"{(~unlabelled).sum()} labelled training pictures, {unlabelled.sum()} unlabelled"
     if unlabelled.all() or not unlabelled.any() or args.neighbors > len(part):
-        count = f"there are {(~unlabelled).sum()} labelled and {unlabelled.sum()} unlabelled pictures"
         raise InputError(f"{count}: expected some of both, and --neighbors {args.neighbors} in all")
     criterion = engine.Criterion("multiclass")
     criterion.probs = torch.nn.Identity()  # the outputs of the last dense layer themselves
     outputs = net.evaluate(part, criterion)[1]
 
-    # Spread
+    # Spread, and say what came of it
     found, confidence = spread(outputs, targets, args.neighbors, args.alpha)
     reached = unlabelled & (found != UNKNOWN)
     if not reached.any():
         raise InputError("no label reached any picture: raise --neighbors")
     sheet = pd.DataFrame({"filename": files[reached], "label": np.array(net.labels)[found[reached]]})
-    sheet["confidence"] = confidence[reached]
     trained = pd.DataFrame({"filename": list(net.saved["rows"]["train"]), "source": tables.SPREAD_FROM})
-    sheet = pd.concat([sheet.assign(source="spread"), trained])
+    sheet = pd.concat([sheet.assign(confidence=confidence[reached], source="spread"), trained])
     out = (args.out or checkpoint.home_of(net.path, net.digest)) / "pseudo_labels.csv"
     replace_file(out, lambda stream: sheet.to_csv(stream, index=False, float_format="%.6f"), "w")
-
-    # What came of it
-    missed = f"{unlabelled.sum() - reached.sum()} of them reached by no label"
-    print(f"{(~unlabelled).sum()} labelled training pictures, {unlabelled.sum()} unlabelled, {missed}")
+    print(f"{count}, {unlabelled.sum() - reached.sum()} of them reached by no label")
     for label, count in sheet["label"].value_counts().reindex(net.labels, fill_value=0).items():
         print(f"  {label}: {count}")
     print(f"{out} written, for train.py --pseudo-labels {out}")

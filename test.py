@@ -11,6 +11,7 @@ gets a folder of its own there. Several checkpoints: their mean.
 import sys
 
 import numpy as np
+from sklearn.metrics import classification_report
 
 import checkpoint
 import dataset
@@ -53,6 +54,7 @@ def evaluate(args, net):
     part, facts, loss, _ = found[0]
     every = [one for _, one, *_ in found]  # what is known of a mean is what is known of any of its networks
     facts["own"] = all(one["own"] for one in every)
+    facts["rendered"] |= net.rendered
     facts["duplicates"] = len(set().union(*(one["trained_on"] for one in every)))
     notes = [note for one in every for note in one["notes"]]
     # Also what was known when it was trained: that it had seen validation patients, for example.
@@ -124,13 +126,8 @@ def print_scores(result):
 
 def classification_text(part, chosen, net):
     """scikit-learn's report of what is predicted, `chosen` (n, K)."""
-    from sklearn.metrics import classification_report
-
-    predicted, numbers = chosen.astype(int), range(len(net.labels))
-    if net.task == "multiclass":
-        predicted = chosen.argmax(1)
-    elif len(net.labels) == 1:  # scikit-learn takes one column for two classes
-        numbers = [1]
+    predicted = chosen.argmax(1) if net.task == "multiclass" else chosen.astype(int)
+    numbers = range(len(net.labels)) if len(net.labels) > 1 else [1]  # it takes one column for two classes
     rules = dict(labels=numbers, target_names=net.names, digits=4, zero_division=0)
     return classification_report(part.targets.astype(int), predicted, **rules)
 
@@ -144,12 +141,10 @@ def draw_all(part, probs, chosen, net, threshold):
         sample = {"title": part.ids()[row], "pictures": part.shown(row), "aspect": part.aspect(row)}
         sample |= {"truth": names[truth[row]].tolist(), "prediction": names[chosen[row]].tolist()}
         samples.append({**sample, "probs": dict(zip(net.names, probs[row].tolist(), strict=True))})
-    drawn = {
-        "confusion.png": figures.confusion(part.targets, probs, net.names, net.task, threshold),
-        "roc.png": figures.roc(part.targets, probs, net.names, net.task),
-        "reliability.png": figures.reliability(part.targets, probs),
-        "samples.png": figures.samples(samples),
-    }
+    asked = part.targets, probs, net.names, net.task
+    drawn = {"confusion.png": figures.confusion(*asked, threshold), "roc.png": figures.roc(*asked)}
+    drawn["reliability.png"] = figures.reliability(part.targets, probs)
+    drawn["samples.png"] = figures.samples(samples)
     try:
         for row, sample in zip(rows, samples, strict=True):
             lines += net.map_rows(part, row, probs[row], sample["truth"])
@@ -163,8 +158,7 @@ def shifted_to_half(probs, thresholds):
     """Probabilities (n, L) mapped by straight lines so that 0.5 means the learned threshold of the label."""
     columns = zip(probs.T, thresholds, strict=True)
     shifted = np.stack([np.interp(column, [0, limit, 1], [0, 0.5, 1]) for column, limit in columns], axis=1)
-    above = np.maximum(shifted, np.nextafter(0.5, 1))
-    return np.where(probs > thresholds, above, np.minimum(shifted, 0.5))
+    return np.where(probs > thresholds, np.maximum(shifted, np.nextafter(0.5, 1)), np.minimum(shifted, 0.5))
 
 
 def write_files(out, part, probs, net, text, learned):
@@ -190,8 +184,7 @@ def main(argv=None):
         raise InputError(f"--resamples {args.resamples}: expected 1 or more")
     part, facts, loss, probs = evaluate(args, net)
     patients, duplicates = len(set(part.patients())), facts["duplicates"]
-    rendered = facts["rendered"] or net.rendered
-    mark = " (RENDERED)" if rendered else ""
+    mark = " (RENDERED)" if facts["rendered"] else ""
     about = f"{net.title()}, {facts['where']}{mark}: {len(part)} rows, {patients} patients"
     if facts["left_out"]:
         about += f", {facts['left_out']} of {part.expected} left out"
@@ -207,9 +200,7 @@ def main(argv=None):
     # Scores
     result = {"checkpoint": {"digest": net.digest, "epoch": net.saved["epoch"], "loss": net.saved["loss"]}}
     result["networks"] = [{"path": str(one.path), "digest": one.digest} for one in net.members]
-    result["data"] = {name: facts[name] for name in ("root", "own", "digest", "contents")} | {
-        "rendered": rendered
-    }
+    result["data"] = {name: facts[name] for name in ("root", "own", "digest", "contents", "rendered")}
     result |= {name: getattr(args, name) for name in ("split", "threshold", "tta", "resamples")}
     result |= {"rows": len(part), "expected_rows": part.expected, "patients": patients}
     result |= {"duplicates": duplicates, "precision": net.precision, "weights": net.args.weights}
@@ -228,7 +219,7 @@ def main(argv=None):
     decided = about if limits is None else f"{about}, threshold {args.threshold:g}"
     write_files(out, part, probs, net, f"{decided}\n\n{text}", LEARNED in result["scores"])
     for name, figure in draw_all(part, probs, chosen, net, args.threshold).items():
-        if rendered:
+        if facts["rendered"]:
             figures.mark_rendered(figure)
         words = decided if name in ("confusion.png", "samples.png") else about
         if name == "heatmaps.png" and len(net.members) > 1:

@@ -65,7 +65,10 @@ def main(argv=None):
             engine.check_finite(val_loss, epoch)
             scores = metrics.scores(data.family, data.val.targets, probs, data.labels, ordered=data.ordered)
             own = metrics.scores(data.family, *train_outputs, data.labels, ordered=data.ordered)
-            state["history"].append(records.history_row(epoch, lr, train_loss, val_loss, own, scores))
+            row = {"epoch": epoch, "lr": lr, "train_loss": train_loss, "val_loss": val_loss}
+            for part, found in (("train", own), ("val", scores)):
+                row |= {f"{part}_{'final_score' if key == 'final' else key}": found[key] for key in found}
+            state["history"].append(row)
             learning.step_scheduler(args, learner.scheduler, val_loss)
 
             # Best epoch, files

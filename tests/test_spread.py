@@ -229,7 +229,7 @@ def test_refused(trained, rendered, tmp_path, capsys):
     for arguments, said in (
         (["--ckpt", trained("odir") / "best.pt"], "only the retina"),
         (["--ckpt", ckpt, "--alpha", 1], "expected 0 to 1"),
-        (["--ckpt", ckpt, "--neighbors", 1000], "there are"),
+        (["--ckpt", ckpt, "--neighbors", 1000], "expected some of both"),
         (["--ckpt", ckpt, "--data", bare], "holds no pictures"),
         (["--ckpt", ckpt, "--data", tmp_path / "gone"], "no folder"),
     ):
