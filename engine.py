@@ -202,13 +202,6 @@ class LossWatch:
             check_finite(loss, self.epoch, f", step {step}")
 
 
-def train_mode(model, hold_batchnorm):
-    """Training mode; with `hold_batchnorm` the BatchNorm statistics stay as they are."""
-    model.train()
-    for layer in batchnorms(model) if hold_batchnorm else ():
-        layer.eval()
-
-
 def train_one_epoch(module, loader, prepare, learner, epoch, precision):
     """Train `module` on a `loader` -> (mean loss, targets, probs) of the epoch, over all ranks."""
     steps, watch = [], LossWatch(epoch)
