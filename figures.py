@@ -3,8 +3,7 @@
     figures.save(figures.roc(y_true, y_prob, labels, "multilabel"), "roc.png")
 
 Built without pyplot: no screen is needed. Okabe-Ito and viridis suit the colour-blind.
-A picture is uint8, (H, W, 3) or (H, W); `aspect`: its width / height before it was squashed into a square.
-"""
+A picture is uint8, (H, W, 3) or (H, W); `aspect`: its width / height before it was squashed into a square."""
 
 import math
 import textwrap
@@ -158,11 +157,9 @@ def sample_words(row):
         doubt = " (uncertain)" if probs[label] <= UNCERTAIN[1] else ""
         lines.append(f"{'✓' if label in truth else '✗'} {label}  {probs[label]:.2f}{doubt}")
     lines += [f"– missed: {label}  {probs[label]:.2f}" for label in missed]
-    verdict, colour = "✗ wrong", WRONG
+    verdict, colour = ("◐ partly right", PARTLY) if len(missed) < len(truth) else ("✗ wrong", WRONG)
     if set(truth) == set(predicted):
         verdict, colour = "✓ right", RIGHT
-    elif len(missed) < len(truth):
-        verdict, colour = "◐ partly right", PARTLY
     lowest, highest = min([1, *map(probs.get, predicted)]), max([0, *map(probs.get, missed)])
     if lowest <= UNCERTAIN[1] or highest >= UNCERTAIN[0]:
         verdict, colour = f"? {verdict[2:]}, but uncertain", SOFT
@@ -174,8 +171,7 @@ def samples(rows):
     ...], "probs": {label: prob} of all labels; optional "aspect"}."""
     planes = max(len(row["pictures"]) for row in rows)
     columns = 1 if planes > 2 or len(rows) < 2 else 2
-    lines = math.ceil(len(rows) / columns)
-    widths = ([1.6] * planes + [2.5]) * columns
+    lines, widths = math.ceil(len(rows) / columns), ([1.6] * planes + [2.5]) * columns
     fig = Figure((sum(widths), 1.75 * lines), layout="constrained")
     axes = fig.subplots(lines, columns * (planes + 1), squeeze=False, width_ratios=widths)
     for ax in axes.flat:
@@ -220,8 +216,7 @@ def heatmaps(rows, random_trunk=False):
     fig = Figure(layout=ConstrainedLayoutEngine(w_pad=0, h_pad=0.04))
     width, height = draw_maps(fig.add_subplot(), rows)
     fig.set_size_inches(width, height)
-    words = "Yellow: what speaks for the label; each map is scaled to its own maximum. "
-    words += "No evidence: nothing in the picture speaks for it."
+    words = "Yellow speaks for the label; each map is scaled to its own maximum. No evidence: nothing does."
     if random_trunk:
         words += " The trunk has random weights: these maps show its accidents, not what it learned."
     caption(fig, words)
@@ -256,9 +251,8 @@ def prediction(rows, threshold, note):
     threshold (a number, (L,), or None: exclusive classes), `note` below. rows: as in `heatmaps`."""
     labels, probs, _ = zip(*rows[0]["maps"], strict=True)
     fig = Figure(layout="constrained")
-    left = fig.add_subplot()
+    left, bars = fig.add_subplot(), 0.38 * len(labels) + 1.1  # inches
     width, height = draw_maps(left, rows)
-    bars = 0.38 * len(labels) + 1.1  # inches
     rest = max(height - bars, 0.01)  # three bars beside three planes: the rest stays empty
     fig.set_size_inches(width + 4.2, bars + rest)
     grid = fig.add_gridspec(2, 2, width_ratios=(width, 4.2), height_ratios=(bars, rest))
