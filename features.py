@@ -113,9 +113,7 @@ def fit_batchnorm(model, pictures, args, precision, device):
     fill = functools.partial(run_batchnorm, model, chosen, args.seed, precision, device)
     kept = engine.from_rank0(kept_array, path, (sum(sizes),), np.float32, fill)
     for layer, statistics in zip(layers, torch.from_numpy(np.array(kept)).split(sizes), strict=True):
-        mean, variance = statistics.chunk(2)
-        layer.running_mean.copy_(mean)
-        layer.running_var.copy_(variance)
+        layer.running_mean[:], layer.running_var[:] = statistics.chunk(2)
         layer.num_batches_tracked.zero_()  # the same whether fitted now or kept: it is part of the digest
 
 

@@ -167,8 +167,7 @@ def sample_words(row):
 
 
 def samples(rows):
-    """Sample patients. rows: dicts {"title", "pictures": [...], "truth": [label, ...], "prediction": [label,
-    ...], "probs": {label: prob} of all labels; optional "aspect"}."""
+    """Sample patients: dicts of title, pictures, truth, prediction (labels), probs {label: prob}, aspect."""
     planes = max(len(row["pictures"]) for row in rows)
     columns = 1 if planes > 2 or len(rows) < 2 else 2
     lines, widths = math.ceil(len(rows) / columns), ([1.6] * planes + [2.5]) * columns
@@ -214,8 +213,7 @@ def heatmaps(rows, random_trunk=False):
     rows: dicts {"title", "picture", "maps": [(label, prob, cam (h, w) in 0..1), ...] of all labels, "truth":
     [label, ...], empty where it is not known; optional "aspect"}. random_trunk: the caption says so."""
     fig = Figure(layout=ConstrainedLayoutEngine(w_pad=0, h_pad=0.04))
-    width, height = draw_maps(fig.add_subplot(), rows)
-    fig.set_size_inches(width, height)
+    fig.set_size_inches(draw_maps(fig.add_subplot(), rows))
     words = "Yellow speaks for the label; each map is scaled to its own maximum. No evidence: nothing does."
     if random_trunk:
         words += " The trunk has random weights: these maps show its accidents, not what it learned."

@@ -153,8 +153,7 @@ def build_criterion(args, data, targets, device):
 
 
 def build_learner(args, data, precision, device, stored=None):
-    """The Learner of a run on this dataset.Data, as it starts (`stored`: last.pt). On rendered data weights
-    are random, loudly, where ImageNet's cannot be had."""
+    """The Learner of a run as it starts (`stored`: last.pt). On rendered data its weights may be random."""
     with engine.together():
         # All weights of a fine-tuned run that goes on are in last.pt; the file of --weights may be gone.
         settings = dict(size=eval_size(args), trunk=args.trunk, load=not (stored and args.fine_tune))
@@ -216,8 +215,7 @@ def folds_of(args, patients):
 
 
 def out_of_fold(args, data, learner, epochs):
-    """Probabilities (n, L) of the training rows, each from a head that was trained without its patient for
-    these epochs, as the run's own was; a plateau schedule looks at its training loss."""
+    """Probabilities (n, L) of the training rows by heads that are trained as the run's, on other patients."""
     part, plain = data.train, engine.Criterion(data.task)
     fold, found = folds_of(args, part.patients()), np.zeros(part.targets.shape, np.float32)
     for number in engine.progress(range(args.folds), "folds"):
@@ -233,6 +231,6 @@ def out_of_fold(args, data, learner, epochs):
         own.start(data, targets)
         for epoch in range(epochs):
             loss, *_ = own.train_epoch(part, epoch, rest)
-            step_scheduler(args, own.scheduler, loss)
+            step_scheduler(args, own.scheduler, loss)  # a plateau schedule looks at its training loss
         _, found[left] = evaluate(own.evaluated(), learner.features, part, plain, left)
     return found

@@ -187,8 +187,7 @@ class Predictor:
 
 
 def decode_sources(sources, how, size, workers):
-    """Paths, PIL images and arrays as the network sees them: uint8 (n, size, size, 3), why a file gives none.
-    Raises InputError for what lies in memory and is no picture."""
+    """Paths, PIL images, arrays -> uint8 (n, size, size, 3), why a file gives none; for others InputError."""
     for place, source in enumerate(sources):  # what Pillow opened and has not decoded is read from its file
         if isinstance(source, ImageFile.ImageFile) and source.tile and source.filename and not source.tell():
             sources[place] = source.filename

@@ -78,8 +78,7 @@ class Batches:
 
 
 def epoch_order(kind, targets, seed, epoch):
-    """Row numbers (n,) int64 of an epoch over all ranks, of targets (n, L) 0/1 or class numbers (n,);
-    "weighted", torch's WeightedRandomSampler, needs class numbers."""
+    """Row numbers (n,) int64 of an epoch; targets (n, L) 0/1 or class numbers (n,); weighted needs these."""
     if kind == "shuffle":
         return np.random.default_rng([seed, epoch]).permutation(len(targets))
     if kind == "balanced":
