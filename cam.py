@@ -78,8 +78,7 @@ def grad_cam(model, *inputs):
 
 
 def explain(model, batch, device):
-    """Heat maps of one row's batch -> (names, pictures uint8 (S, S, 3), maps (K, h, w)): one of each for each
-    eye, for the one photograph, or for each plane's slice with the strongest answer."""
+    """Of a row's eyes, photograph or planes: names, pictures uint8 (S, S, 3), maps (K, h, w), a list each."""
     _, maps, picks = grad_cam(model, *prepare_batch(batch, device)[0])
     if picks is None:
         pictures = list(batch["images"][0].cpu().numpy())

@@ -34,8 +34,7 @@ class Tracer(torch.fx.Tracer):
 
 
 def fold_batchnorm(trunk):
-    """A copy in evaluation mode whose BatchNorms are folded into the convolutions that feed them alone.
-    A network that cannot be traced, and a BatchNorm that follows no convolution, stay as they are."""
+    """A copy in evaluation mode, BatchNorms folded into the convolutions that feed them alone, if any do."""
     trunk = copy.deepcopy(trunk).eval()
     if not engine.batchnorms(trunk):
         return trunk

@@ -91,8 +91,7 @@ def confusion(y_true, y_prob, labels, task, threshold=0.5):
 
 
 def roc(y_true, y_prob, labels, task):
-    """A panel with the ROC curve of each label (multiclass: of each class against the rest), its AUC in the
-    title; shapes as in `confusion`. A label with one class only has no curve, and an undefined AUC."""
+    """The ROC curve and AUC of each label, or of each class against the rest; shapes as in `confusion`."""
     from sklearn.metrics import auc, roc_curve  # here: training draws no ROC curve and starts a second sooner
 
     if task == "multiclass":
@@ -134,8 +133,7 @@ def reliability(y_true, y_prob, bins=15):
 
 
 def show(ax, picture, cam=None, aspect=None, place=(0, 0, 1)):
-    """A picture into `ax`; laid over it a class-activation map (h, w) in 0..1 of any size.
-    `place` (left, top, side): the square, in the units of the axes, that holds it."""
+    """A picture, below a map (h, w) in 0..1 of any size, in the square `place` (left, top, side) of `ax`."""
     if cam is not None:  # mixed here: matplotlib would take twice as long
         cam = Image.fromarray(np.clip(cam, 0, 1)).resize(picture.shape[1::-1], Image.BILINEAR)
         colours = 255 * colormaps["viridis"](np.asarray(cam))[:, :, :3]

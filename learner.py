@@ -51,10 +51,9 @@ class Learner:
 
     def kept_weights(self):
         """A copy of that network as it stands, without a frozen trunk: {name: tensor} on the CPU."""
-        network = self.evaluated()
-        if self.trunk:
-            network = torch.nn.ModuleDict({"classifier": network.classifier})
-        return checkpoint.cpu_state(network, copy=True)
+        whole = self.evaluated()
+        kept = torch.nn.ModuleDict({"classifier": whole.classifier}) if self.trunk else whole
+        return checkpoint.cpu_state(kept, copy=True)
 
     def set_rate(self, epoch, step, steps):
         """The cosine schedule sets the rate of every step; the others have stepped after the last epoch."""
@@ -70,7 +69,7 @@ class Learner:
         if self.ema is not None:
             self.ema.update_parameters(self.trained)
 
-    def train_epoch(self, part, epoch, rows=None):
+    def train_epoch(self, part, epoch, rows=slice(None)):
         """Train on a part, or on these rows of it -> (mean loss, targets, probs). A frozen trunk's features,
         kept or not, train the classifier alone, in float32; else the whole network runs in `precision`."""
         args, device = self.args, self.device
@@ -197,9 +196,9 @@ def restore(args, stored, learner, folder):
             step_scheduler(args, learner.scheduler, row["val_loss"])
 
 
-def epoch_batches(args, targets, epoch, rows=None):
+def epoch_batches(args, targets, epoch, rows=slice(None)):
     """This rank's batches of an epoch over all rows, or over these alone."""
-    rows = np.arange(len(targets)) if rows is None else rows
+    rows = np.arange(len(targets))[rows]
     order = rows[samplers.epoch_order(args.sampler, targets[rows], args.seed, epoch)]
     if args.drop_last and len(order) >= args.batch:
         order = order[: len(order) // args.batch * args.batch]

@@ -114,10 +114,9 @@ def AlexNet(num_labels=3, size=224):  # noqa: N802 - SPEC's name
             layers.append(nn.MaxPool2d(3, 2))
             side = (side - 3) // 2 + 1
         channels = filters
-    backbone = nn.Sequential(*layers, nn.Flatten())
-    net = he_normal(SingleNet(backbone, nn.Linear(channels * side * side, num_labels)))
+    net = SingleNet(nn.Sequential(*layers, nn.Flatten()), nn.Linear(channels * side * side, num_labels))
     net.cam_layer = "15"  # the last convolution: the pooling after it leaves a coarser map
-    return net
+    return he_normal(net)
 
 
 def he_normal(net):

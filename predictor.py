@@ -27,7 +27,6 @@ from errors import InputError, reading
 from preprocess import prepare, to_rgb
 
 IN_MEMORY = 1 << 28  # bytes of pictures decoded at a time: memory does not grow with what is asked
-PER_ROW = {"odir": 2, "mrnet": 3}  # files of a row; of the other data sets one
 
 
 def load(path, device="auto", precision=None, workers=None):
@@ -63,7 +62,7 @@ class Predictor:
             models.load_strict(self.model, self.saved["model"], path)
         self.model.to(self.device)
         self.digest = checkpoint.network_digest(self.saved["model"], self.thresholds)
-        self.per_row = PER_ROW.get(self.args.dataset, 1)
+        self.per_row = {"odir": 2, "mrnet": 3}.get(self.args.dataset, 1)  # files of a row
         self.random_trunk = self.args.weights == "none" and not self.args.fine_tune  # it has learned nothing
         # A checkpoint names no folder that is written, and no way of computing that gives other numbers.
         self.args.workers, self.args.cache, self.args.compile = workers, "cache", False
