@@ -212,7 +212,8 @@ def heatmaps(rows, random_trunk=False):
     [label, ...], empty where it is not known; optional "aspect"}. random_trunk: the caption says so."""
     fig = Figure(layout=ConstrainedLayoutEngine(w_pad=0, h_pad=0.04))
     fig.set_size_inches(draw_maps(fig.add_subplot(), rows))
-    words = "Yellow speaks for the label; each map is scaled to its own maximum. No evidence: nothing does."
+    words = "Yellow: what speaks for the label; each map is scaled to its own maximum. "
+    words += "No evidence: nothing in the picture speaks for it."
     if random_trunk:
         words += " The trunk has random weights: these maps show its accidents, not what it learned."
     caption(fig, words)
