@@ -1,6 +1,5 @@
-"""Random views of pictures, drawn per picture on the CPU and computed for a whole batch on its device.
-The random numbers of a picture depend on (seed, view, index, repeat) alone: they are the same with any number
-of workers, processes or batches, and when a view's features are kept on disk. Pictures stay in 0..1."""
+"""Random views of pictures, computed for a whole batch on its device. A picture's random numbers depend on
+(seed, view, index, repeat) alone, whatever the workers, processes or batches. Pictures stay in 0..1."""
 
 import functools
 import math
@@ -31,8 +30,7 @@ def draw(seed, view, keys, pictures):
 def augment(images, uniforms, recipe, crop):
     """Images (B, P, 3, H, W) float in 0..1 and their `draw` -> (B, P, 3, crop, crop), black around them."""
     recipe = RECIPES[recipe]
-    batch, pictures = images.shape[:2]
-    own, pair = uniforms[:, :-1], uniforms[:, -1:].expand(-1, pictures, -1)
+    own, pair = uniforms[:, :-1], uniforms[:, -1:].expand(-1, images.shape[1], -1)
     u = {}
     for name, columns in COLUMNS.items():
         source = pair if name in recipe.get("shared", ()) else own
@@ -43,7 +41,7 @@ def augment(images, uniforms, recipe, crop):
     images = resample(images.flatten(0, 1), affine(u, recipe, crop / images.shape[-1]), crop)
     if "jitter" in recipe:
         images = jitter(images, u["jitter"], recipe["jitter"])
-    return images.unflatten(0, (batch, pictures))
+    return images.unflatten(0, own.shape[:2])
 
 
 def affine(u, recipe, scale):

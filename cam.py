@@ -49,9 +49,8 @@ def as_map(features):
 
 
 def grad_cam(model, *inputs):
-    """-> (logits (B, K), maps float32 (B * pictures, K, h, w), each with a maximum of 1, None). Without
-    positive evidence a map stays 0. Of MRNet: logits, a list of three (1, K, h, w), of ONE exam's slice with
-    the strongest answer in each plane, and the numbers of these slices."""
+    """-> (logits (B, K), maps float32 (B * pictures, K, h, w) of maximum 1, or 0; None). Of MRNet: logits,
+    three (1, K, h, w) of ONE exam's slice with the strongest answer in each plane, these slices' numbers."""
     model.eval()
     layers, activations = cam_layers(model, inputs), []
 
@@ -79,10 +78,8 @@ def grad_cam(model, *inputs):
 
 
 def explain(model, batch, device):
-    """Heat maps of one row's batch -> (names, pictures uint8 (S, S, 3), maps (K, h, w)): one of each for each
-    eye, for the one photograph, or for each plane's slice with the strongest answer."""
-    inputs, _ = prepare_batch(batch, device)
-    _, maps, picks = grad_cam(model, *inputs)
+    """Of a row's eyes, photograph or planes: names, pictures uint8 (S, S, 3), maps (K, h, w), a list each."""
+    _, maps, picks = grad_cam(model, *prepare_batch(batch, device)[0])
     if picks is None:
         pictures = list(batch["images"][0].cpu().numpy())
         return ["left eye", "right eye"] if len(pictures) == 2 else [""], pictures, list(maps.cpu().numpy())

@@ -150,10 +150,9 @@ def progress(iterable, text, **kwargs):
 
 
 class Criterion:
-    """Losses of a batch: (logits, targets) -> (loss of each row, its weight in the mean), both (B,).
-    Several labels: the mean over labels of binary cross-entropy (`weight`: pos_weight (L,)) or of the
-    asymmetric loss (Ridnik et al. 2021: gamma 4 for negatives, here ASYMMETRY; shifted by 0.05). One class:
-    cross-entropy, `weight` = class weights (K,); the mean divides by the weights, as torch's does."""
+    """(logits, targets) -> (loss of each row, its weight in the mean), both (B,). Several labels: the mean of
+    their binary cross-entropies (`weight`: pos_weight (L,)) or asymmetric losses (Ridnik et al. 2021, gamma
+    ASYMMETRY for 4, shift 0.05). One class: cross-entropy, `weight`: class weights (K,), the mean's too."""
 
     def __init__(self, task, weight=None, device="cpu", loss="bce"):
         self.task, self.loss = task, loss
@@ -200,13 +199,6 @@ class LossWatch:
             step, loss, arrived = self.waiting.popleft()
             arrived.synchronize()
             check_finite(loss, self.epoch, f", step {step}")
-
-
-def train_mode(model, hold_batchnorm):
-    """Training mode; with `hold_batchnorm` the BatchNorm statistics stay as they are."""
-    model.train()
-    for layer in batchnorms(model) if hold_batchnorm else ():
-        layer.eval()
 
 
 def train_one_epoch(module, loader, prepare, learner, epoch, precision):

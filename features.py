@@ -1,5 +1,4 @@
-"""A frozen trunk sees each picture once: its features are computed, kept on disk and trained on.
-So are BatchNorm's statistics, fitted to the training pictures (`--bn fitted`)."""
+"""A frozen trunk sees each picture once: its features are kept on disk, and fitted BatchNorm statistics."""
 
 import copy
 import functools
@@ -35,8 +34,7 @@ class Tracer(torch.fx.Tracer):
 
 
 def fold_batchnorm(trunk):
-    """A copy in evaluation mode whose BatchNorms are folded into the convolutions that feed them alone.
-    A network that cannot be traced, and a BatchNorm that follows no convolution, stay as they are."""
+    """A copy in evaluation mode, BatchNorms folded into the convolutions that feed them alone, if any do."""
     trunk = copy.deepcopy(trunk).eval()
     if not engine.batchnorms(trunk):
         return trunk
@@ -44,13 +42,12 @@ def fold_batchnorm(trunk):
         graph = Tracer().trace(trunk)
     except (TraceError, TypeError, ValueError):  # the way through the network depends on the numbers
         return trunk
-    modules = dict(trunk.named_modules())
-    calls = [node for node in graph.nodes if node.op == "call_module"]
-    for node in calls:
-        source = node.args[0] if node.args else None
-        if source in calls and len(source.users) == 1:
-            norm, conv = modules[node.target], modules[source.target]
-            if isinstance(norm, BatchNorm) and isinstance(conv, nn.Conv2d):
+    calls = {node: trunk.get_submodule(node.target) for node in graph.nodes if node.op == "call_module"}
+    for node, norm in calls.items():
+        if isinstance(norm, BatchNorm):
+            source = node.all_input_nodes[0]
+            conv = calls.get(source)
+            if isinstance(conv, nn.Conv2d) and len(source.users) == 1:
                 trunk.set_submodule(source.target, fuse_conv_bn_eval(conv, norm))
                 trunk.set_submodule(node.target, nn.Identity())
     return trunk
@@ -84,10 +81,9 @@ class FastTrunk(nn.Module):
 def with_fast_trunk(model, precision="fp32", compile=False):
     """`model` with its trunk replaced by a FastTrunk; the classifier is shared, not copied."""
     fast = copy.deepcopy(model, {id(model.classifier): model.classifier})
-    if isinstance(model.backbone, nn.ModuleList):
-        fast.backbone = nn.ModuleList(FastTrunk(trunk, precision, compile) for trunk in model.backbone)
-    else:
-        fast.backbone = FastTrunk(model.backbone, precision, compile)
+    made = functools.partial(FastTrunk, precision=precision, compile=compile)
+    planes = isinstance(model.backbone, nn.ModuleList)
+    fast.backbone = nn.ModuleList(map(made, model.backbone)) if planes else made(model.backbone)
     return fast
 
 
@@ -116,9 +112,7 @@ def fit_batchnorm(model, pictures, args, precision, device):
     fill = functools.partial(run_batchnorm, model, chosen, args.seed, precision, device)
     kept = engine.from_rank0(kept_array, path, (sum(sizes),), np.float32, fill)
     for layer, statistics in zip(layers, torch.from_numpy(np.array(kept)).split(sizes), strict=True):
-        mean, variance = statistics.chunk(2)
-        layer.running_mean.copy_(mean)
-        layer.running_var.copy_(variance)
+        layer.running_mean[:], layer.running_var[:] = statistics.chunk(2)
         layer.num_batches_tracked.zero_()  # the same whether fitted now or kept: it is part of the digest
 
 
@@ -205,9 +199,8 @@ def extract_rows(size, pictures_per_row, device):
 
 def on_device(tensor, device):
     """On a GPU where a quarter of its free memory holds it, else where it is."""
-    if device.type == "cuda" and tensor.nbytes > torch.cuda.mem_get_info(device)[0] / 4:
-        return tensor
-    return tensor.to(device)
+    fits = device.type != "cuda" or tensor.nbytes <= torch.cuda.mem_get_info(device)[0] / 4
+    return tensor.to(device) if fits else tensor
 
 
 def loader_workers(args, device, data):
@@ -220,23 +213,22 @@ def loader_workers(args, device, data):
 
 def predict_live(args, fast, part, criterion, device, mirrored=False):
     """(mean loss, probs (n, K)) of a part whose pictures go through `fast` (with_fast_trunk)."""
-    data, rows = part.dataset(device=device), args.batch
-    if part.pictures is not None:
-        rows = extract_rows(part.size, part.pictures.rows.shape[1], device)
-    batches = Batches(np.arange(len(part.targets)), rows * engine.world(), engine.rank(), engine.world())
+    data = part.dataset(device=device)
+    rows = extract_rows(part.size, data.per_row, device) if part.pictures is not None else args.batch
+    batches = Batches(np.arange(len(data)), rows * engine.world(), engine.rank(), engine.world())
     loader = engine.make_loader(data, batches, loader_workers(args, device, data), device)
     prepare = functools.partial(prepare_batch, device=device, mirrored=mirrored)
     return engine.predict(fast, loader, prepare, criterion)
 
 
-def evaluate(model, features, part, criterion):
-    """(mean loss, probs (n, K)) of a part, through kept features where the trunk is frozen for good."""
+def evaluate(model, features, part, criterion, rows=slice(None)):
+    """(mean loss, probs (n, K)) of a part, through kept features (of `rows`) where the trunk stays frozen."""
     args, device = features.args, features.device
     if not args.feature_cache or args.bn == "batch" or part.pictures is None or args.fine_tune:
         fast = with_fast_trunk(model, features.precision).to(device)
         return predict_live(args, fast, part, criterion, device)
     data = FeatureSet(features(part.pictures), part.targets)
-    batches = Batches(np.arange(len(part.targets)), 4096, engine.rank(), engine.world())
+    batches = Batches(np.arange(len(data))[rows], 4096, engine.rank(), engine.world())
     loader = engine.make_loader(data, batches, device=device)
     prepare = functools.partial(prepare_batch, device=device)
     return engine.predict(model.classifier, loader, prepare, criterion)

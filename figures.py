@@ -3,8 +3,7 @@
     figures.save(figures.roc(y_true, y_prob, labels, "multilabel"), "roc.png")
 
 Built without pyplot: no screen is needed. Okabe-Ito and viridis suit the colour-blind.
-A picture is uint8, (H, W, 3) or (H, W); `aspect`: its width / height before it was squashed into a square.
-"""
+A picture is uint8, (H, W, 3) or (H, W); `aspect`: its width / height before it was squashed into a square."""
 
 import math
 import textwrap
@@ -92,8 +91,7 @@ def confusion(y_true, y_prob, labels, task, threshold=0.5):
 
 
 def roc(y_true, y_prob, labels, task):
-    """A panel with the ROC curve of each label (multiclass: of each class against the rest), its AUC in the
-    title; shapes as in `confusion`. A label with one class only has no curve, and an undefined AUC."""
+    """The ROC curve and AUC of each label, or of each class against the rest; shapes as in `confusion`."""
     from sklearn.metrics import auc, roc_curve  # here: training draws no ROC curve and starts a second sooner
 
     if task == "multiclass":
@@ -135,8 +133,7 @@ def reliability(y_true, y_prob, bins=15):
 
 
 def show(ax, picture, cam=None, aspect=None, place=(0, 0, 1)):
-    """A picture into `ax`; laid over it a class-activation map (h, w) in 0..1 of any size.
-    `place` (left, top, side): the square, in the units of the axes, that holds it."""
+    """A picture, below a map (h, w) in 0..1 of any size, in the square `place` (left, top, side) of `ax`."""
     if cam is not None:  # mixed here: matplotlib would take twice as long
         cam = Image.fromarray(np.clip(cam, 0, 1)).resize(picture.shape[1::-1], Image.BILINEAR)
         colours = 255 * colormaps["viridis"](np.asarray(cam))[:, :, :3]
@@ -158,11 +155,9 @@ def sample_words(row):
         doubt = " (uncertain)" if probs[label] <= UNCERTAIN[1] else ""
         lines.append(f"{'✓' if label in truth else '✗'} {label}  {probs[label]:.2f}{doubt}")
     lines += [f"– missed: {label}  {probs[label]:.2f}" for label in missed]
-    verdict, colour = "✗ wrong", WRONG
+    verdict, colour = ("◐ partly right", PARTLY) if len(missed) < len(truth) else ("✗ wrong", WRONG)
     if set(truth) == set(predicted):
         verdict, colour = "✓ right", RIGHT
-    elif len(missed) < len(truth):
-        verdict, colour = "◐ partly right", PARTLY
     lowest, highest = min([1, *map(probs.get, predicted)]), max([0, *map(probs.get, missed)])
     if lowest <= UNCERTAIN[1] or highest >= UNCERTAIN[0]:
         verdict, colour = f"? {verdict[2:]}, but uncertain", SOFT
@@ -170,12 +165,10 @@ def sample_words(row):
 
 
 def samples(rows):
-    """Sample patients. rows: dicts {"title", "pictures": [...], "truth": [label, ...], "prediction": [label,
-    ...], "probs": {label: prob} of all labels; optional "aspect"}."""
+    """Sample patients: dicts of title, pictures, truth, prediction (labels), probs {label: prob}, aspect."""
     planes = max(len(row["pictures"]) for row in rows)
     columns = 1 if planes > 2 or len(rows) < 2 else 2
-    lines = math.ceil(len(rows) / columns)
-    widths = ([1.6] * planes + [2.5]) * columns
+    lines, widths = math.ceil(len(rows) / columns), ([1.6] * planes + [2.5]) * columns
     fig = Figure((sum(widths), 1.75 * lines), layout="constrained")
     axes = fig.subplots(lines, columns * (planes + 1), squeeze=False, width_ratios=widths)
     for ax in axes.flat:
@@ -218,8 +211,7 @@ def heatmaps(rows, random_trunk=False):
     rows: dicts {"title", "picture", "maps": [(label, prob, cam (h, w) in 0..1), ...] of all labels, "truth":
     [label, ...], empty where it is not known; optional "aspect"}. random_trunk: the caption says so."""
     fig = Figure(layout=ConstrainedLayoutEngine(w_pad=0, h_pad=0.04))
-    width, height = draw_maps(fig.add_subplot(), rows)
-    fig.set_size_inches(width, height)
+    fig.set_size_inches(draw_maps(fig.add_subplot(), rows))
     words = "Yellow: what speaks for the label; each map is scaled to its own maximum. "
     words += "No evidence: nothing in the picture speaks for it."
     if random_trunk:
@@ -256,9 +248,8 @@ def prediction(rows, threshold, note):
     threshold (a number, (L,), or None: exclusive classes), `note` below. rows: as in `heatmaps`."""
     labels, probs, _ = zip(*rows[0]["maps"], strict=True)
     fig = Figure(layout="constrained")
-    left = fig.add_subplot()
+    left, bars = fig.add_subplot(), 0.38 * len(labels) + 1.1  # inches
     width, height = draw_maps(left, rows)
-    bars = 0.38 * len(labels) + 1.1  # inches
     rest = max(height - bars, 0.01)  # three bars beside three planes: the rest stays empty
     fig.set_size_inches(width + 4.2, bars + rest)
     grid = fig.add_gridspec(2, 2, width_ratios=(width, 4.2), height_ratios=(bars, rest))

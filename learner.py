@@ -17,7 +17,7 @@ import samplers
 from augment import prepare_batch
 from dataset import FeatureSet, eval_size
 from errors import InputError
-from features import TrunkFeatures, compiled, fit_batchnorm, loader_workers, with_fast_trunk
+from features import TrunkFeatures, compiled, evaluate, fit_batchnorm, loader_workers, with_fast_trunk
 
 OPTIMIZERS = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 
@@ -25,8 +25,9 @@ OPTIMIZERS = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.o
 class Learner:
     """The network and all that trains it; `trunk`: digest of a trunk that is frozen for good, else None."""
 
-    def __init__(self, args, model, features, trunk):
-        self.args, self.model, self.features, self.trunk = args, model, features, trunk
+    def __init__(self, args, model, features):
+        self.args, self.model, self.features = args, model, features
+        self.trunk = None if args.fine_tune or args.bn == "batch" else features.digest
         self.seed, self.precision, self.device = args.seed, features.precision, features.device
 
     def start(self, data, targets):
@@ -39,10 +40,8 @@ class Learner:
         head_alone = self.trunk is not None and data.train.pictures is not None  # it learns in float32
         half = self.precision == "fp16" and not head_alone
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=half)
-        self.cosine = (args.warmup_epochs, args.epochs) if args.scheduler == "cosine" else None
-        self.ema, rule = None, get_ema_multi_avg_fn(args.ema)
-        if args.ema:
-            self.ema = AveragedModel(self.trained, multi_avg_fn=rule, use_buffers=True)
+        rule = get_ema_multi_avg_fn(args.ema)
+        self.ema = AveragedModel(self.trained, multi_avg_fn=rule, use_buffers=True) if args.ema else None
 
     def evaluated(self):
         """The network that is validated and kept: the averaged one, where there is one."""
@@ -52,17 +51,16 @@ class Learner:
 
     def kept_weights(self):
         """A copy of that network as it stands, without a frozen trunk: {name: tensor} on the CPU."""
-        network = self.evaluated()
-        if self.trunk:
-            network = torch.nn.ModuleDict({"classifier": network.classifier})
-        return checkpoint.cpu_state(network, copy=True)
+        whole = self.evaluated()
+        kept = torch.nn.ModuleDict({"classifier": whole.classifier}) if self.trunk else whole
+        return checkpoint.cpu_state(kept, copy=True)
 
     def set_rate(self, epoch, step, steps):
         """The cosine schedule sets the rate of every step; the others have stepped after the last epoch."""
-        if self.cosine is None:
+        if self.args.scheduler != "cosine":
             return
-        (warmup, epochs), now = self.cosine, epoch + (step + 1) / steps
-        past, whole = now - warmup, epochs - warmup
+        now, warmup = epoch + (step + 1) / steps, self.args.warmup_epochs
+        past, whole = now - warmup, self.args.epochs - warmup
         factor = now / warmup if past <= 0 else 0.5 + 0.5 * math.cos(math.pi * past / whole)
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
@@ -71,7 +69,7 @@ class Learner:
         if self.ema is not None:
             self.ema.update_parameters(self.trained)
 
-    def train_epoch(self, part, epoch, rows=None):
+    def train_epoch(self, part, epoch, rows=slice(None)):
         """Train on a part, or on these rows of it -> (mean loss, targets, probs). A frozen trunk's features,
         kept or not, train the classifier alone, in float32; else the whole network runs in `precision`."""
         args, device = self.args, self.device
@@ -86,14 +84,14 @@ class Learner:
             data, precision = part.dataset(args.seed, view, device), "fp32"
             module = with_fast_trunk(self.model, self.precision).to(device)
         else:
-            keys = place = None
-            if view is not None:
-                # Every drawn (row, repeat) is a picture of its own, with features of its own.
-                keys = sorted(set(zip(batches.order.tolist(), batches.repeats.tolist(), strict=True)))
-                place = {key: number for number, key in enumerate(keys)}
+            # Of a random view every drawn (row, repeat) is a picture of its own, with features of its own.
+            keys = None if view is None else sorted(set(batches.keys))
+            place = keys and {key: number for number, key in enumerate(keys)}
             data = FeatureSet(self.features(part.pictures, view, keys), part.targets, place)
             module, precision = self.model.classifier, "fp32"
-        engine.train_mode(module, hold_batchnorm=args.bn != "batch")
+        module.train()
+        for layer in engine.batchnorms(module) if args.bn != "batch" else ():
+            layer.eval()  # their statistics stay as they are
         if self.wrapped[:2] != (module, frozen):  # made anew only when the trunk is set free
             fast = compiled(module) if args.compile and not frozen else module
             self.wrapped = (module, frozen, engine.distribute(fast, device))
@@ -126,16 +124,14 @@ def build_optimizer(args, model):
 
 def build_scheduler(args, optimizer):
     """Stepped once an epoch. To add one: a name in arguments.SCHEDULES, a line here."""
-    epochs, gamma = args.schedule_epochs, args.gamma
-    if args.scheduler == "linear":
-        return lr_scheduler.LinearLR(optimizer, start_factor=1.0, end_factor=gamma, total_iters=epochs)
-    if args.scheduler == "cyclic":
-        return lr_scheduler.CyclicLR(optimizer, args.lr, args.max_lr, epochs, mode="triangular2")
-    if args.scheduler == "step":
-        return lr_scheduler.StepLR(optimizer, step_size=epochs, gamma=gamma)
-    if args.scheduler == "plateau":
-        return lr_scheduler.ReduceLROnPlateau(optimizer, patience=epochs, factor=gamma)
-    return lr_scheduler.ConstantLR(optimizer, factor=1.0)  # none; cosine sets the rate itself, every step
+    epochs, gamma, cyclic = args.schedule_epochs, args.gamma, dict(base_lr=args.lr, max_lr=args.max_lr)
+    kinds = {"linear": (lr_scheduler.LinearLR, dict(start_factor=1.0, end_factor=gamma, total_iters=epochs))}
+    kinds["cyclic"] = lr_scheduler.CyclicLR, cyclic | dict(step_size_up=epochs, mode="triangular2")
+    kinds["step"] = lr_scheduler.StepLR, dict(step_size=epochs, gamma=gamma)
+    kinds["plateau"] = lr_scheduler.ReduceLROnPlateau, dict(patience=epochs, factor=gamma)
+    constant = lr_scheduler.ConstantLR, dict(factor=1.0)  # none; cosine sets the rate itself, every step
+    kind, rules = kinds.get(args.scheduler, constant)
+    return kind(optimizer, **rules)
 
 
 def step_scheduler(args, scheduler, val_loss):
@@ -147,18 +143,16 @@ def step_scheduler(args, scheduler, val_loss):
 
 def build_criterion(args, data, targets, device):
     """The training loss, weighted (--weighted-loss) by pos_weight or class weights of these targets."""
-    if not args.weighted_loss:
-        return engine.Criterion(data.task, None, device, args.loss)
-    if data.task == "multilabel":
-        weight = samplers.pos_weight(targets, data.labels)
-    else:
-        weight = samplers.class_weights(targets, len(data.labels))
-    return engine.Criterion(data.task, weight**args.weight_power, device, args.loss)
+    weight = None
+    if args.weighted_loss and data.task == "multilabel":
+        weight = samplers.pos_weight(targets, data.labels) ** args.weight_power
+    elif args.weighted_loss:
+        weight = samplers.class_weights(targets, len(data.labels)) ** args.weight_power
+    return engine.Criterion(data.task, weight, device, args.loss)
 
 
 def build_learner(args, data, precision, device, stored=None):
-    """The Learner of a run on this dataset.Data, as it starts (`stored`: last.pt). On rendered data weights
-    are random, loudly, where ImageNet's cannot be had."""
+    """The Learner of a run as it starts (`stored`: last.pt). On rendered data its weights may be random."""
     with engine.together():
         # All weights of a fine-tuned run that goes on are in last.pt; the file of --weights may be gone.
         settings = dict(size=eval_size(args), trunk=args.trunk, load=not (stored and args.fine_tune))
@@ -179,9 +173,7 @@ def build_learner(args, data, precision, device, stored=None):
         models.depthwise_in_float32(model)
     if args.bn == "fitted" and data.train.pictures is not None and not stored:
         fit_batchnorm(model, data.train.pictures, args, precision, device)
-    features = TrunkFeatures(model, args, precision, device)
-    frozen = not args.fine_tune and args.bn != "batch"
-    learner = Learner(args, model, features, features.digest if frozen else None)
+    learner = Learner(args, model, TrunkFeatures(model, args, precision, device))
     with engine.together():
         learner.start(data, data.train.targets)
     return learner
@@ -204,9 +196,9 @@ def restore(args, stored, learner, folder):
             step_scheduler(args, learner.scheduler, row["val_loss"])
 
 
-def epoch_batches(args, targets, epoch, rows=None):
+def epoch_batches(args, targets, epoch, rows=slice(None)):
     """This rank's batches of an epoch over all rows, or over these alone."""
-    rows = np.arange(len(targets)) if rows is None else rows
+    rows = np.arange(len(targets))[rows]
     order = rows[samplers.epoch_order(args.sampler, targets[rows], args.seed, epoch)]
     if args.drop_last and len(order) >= args.batch:
         order = order[: len(order) // args.batch * args.batch]
@@ -222,12 +214,9 @@ def folds_of(args, patients):
 
 
 def out_of_fold(args, data, learner, epochs):
-    """Probabilities (n, L) of the training rows, each from a head that was trained without its patient for
-    these epochs, as the run's own was; a plateau schedule looks at its training loss."""
-    part, device, plain = data.train, learner.device, engine.Criterion(data.task)
+    """Probabilities (n, L) of the training rows by heads that are trained as the run's, on other patients."""
+    part, plain = data.train, engine.Criterion(data.task)
     fold, found = folds_of(args, part.patients()), np.zeros(part.targets.shape, np.float32)
-    seen = FeatureSet(learner.features(part.pictures), part.targets)
-    prepare = functools.partial(prepare_batch, device=device)
     for number in engine.progress(range(args.folds), "folds"):
         rest, left = np.flatnonzero(fold != number), np.flatnonzero(fold == number)
         # A fresh head on the same trunk.
@@ -241,8 +230,6 @@ def out_of_fold(args, data, learner, epochs):
         own.start(data, targets)
         for epoch in range(epochs):
             loss, *_ = own.train_epoch(part, epoch, rest)
-            step_scheduler(args, own.scheduler, loss)
-        batches = samplers.Batches(left, 4096, engine.rank(), engine.world())
-        loader = engine.make_loader(seen, batches, device=device)
-        found[left] = engine.predict(own.evaluated().classifier, loader, prepare, plain)[1]
+            step_scheduler(args, own.scheduler, loss)  # a plateau schedule looks at its training loss
+        _, found[left] = evaluate(own.evaluated(), learner.features, part, plain, left)
     return found

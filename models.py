@@ -1,6 +1,5 @@
-"""The networks of the five studies, trunks by name, and where their weights come from.
-Every network has a `.backbone` (the trunk: pictures in, features out) and a `.classifier` (features in,
-logits out): a frozen trunk's features can be kept, and a head trained on them alone."""
+"""The networks of the five studies, trunks by name, and where their weights come from. Every network has a
+`.backbone` (the trunk: pictures in, features out) and a `.classifier` (features in, logits out)."""
 
 import difflib
 import importlib.util
@@ -90,12 +89,10 @@ def build_head(head, width, num_labels):
     """v0 linear; v1 dropout 0.2 first; v2 three layers, ReLU, dropout 0.5; v3 (ours) on BothEyes."""
     if head == "v0":
         return nn.Linear(width, num_labels)
-    layers = [BothEyes()] if head == "v3" else [nn.Dropout(0.2)]
     if head == "v2":
-        layers = [nn.Linear(width, 128), nn.ReLU(), nn.Dropout(0.5)]
-        layers += [nn.Linear(128, 64), nn.ReLU(), nn.Dropout(0.5)]
-        width = 64
-    return nn.Sequential(*layers, nn.Linear(width, num_labels))
+        wide = [nn.Linear(width, 128), nn.ReLU(), nn.Dropout(0.5)]
+        return nn.Sequential(*wide, nn.Linear(128, 64), nn.ReLU(), nn.Dropout(0.5), nn.Linear(64, num_labels))
+    return nn.Sequential(BothEyes() if head == "v3" else nn.Dropout(0.2), nn.Linear(width, num_labels))
 
 
 class GreenChannel(nn.Module):
@@ -106,22 +103,20 @@ class GreenChannel(nn.Module):
 
 
 def AlexNet(num_labels=3, size=224):  # noqa: N802 - SPEC's name
-    """The retina study's AlexNet on the green channel: 96@11/4 valid, 256@5, 384@3, 384@3, 256@3, dense.
-    BatchNorm after each ReLU, max pooling 3/2 after convolutions 1, 2, 5, He-normal weights. InputError."""
+    """The retina study's AlexNet, BatchNorm after each ReLU, He-normal weights. InputError: size below 67."""
     if size < 67:
         raise InputError(f"--size {size} is too small for AlexNet: 67 or more")
     layers, channels, side = [GreenChannel()], 1, (size - 11) // 4 + 1
     for number, (filters, kernel) in enumerate(((96, 11), (256, 5), (384, 3), (384, 3), (256, 3)), 1):
-        stride, padding = (4, 0) if number == 1 else (1, kernel // 2)
+        stride, padding = (4, 0) if number == 1 else (1, kernel // 2)  # the first one is valid
         layers += [nn.Conv2d(channels, filters, kernel, stride, padding), nn.ReLU(), nn.BatchNorm2d(filters)]
         if number in (1, 2, 5):
             layers.append(nn.MaxPool2d(3, 2))
             side = (side - 3) // 2 + 1
         channels = filters
-    backbone = nn.Sequential(*layers, nn.Flatten())
-    net = he_normal(SingleNet(backbone, nn.Linear(channels * side * side, num_labels)))
+    net = SingleNet(nn.Sequential(*layers, nn.Flatten()), nn.Linear(channels * side * side, num_labels))
     net.cam_layer = "15"  # the last convolution: the pooling after it leaves a coarser map
-    return net
+    return he_normal(net)
 
 
 def he_normal(net):
@@ -134,8 +129,7 @@ def he_normal(net):
 
 
 class MRNet(SingleNet):
-    """Three planes of knee exams -> logits (B, num_labels), after Bien et al. (2018): an AlexNet per plane,
-    average pool, maximum over slices, one linear layer on (B, 768). `volumes`: per plane the slices of all
+    """Knee exams -> logits (B, num_labels), after Bien et al. (2018). `volumes`: per plane the slices of all
     exams (sum of slices, 3, H, W); `lengths`: per plane the number of slices of each exam."""
 
     def __init__(self, num_labels=3):
@@ -154,8 +148,8 @@ class MRNet(SingleNet):
 
 
 class AllBlocks(EfficientNet):
-    """What a small lesion leaves in the early blocks, beside the last features: of each block's map the mean
-    over its pixels, scaled to length 5 (by cross-validation: docs/results.md). (B, 1280 + 1808) of Lite0."""
+    """Beside the last features the mean of each block's map over its pixels, where a small lesion shows,
+    scaled to length 5 (by cross-validation: docs/results.md). (B, 1280 + 1808) of Lite0."""
 
     def __init__(self, *rules):
         super().__init__(*rules)
@@ -213,10 +207,10 @@ def efficientnet(name, size, from_scratch):
 
 def without_head(network):
     """Take the last linear layer away -> (network, number of its inputs); its name is `.head_name`."""
-    name, layer = [item for item in network.named_modules() if isinstance(item[1], nn.Linear)][-1]
-    network.set_submodule(name, nn.Identity())
-    network.head_name = name
-    return network, layer.in_features
+    linear = [(name, layer) for name, layer in network.named_modules() if isinstance(layer, nn.Linear)]
+    network.head_name, head = linear[-1]
+    network.set_submodule(network.head_name, nn.Identity())
+    return network, head.in_features
 
 
 def build_model(name, num_labels, weights="none", size=224, trunk="resnet50", load=True):
@@ -226,14 +220,13 @@ def build_model(name, num_labels, weights="none", size=224, trunk="resnet50", lo
         model, trunk = MRNet(num_labels), "alexnet"
     elif name == "alexnet":
         model, trunk = AlexNet(num_labels, size), name
+    elif name in HEADS:
+        backbone, width, _ = build_trunk(trunk, size, weights == "none")
+        model = DualResNet(backbone, build_head(name, 2 * width, num_labels))
     else:
-        trunk = trunk if name in HEADS else name
-        backbone, width, dropout = build_trunk(trunk, size, weights == "none")
-        if name in HEADS:
-            model = DualResNet(backbone, build_head(name, 2 * width, num_labels))
-        else:
-            head = nn.Linear(width, num_labels)
-            model = SingleNet(backbone, nn.Sequential(nn.Dropout(dropout), head) if dropout else head)
+        backbone, width, dropout = build_trunk(name, size, weights == "none")
+        head, trunk = nn.Linear(width, num_labels), name
+        model = SingleNet(backbone, nn.Sequential(nn.Dropout(dropout), head) if dropout else head)
     model.name, model.trunk_name = name, trunk
     if load:
         load_weights(model, weights)
@@ -241,9 +234,8 @@ def build_model(name, num_labels, weights="none", size=224, trunk="resnet50", lo
 
 
 def load_weights(model, weights):
-    """Fill `model`: "none" stays random; "imagenet" or a name of torchvision's weights, from the libraries'
-    caches, a download or a package; else a file: one of our checkpoints (with its head where that has the
-    same shape), or the trunk's state_dict as its library has it. InputError says how to supply weights."""
+    """Fill `model`: "none" stays random; "imagenet" or a name of torchvision's weights; else a file: one of
+    our checkpoints (its head where shapes agree) or the trunk's state_dict of its library. InputError."""
     if weights == "none":
         return
     known = {"imagenet": None} if model.trunk_name in EFFICIENTNETS else {}
@@ -283,9 +275,9 @@ def load_imagenet(model, chosen, weights):
         model.normalise = Normalise((127 / 255,) * 3, (128 / 255,) * 3)
         state = load_file(Path(package.origin).parent / "models" / LITE0_FILE)  # nothing of it is run
         return load_trunk(model, state, LITE0_PACKAGE)
-    url, check_hash = (chosen.url, True) if chosen else (url_map[trunk], False)
+    url = chosen.url if chosen else url_map[trunk]
     try:
-        state = torch.hub.load_state_dict_from_url(url, None, "cpu", True, check_hash, weights_only=True)
+        state = torch.hub.load_state_dict_from_url(url, None, "cpu", True, bool(chosen), weights_only=True)
     except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
         # No download, a damaged file, or one that holds code.
         text = f"{torch.hub.get_dir()}/checkpoints ({' '.join(str(error).split())[:120]})"

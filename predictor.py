@@ -4,8 +4,7 @@
     net.predict("left.jpg", "right.jpg")  # {"N": 0.07, "D": 0.81, ...}; of a list or a folder a list of these
     net.heatmap("left.jpg", "right.jpg")  # [("left eye", picture, {"N": map, ...}), ("right eye", ...)]
 
-This is not a medical device.
-"""
+This is not a medical device."""
 
 import argparse
 from itertools import chain
@@ -28,7 +27,6 @@ from errors import InputError, reading
 from preprocess import prepare, to_rgb
 
 IN_MEMORY = 1 << 28  # bytes of pictures decoded at a time: memory does not grow with what is asked
-PER_ROW = {"odir": 2, "mrnet": 3}  # files of a row; of the other data sets one
 
 
 def load(path, device="auto", precision=None, workers=None):
@@ -65,7 +63,7 @@ class Predictor:
             models.load_strict(self.model, self.saved["model"], path)
         self.model.to(self.device)
         self.digest = checkpoint.network_digest(self.saved["model"], self.thresholds)
-        self.per_row = PER_ROW.get(self.args.dataset, 1)
+        self.per_row = {"odir": 2, "mrnet": 3}.get(self.args.dataset, 1)  # files of a row
         self.random_trunk = self.args.weights == "none" and not self.args.fine_tune  # it has learned nothing
         # A checkpoint names no folder that is written, and no way of computing that gives other numbers.
         self.args.workers, self.args.cache, self.args.compile = workers, "cache", False
@@ -99,9 +97,7 @@ class Predictor:
         """(mean loss, probs (n, K)) of a dataset.Part; `mirrored`: probs are the mean of both views."""
         kept = features.TrunkFeatures(self.model, self.args, self.precision, self.device)
         loss, probs = features.evaluate(self.model, kept, part, criterion or engine.Criterion(self.task))
-        if mirrored:
-            probs = (probs + self.live(part, mirrored=True)) / 2
-        return loss, probs
+        return loss, (probs + self.live(part, mirrored=True)) / 2 if mirrored else probs
 
     def live(self, part, mirrored=False):
         """probs (n, K) of a part whose pictures all go through the network."""
@@ -110,9 +106,8 @@ class Predictor:
 
     def truth(self, part):
         """(n, K) of booleans: the labels that the rows of a part carry."""
-        if self.task == "multilabel":
-            return part.targets == 1
-        return part.targets[:, None] == np.arange(len(self.labels))
+        several = self.task == "multilabel"
+        return part.targets == 1 if several else part.targets[:, None] == np.arange(len(self.labels))
 
     def explain(self, part, row):
         """Heat maps of a row by the network that gave its number: [(name, picture, {label: map (h, w)})]."""
@@ -159,11 +154,10 @@ class Predictor:
         return probs, faults
 
     def predict(self, *given, tta=False):
-        """{label: probability} of one patient, picture or exam; of a list or a folder a list of these.
-
-        given: LEFT, RIGHT of eye pairs; one picture; an exam's folder or its three files. Pictures are paths,
-        PIL images or arrays uint8 (H, W, 3); knees are paths. A large JPEG is decoded at a reduced size: an
-        array of its full size gives slightly other numbers. tta: the mean with the mirrored pictures."""
+        """{label: probability} of LEFT, RIGHT of eye pairs, one picture, an exam's folder or its three files;
+        of a list or a folder a list of these. Pictures are paths, PIL images or arrays uint8 (H, W, 3), knees
+        paths. A large JPEG is decoded at a reduced size: an array of its full size gives slightly other
+        numbers. tta: the mean with the mirrored pictures. Raises InputError."""
         rows, many = self.rows_of(given)
         probs, faults = self.answer(rows, tta)
         if faults:
@@ -193,8 +187,7 @@ class Predictor:
 
 
 def decode_sources(sources, how, size, workers):
-    """Paths, PIL images and arrays as the network sees them: uint8 (n, size, size, 3), why a file gives none.
-    Raises InputError for what lies in memory and is no picture."""
+    """Paths, PIL images, arrays -> uint8 (n, size, size, 3), why a file gives none; for others InputError."""
     for place, source in enumerate(sources):  # what Pillow opened and has not decoded is read from its file
         if isinstance(source, ImageFile.ImageFile) and source.tile and source.filename and not source.tell():
             sources[place] = source.filename
@@ -204,8 +197,8 @@ def decode_sources(sources, how, size, workers):
         if isinstance(source, str | Path):
             array[place], _, reason, _, system = next(decoded)
             reasons[place] = reason or system
-            continue
-        with reading("an array or PIL image in memory", "a picture"):
-            image = source if isinstance(source, Image.Image) else Image.fromarray(np.asarray(source))
-            array[place] = prepare(to_rgb(image), how, size)
+        else:
+            with reading("an array or PIL image in memory", "a picture"):
+                image = source if isinstance(source, Image.Image) else Image.fromarray(np.asarray(source))
+                array[place] = prepare(to_rgb(image), how, size)
     return array, reasons

@@ -65,22 +65,20 @@ class Batches:
     `repeat`: how often the index came before; a picture drawn twice in an epoch is augmented in two ways."""
 
     def __init__(self, order, batch, rank=0, world=1):
-        self.order = np.asarray(order, dtype=np.int64)
-        self.batch, self.rank, self.world = batch, rank, world
-        self.repeats = pd.Series(self.order).groupby(self.order).cumcount().to_numpy()
+        self.order, self.batch, self.rank, self.world = np.asarray(order, np.int64), batch, rank, world
+        repeats = pd.Series(self.order).groupby(self.order).cumcount()
+        self.keys = list(zip(self.order.tolist(), repeats.tolist(), strict=True))
 
     def __iter__(self):
-        for start in range(0, len(self.order), self.batch):
-            mine = slice(start + self.rank, start + self.batch, self.world)
-            yield list(zip(self.order[mine].tolist(), self.repeats[mine].tolist(), strict=True))
+        for start in range(0, len(self.keys), self.batch):
+            yield self.keys[start + self.rank : start + self.batch : self.world]
 
     def __len__(self):
         return -(-len(self.order) // self.batch)  # rounded up
 
 
 def epoch_order(kind, targets, seed, epoch):
-    """Row numbers (n,) int64 of an epoch over all ranks, of targets (n, L) 0/1 or class numbers (n,);
-    "weighted", torch's WeightedRandomSampler, needs class numbers."""
+    """Row numbers (n,) int64 of an epoch; targets (n, L) 0/1 or class numbers (n,); weighted needs these."""
     if kind == "shuffle":
         return np.random.default_rng([seed, epoch]).permutation(len(targets))
     if kind == "balanced":

@@ -4,8 +4,7 @@
 
 is experiment 3 of the eye-pair study: a linear head on a frozen ResNet-50, on data/odir (or, where that is
 missing, on rendered stand-ins, which is said loudly). Writes runs/<name>/ (best.pt, last.pt, run.json,
-split.csv, train_results.xlsx, TensorBoard events) and a copy of best.pt here, then prints the best scores.
-"""
+split.csv, train_results.xlsx, TensorBoard events) and a copy of best.pt here, then prints the best scores."""
 
 import shlex
 import sys

@@ -337,7 +337,8 @@ def test_fine_tuning_a_whole_network_reads_nothing_either(monkeypatch):
     learner = Head(model, engine.Criterion("multilabel", None, META))
     loader = list(engine.make_loader(data, Batches(np.arange(4), 2)))
     prepare = functools.partial(prepare_batch, device=META, recipe="pair", size=32)
-    engine.train_mode(model, hold_batchnorm=True)
+    for layer in engine.batchnorms(model.train()):
+        layer.eval()
     with Watch() as watch:
         steps = engine.train_one_epoch(model, loader, prepare, learner, 0, "fp32")
     assert len(steps) == 2 and not watch.read and not watch.made and not watch.float64

@@ -110,7 +110,8 @@ def test_schedules(words):
 
 def cosine_rates(warmup, epochs, steps):
     group = {"initial_lr": 0.1}
-    own = SimpleNamespace(cosine=(warmup, epochs), optimizer=SimpleNamespace(param_groups=[group]))
+    args = SimpleNamespace(scheduler="cosine", warmup_epochs=warmup, epochs=epochs)
+    own = SimpleNamespace(args=args, optimizer=SimpleNamespace(param_groups=[group]))
     found = []
     for epoch in range(epochs):
         for step in range(steps):
