@@ -34,15 +34,13 @@ SCHEDULES = {
     "cosine": dict(warmup_epochs=1.0),
 }
 OPTIMIZERS = {"sgd": dict(momentum=0.9), "adam": {}, "adamw": {}}
-RECIPES = {"odir": ("eyes", "pair"), "mrnet": ("knee",)}  # random views; the others take eyes and lab
 EYE_MODELS = ("v0", "v1", "v2", "v3")
 # Where one of these is another after a resume, the schedule is as if it had been so from the start.
 SCHEDULE_FLAGS = ("lr", "momentum", "weight_decay", "schedule_epochs", "gamma", "max_lr", "warmup_epochs")
 MACHINE = ("device", "precision", "workers", "compile", "deterministic", "feature_cache", "cache")
 # A resumed run keeps all others: they decide shapes, the rows, or what the optimiser and the schedule hold.
 RESUMABLE = {*SCHEDULE_FLAGS, *MACHINE, *"resume epochs patience folds data missing duplicates".split()}
-# Two runs that differ in these alone are one experiment.
-WHERE = [*MACHINE, "seed", "name", "resume", "runs", "data"]
+WHERE = [*MACHINE, "seed", "name", "resume", "runs", "data"]  # all else is equal in one experiment's runs
 LEAST = dict(size=16, batch=1, epochs=1, patience=1, freeze_epochs=0, views=0, seed=0, split_seed=0, lr=1e-12)
 LEAST |= dict(max_lr=1e-12, weight_decay=0, momentum=0, min_confidence=0, schedule_epochs=1, workers=0)
 LEAST |= dict(warmup_epochs=0, trunk_lr=0, ema=0, folds=0, weight_power=0, calibration_fraction=0, gamma=1e-6)
@@ -185,8 +183,7 @@ def compare_with_stored(args, state):
     """Refuse what a resumed run keeps; what changes its schedule is told in run.json, and by the report."""
     stored = state["args"]
     changed = [name for name in vars(args) if getattr(args, name) != stored[name]]
-    refused = [name for name in changed if name not in RESUMABLE]
-    if refused:
+    if refused := [name for name in changed if name not in RESUMABLE]:
         kept = ", ".join(f"--{name.replace('_', '-')} {stored[name]}" for name in refused)
         raise InputError(f"a resumed run keeps its {kept}: start a new run to change it")
     if args.epochs < state["epoch"] or args.patience < stored["patience"]:
@@ -205,11 +202,6 @@ def check_args(args):
         if value is not None and not least <= value <= most:
             asked = f"{least:g} to {most:g}" if name in MOST else f"{least:g} or more"
             raise InputError(f"--{name.replace('_', '-')} {value}: expected {asked}")
-    check_pictures(args)
-    check_training(args)
-
-
-def check_pictures(args):
     name, model, knees = args.dataset, args.model, args.dataset == "mrnet"
     if args.labels and len(set(args.labels)) < len(args.labels):
         raise InputError(f"--labels {' '.join(args.labels)}: a label is named twice")
@@ -217,7 +209,7 @@ def check_pictures(args):
         raise InputError("--pseudo-labels belongs to --dataset retina, --min-confidence to --pseudo-labels")
     if args.crop and (args.augment == "none" or knees or not 16 <= args.crop <= args.size):
         raise InputError(f"--crop {args.crop} needs --augment and a --size ({args.size}) that it fits into")
-    recipes = ("none", *RECIPES.get(name, ("eyes", "lab")))
+    recipes = {"odir": ("none", "eyes", "pair"), "mrnet": ("none", "knee")}.get(name, ("none", "eyes", "lab"))
     kinds = ("crop", "none") if knees else ("fov", "none", "centre")
     for flag, allowed in (("augment", recipes), ("preprocess", kinds)):
         if getattr(args, flag) not in allowed:
@@ -231,6 +223,7 @@ def check_pictures(args):
         raise InputError(f"--model {model} does not take {name}; expected {takes}")
     if args.trunk != "resnet50" and model not in EYE_MODELS:
         raise InputError(f"--trunk belongs to --model v0 to v3: give --model {args.trunk}")
+    check_training(args)
 
 
 def check_training(args):
@@ -264,8 +257,7 @@ def experiments():
     values, found = {"prefix": ""}, {}
     for line in Path(__file__).with_name("run_all.sh").read_text().splitlines():
         line = string.Template(line).safe_substitute(values)
-        setting = re.fullmatch(r'(\w+)="([^"]*)"', line)
-        if setting:
+        if setting := re.fullmatch(r'(\w+)="([^"]*)"', line):
             values[setting[1]] = setting[2]
         if line.startswith("run "):
             name, *flags = shlex.split(line, comments=True)[1:]

@@ -47,9 +47,8 @@ def split_grouped(table, val, test, seed):
 
 
 def split(name, table, val=None, test=None, seed=42):
-    """Split a table by patient -> {"train", "val", "test"}: data frames.
-    A split that the data set brings is kept. `val`, `test`: shares of the patients; None: the published one.
-    """
+    """Split a table by patient -> {"train", "val", "test"}: data frames. A split that the data set brings is
+    kept. `val`, `test`: shares of the patients; None: the published one."""
     given = table["given_part"]
     if (given != "").all():
         if val is not None or test:

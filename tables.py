@@ -19,9 +19,7 @@ import pandas as pd
 from errors import InputError, reading
 
 ODIR_LABELS, GRADES = list("NDGCAHMO"), list("01234")
-GRADE_WORDS = ["none", "mild", "moderate", "severe", "proliferative"]
 RETINA_LABELS = ["diabetic retinopathy", "glaucoma", "normal"]
-MRNET_LABELS = ["abnormal", "acl", "meniscus"]
 PLANES = ["axial", "coronal", "sagittal"]
 PARTS = ("train", "val", "test")
 SPREAD_FROM = "trained on"  # source of the rows in pseudo_labels.csv that its labels come from
@@ -36,9 +34,9 @@ DATASETS = {
     "aptos": {**CLASSES, "labels": GRADES, "ordered": True, "val": 733 / 3662, "test": 583 / 3662},
     "dr": {**CLASSES, "labels": GRADES, "ordered": True},
     "retina": {**CLASSES, "labels": RETINA_LABELS},
-    "mrnet": {**MULTILABEL, "labels": MRNET_LABELS, "family": "auc"},
+    "mrnet": {**MULTILABEL, "labels": ["abnormal", "acl", "meniscus"], "family": "auc"},
 }
-WORDS = {"aptos": GRADE_WORDS, "dr": GRADE_WORDS}  # labels as people read them
+WORDS = dict.fromkeys(["aptos", "dr"], "none mild moderate severe proliferative".split())  # for people
 WORDS["odir"] = "normal diabetes glaucoma cataract AMD hypertension myopia other".split()
 APTOS_CLASSES = {"nodr": 0, "mild": 1, "moderate": 2, "severe": 3, "proliferativedr": 4, "proliferatedr": 4}
 
@@ -73,9 +71,7 @@ def read(name, root, labels=None):
     ids, parts = table.frame["ID"], table.frame["given_part"].map(("", *PARTS).index)
     padded = ids if pd.api.types.is_integer_dtype(ids) else ids.map(with_padded_digits)
     table.frame = table.frame.iloc[np.lexsort((ids, padded, parts))].reset_index(drop=True)
-    given = table.frame[table.frame["given_part"] != ""]
-    astride = (given.groupby("patient")["given_part"].nunique() > 1).sum()
-    if astride:
+    if astride := (table.frame.groupby("patient")["given_part"].nunique() > 1).sum():
         table.notes.append(f"{astride} patient(s), by file name, are in several parts of the split it brings")
     return table
 
@@ -148,11 +144,9 @@ def read_sheet(path, columns=(), header=0, dtype=None):
 
 def check_columns(path, sheet, columns):
     """InputError where one of `columns` is missing or there twice."""
-    doubled = [column for column in columns if f"{column}.1" in sheet.columns]
-    if doubled:  # pandas calls the second one `name.1`
+    if doubled := [column for column in columns if f"{column}.1" in sheet.columns]:  # pandas' second `name`
         raise InputError(f"{path}: column(s) twice: {', '.join(doubled)}")
-    missing = [str(column) for column in columns if column not in sheet.columns]
-    if missing:
+    if missing := [str(column) for column in columns if column not in sheet.columns]:
         found = ", ".join(map(str, sheet.columns[:20]))
         raise InputError(f"{path}: column(s) missing: {', '.join(missing)} (found: {found})")
 
@@ -179,8 +173,7 @@ def check_names(path, names, what, unique=True, inside=True):
     empty = names.isna()
     names = pd.Series([str(name).strip() for name in names.tolist()], names.index, dtype=object)
     check_rows(path, empty | (names == ""), f"empty {what}")
-    control = names.str.contains(CONTROL)
-    check_rows(path, control, f"control characters in {what}", names[control].map(ascii))
+    check_rows(path, names.str.contains(CONTROL), f"control characters in {what}", names.map(ascii))
     check_rows(path, names.str.contains(OUTSIDE) & inside, f"{what} that leaves the data folder", names)
     if unique:
         check_rows(path, names.duplicated(), f"doubled {what}", names)
@@ -249,8 +242,7 @@ def read_image_folder(root):
     ordered = graded and max(grades) - min(grades) == len(grades) - 1
     if not ordered:
         notes.append(f"the classes {', '.join(classes)} are no row of grades: there is no quadratic kappa")
-    taken = {"ID", "predicted", "trained_on"}.intersection(classes)  # columns of the sheets of results
-    if taken:
+    if taken := {"ID", "predicted", "trained_on"}.intersection(classes):  # columns of the sheets of results
         raise InputError(f"{root / 'train'}: no class may be called {', '.join(taken)}. Rename the folder")
     for file in sorted(file for part in PARTS for file in (root / part).glob("*/*")):
         part, name = file.parts[-3:-1]
@@ -271,8 +263,7 @@ def read_image_folder(root):
 
 def read_dr(root, labels):
     """trainLabels.csv (image, level), or the lab's {train,test}_img.csv and _label.csv without header.
-    The lab's test file is what its accuracies were measured on and its best epoch chosen by: it is our `val`.
-    """
+    The lab's test file, which measured its accuracies and chose its best epoch, is our `val`."""
     path, grades, frames = root / "trainLabels.csv", range(len(labels)), []
     if path.exists() or not (root / "train_img.csv").exists():
         sheet = read_sheet(path, ["image", "level"], dtype={"image": str})
@@ -322,8 +313,7 @@ def read_mrnet(root, labels):
             exams = as_integers(path, sheet[0], "an exam id (the file has no header)")
             check_rows(path, exams.duplicated(), "doubled exam id", exams)
             columns[label] = pd.Series(check_zero_one(path, sheet, [1])[:, 0], index=exams)
-            other = columns[labels[0]].index.symmetric_difference(exams)[:5].tolist()
-            if other:
+            if other := columns[labels[0]].index.symmetric_difference(exams)[:5].tolist():
                 raise InputError(f"{path}, {source}-{labels[0]}.csv do not hold the same exams: {other}")
         frame = pd.DataFrame(columns)  # joined by exam
         names = [f"{exam:04d}" for exam in frame.index]
@@ -337,23 +327,20 @@ READERS = {"odir": read_odir, "aptos": read_aptos, "dr": read_dr, "retina": read
 
 
 def unlabelled_pictures(root):
-    """The retina set's pictures in test/, which carry no label."""
     return sorted(str(file) for file in (Path(root) / "test").glob("*") if file.suffix.lower() in SUFFIXES)
 
 
 def add_pseudo_labels(parts, table, root, path, min_confidence):
-    """parts["train"] with the pictures of pseudo_labels.csv (filename, label, confidence, and its `source`).
-    No picture of `parts` may come back, nor may a patient of validation or test be in it, or have been in the
-    training of the network that spread the labels, whose rows it ends with."""
+    """parts["train"] with the pictures of pseudo_labels.csv (filename, label, confidence, `source`), none of
+    which is in `parts`. The rows it was spread from end it. No patient of val or test may be in either."""
     labels, held_out = table.labels, [*parts["val"]["patient"], *parts["test"]["patient"]]
     sheet = read_sheet(path, ["filename", "label", "confidence"], dtype={"filename": str, "label": str})
     names = check_names(path, sheet["filename"], "filename")
     patients = pd.Series(patients_of(names), names.index)
     if "source" in sheet:
         origin = sheet["source"] == SPREAD_FROM
-        check_rows(
-            path, origin & patients.isin(held_out), "spread from a patient of validation or test", names
-        )
+        leak = origin & patients.isin(held_out)
+        check_rows(path, leak, "spread from a patient of validation or test", names)
         sheet, names = sheet[~origin], names[~origin]
     else:
         table.notes.append(f"{path} does not say whose pictures its labels were spread from")
@@ -372,8 +359,7 @@ def add_pseudo_labels(parts, table, root, path, min_confidence):
 
 GIVEN = {
     "odir": "eye pairs: LEFT RIGHT, a folder of <id>_left.* and <id>_right.*, or a CSV",
-    "mrnet": "knees: an exam's folder of axial.npy, coronal.npy and sagittal.npy, these files in this order, "
-    "a folder of the folders axial/, coronal/ and sagittal/, or a CSV",
+    "mrnet": "knees: axial.npy coronal.npy sagittal.npy, their folder, one of axial/ coronal/ sagittal/, a CSV",
 }
 
 
@@ -442,9 +428,8 @@ def rows_of_sheet(name, path):
     ids = check_names(path, sheet["ID"] if "ID" in sheet.columns else columns[0], "ID", inside=False)
     if name == "odir":
         pairs = pd.Series(["\n".join(plain_names(pair)) for pair in zip(*columns, strict=True)], ids.index)
-        check_rows(
-            path, pairs.str.contains(SWAPPED), "a right eye as LEFT and a left one as RIGHT, by their names,"
-        )
+        swapped = pairs.str.contains(SWAPPED)
+        check_rows(path, swapped, "a right eye as LEFT and a left one as RIGHT, by their names,")
         if (folder / "images").is_dir() and not any((folder / file).exists() for file in columns[0]):
             folder = folder / "images"
     files = [tuple(str(folder / file) for file in row) for row in zip(*columns, strict=True)]
