@@ -48,9 +48,8 @@ LEAST |= dict(warmup_epochs=0, trunk_lr=0, ema=0, folds=0, weight_power=0, calib
 MOST = dict(momentum=1, min_confidence=1, ema=0.99999, calibration_fraction=0.5, gamma=0.999999, size=4096)
 
 
-def add_machine_flags(parser, precision="auto"):
-    """Flags that every script with a network has; `precision` is its default."""
-    add = parser.add_argument
+def add_machine_flags(add, precision=None):
+    """Flags of every script with a network, by its parser's `add_argument`; `precision`: the default."""
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="where it runs")
     text = "auto: the fastest native one" if precision else "default: as the run was asked to"
     add("--precision", choices=["auto", "fp32", "bf16", "fp16"], default=precision, help=text)
@@ -64,7 +63,7 @@ def add_checkpoint_flags(parser, out):
     add("--missing", choices=["stop", "drop"], help="rows without a picture (default: as in the run)")
     add("--out", type=Path, help=f"folder for {out} (default: in the run's folder)")
     add("--cache", default="cache", help="folder of kept pictures and features")
-    add_machine_flags(parser, precision=None)
+    add_machine_flags(add)
 
 
 def get_args_parser(dataset="odir", description=None):
@@ -129,9 +128,8 @@ def get_args_parser(dataset="odir", description=None):
     add("--folds", type=int, default=0, help="of a frozen trunk: this many parts, each left out once")
     add("--calibration-fraction", type=float, default=0.0, help="of --fine-tune: patients no gradient sees")
 
-    group = parser.add_argument_group("machine")
-    add_machine_flags(group)
-    add = group.add_argument
+    add = parser.add_argument_group("machine").add_argument
+    add_machine_flags(add, "auto")
     add("--compile", action=yes_no, default=False, help="torch.compile; pays off in long runs")
     add("--deterministic", action=yes_no, default=False, help="the same bits on a GPU too; slower there")
     add("--feature-cache", action=yes_no, default=True, help="keep a frozen trunk's features on disk")

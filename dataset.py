@@ -89,9 +89,8 @@ class FeatureSet(RowSet):
 
 
 class VolumeSet(RowSet):
-    """Knees: batches {"volumes": three uint8 (sum of slices, S, S), "lengths": of each exam, "targets"}.
-    `how`: "crop" cuts the centre S x S of the 256 x 256 slices (published: 224), "none" scales them to S x S.
-    An integer index gives ([three uint8 (slices, S, S)], target)."""
+    """Knees: batches {"volumes": three uint8 (sum of slices, S, S), "lengths": of exams, "targets"}, by index
+    ([volumes], target). `how`: "crop" cuts the centre S x S (published: 224), "none" scales to it."""
 
     def __init__(self, files, targets, size, how="crop", seed=0, view=None):
         super().__init__(targets, seed, view)
@@ -364,10 +363,9 @@ def count_duplicates(part, seen, args, name):
 
 def load_part(args, saved, split, root=None, missing="stop"):
     """The rows of a checkpoint's part in their order, opened -> (Part, facts). `all`: every row of the data.
-    facts: root, rendered, notes, own (rows, labels and pictures are the run's), digest, left_out,
-    contents {ID: digest of its pictures}, where (part and data in words), suffix (of folders about them),
-    trained_on (IDs of the rows that hold a picture the network was trained on).
-    Raises InputError where rows or labels are not the run's, unless `root` names another data set."""
+    facts: root, rendered, notes, digest, left_out, own (rows, labels and pictures are the run's), where (in
+    words), suffix (of folders about it), contents {ID: digest of its pictures}, trained_on (IDs of rows whose
+    picture training saw). InputError: rows or labels are not the run's, and `root` is no other data set."""
     root = root or saved["data"]["root"]
     other = Path(root).resolve() != Path(saved["data"]["root"]).resolve()
     table = tables.read(args.dataset, root, saved["labels"] if args.dataset in ("retina", "mrnet") else None)

@@ -1,5 +1,4 @@
-"""How every script talks: its help, and at its end an exit status and a sentence on what a user can mend.
-A traceback is left for what is a bug of ours."""
+"""How every script talks: its help, an exit status, a sentence on what to mend; a traceback is our bug."""
 
 import argparse
 import contextlib

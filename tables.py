@@ -3,8 +3,7 @@
     table = tables.read("odir", "data/odir")  # table.frame: one row per patient, picture or exam
 
 A frame has the columns ID, patient, files (a tuple of paths), given_part ("" where the split is ours to make)
-and one 0/1 column per label, or `target`, a position in the labels.
-A new data set is a reader like `read_aptos`, and an entry in READERS and in DATASETS.
+and a 0/1 column per label, or `target`, a position in them. New data sets go into READERS and DATASETS.
 """
 
 import dataclasses
@@ -168,8 +167,7 @@ def check_zero_one(path, sheet, labels):
 
 
 def check_names(path, names, what, unique=True, inside=True):
-    """A column of names as stripped strings. InputError: empty, control characters, out of the data folder
-    (where `inside`), or doubled (where `unique`)."""
+    """A column, stripped. InputError: empty, control characters, outside (`inside`), or doubled (`unique`)."""
     empty = names.isna()
     names = pd.Series([str(name).strip() for name in names.tolist()], names.index, dtype=object)
     check_rows(path, empty | (names == ""), f"empty {what}")
@@ -359,7 +357,8 @@ def add_pseudo_labels(parts, table, root, path, min_confidence):
 
 GIVEN = {
     "odir": "eye pairs: LEFT RIGHT, a folder of <id>_left.* and <id>_right.*, or a CSV",
-    "mrnet": "knees: axial.npy coronal.npy sagittal.npy, their folder, one of axial/ coronal/ sagittal/, a CSV",
+    "mrnet": "knees: an exam's folder of axial.npy, coronal.npy and sagittal.npy, these files in this order, "
+    "a folder of the folders axial/, coronal/ and sagittal/, or a CSV",
 }
 
 
