@@ -167,7 +167,7 @@ def check_zero_one(path, sheet, labels):
 
 
 def check_names(path, names, what, unique=True, inside=True):
-    """A column, stripped. InputError: empty, control characters, outside (`inside`), or doubled (`unique`)."""
+    """A column, stripped. InputError: empty, control characters, outside (`inside`) or doubled (`unique`)."""
     empty = names.isna()
     names = pd.Series([str(name).strip() for name in names.tolist()], names.index, dtype=object)
     check_rows(path, empty | (names == ""), f"empty {what}")
@@ -203,8 +203,7 @@ def read_odir(root, labels):
     frame = pd.DataFrame({"ID": ids, "patient": ids, "files": files, "given_part": ""})
     frame[labels] = check_zero_one(path, sheet, labels)
     folded = frame.duplicated() & (path.suffix == ".csv")  # Kaggle's second eye repeats the patient's columns
-    again = frame["ID"].duplicated() & ~folded
-    check_rows(path, again, "doubled ID, or a patient's eyes with different labels or file names,")
+    check_rows(path, frame["ID"].duplicated() & ~folded, "doubled ID, or eyes of different labels or files")
     frame = frame[~folded]
     empty = int((frame[labels].sum(axis=1) == 0).sum())
     return Table(frame, labels, [f"{empty} patient(s) carry no label at all"] if empty else [])
