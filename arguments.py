@@ -170,9 +170,8 @@ def get_args(argv=None, description=None):
         if getattr(args, name) is None:
             setattr(args, name, value)
     if args.bn is None:
-        # Of another trunk than the published one the weights' own statistics are better (docs/results.md).
         published = args.trunk == "resnet50" and not args.model.startswith("efficientnet-lite0")
-        frozen = "fitted" if published else "pretrained"
+        frozen = "fitted" if published else "pretrained"  # of other trunks better (docs/results.md)
         args.bn = "batch" if args.fine_tune else frozen
     return args, state
 
@@ -187,8 +186,7 @@ def compare_with_stored(args, state):
     if args.epochs < state["epoch"] or args.patience < stored["patience"]:
         had = f"the {state['epoch']} epochs that this run has had, --patience {stored['patience']}"
         raise InputError(f"--epochs {args.epochs} --patience {args.patience}: expected {had} or more")
-    for name in changed:
-        # The cosine schedule falls to zero at the last epoch.
+    for name in changed:  # the cosine schedule falls to zero at the last epoch
         if name in SCHEDULE_FLAGS or name == "epochs" and args.scheduler == "cosine":
             state["changes"].append(f"{name} was {stored[name]} for {state['epoch']} epochs")
 
@@ -275,8 +273,7 @@ def differences(args, line):
     told, demo = [], str(args.get("name")).startswith("demo-")
     for name, asked in vars(line).items():
         used = args.get(name, asked)
-        # Of a path the folder of runs may be another.
-        same = "/" in str(asked) and run_file(used, demo) == run_file(asked, demo)
+        same = "/" in str(asked) and run_file(used, demo) == run_file(asked, demo)  # in any --runs
         if used != asked and not same and name not in WHERE:
             told.append(f"{name.replace('_', ' ')} {used} not {asked}")
     return told

@@ -89,8 +89,7 @@ def guard(main, *args):
     another process has ended. 130, 143: Ctrl-C, SIGTERM. An exception's `go_on`: the command that goes on."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            # A character that the terminal lacks becomes a question mark; a log file gets each line at once.
-            stream.reconfigure(errors="replace", line_buffering=True)
+            stream.reconfigure(errors="replace", line_buffering=True)  # "?" for what a terminal lacks
     signal.signal(signal.SIGTERM, terminate)
     try:
         if "END_WITH_PARENT" in os.environ:  # run_all.sh: its scripts must not outlive it, nor theirs them
@@ -112,8 +111,7 @@ def guard(main, *args):
         status, place = 2, error.filename or "the output"
         message = f"error: cannot write {place}: {error.strerror}. What was there before is whole. Make room "
         message += "or take another folder, then run again (a begun training: --resume)."
-    except (MemoryError, RuntimeError) as error:
-        # By name: torch, whose own types are RuntimeErrors, is not imported here just for them.
+    except (MemoryError, RuntimeError) as error:  # torch's types by name: it is not imported just for them
         status, kinds = 1, {kind.__name__ for kind in type(error).__mro__}
         text = str(error).partition("\n")[0] or "host memory"
         if any(words in text for words in LOST):

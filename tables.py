@@ -57,7 +57,7 @@ class Table:
 
 
 def read(name, root, labels=None):
-    """Read data set `name` under `root` -> Table, in an order that does not depend on the sheet's."""
+    """Read data set `name` under `root` -> Table, by part, then by ID, whatever the order of the sheet."""
     root, known = Path(root), DATASETS[name]["labels"]
     if not root.is_dir():
         raise InputError(f"--data {root} is no folder: give the one that holds the {name} data set (README)")
@@ -66,7 +66,6 @@ def read(name, root, labels=None):
         raise InputError(f"--labels: {name} always has the labels {' '.join(known)}")
     table = READERS[name](root, labels)
     table.ordered = table.ordered and DATASETS[name]["ordered"]
-    # By part, then by ID, in which digits count as numbers.
     ids, parts = table.frame["ID"], table.frame["given_part"].map(("", *PARTS).index)
     padded = ids if pd.api.types.is_integer_dtype(ids) else ids.map(with_padded_digits)
     table.frame = table.frame.iloc[np.lexsort((ids, padded, parts))].reset_index(drop=True)
@@ -203,7 +202,7 @@ def read_odir(root, labels):
     frame = pd.DataFrame({"ID": ids, "patient": ids, "files": files, "given_part": ""})
     frame[labels] = check_zero_one(path, sheet, labels)
     folded = frame.duplicated() & (path.suffix == ".csv")  # Kaggle's second eye repeats the patient's columns
-    check_rows(path, frame["ID"].duplicated() & ~folded, "doubled ID, or eyes of different labels or files")
+    check_rows(path, frame["ID"].duplicated() & ~folded, "doubled ID, or different labels or file names")
     frame = frame[~folded]
     empty = int((frame[labels].sum(axis=1) == 0).sum())
     return Table(frame, labels, [f"{empty} patient(s) carry no label at all"] if empty else [])
