@@ -69,7 +69,6 @@ def add_checkpoint_flags(parser, out):
 def get_args_parser(dataset="odir", description=None):
     parser = Parser(description, usage="python train.py [--flag value ...]")
     yes_no = argparse.BooleanOptionalAction
-
     add = parser.add_argument_group("data").add_argument
     add("--dataset", choices=PUBLISHED, default="odir", help="data set; sets the published defaults below")
     add("--data", help="its folder (default: data/<dataset>, else rendered stand-ins)")
@@ -82,7 +81,6 @@ def get_args_parser(dataset="odir", description=None):
     add("--shuffle-labels", action="store_true", help="control: the training patients' labels, shuffled")
     add("--pseudo-labels", metavar="FILE", help="retina: spread_labels.py's CSV joins the training part")
     add("--min-confidence", type=float, default=0.0, help="least confidence of a pseudo-label")
-
     add = parser.add_argument_group("pictures").add_argument
     text = "fov: the eye alone (write-up); none: scaled; centre: shorter side, then crop; crop: of knees"
     add("--preprocess", choices=["fov", "none", "centre", "crop"], default="fov", help=text)
@@ -91,7 +89,6 @@ def get_args_parser(dataset="odir", description=None):
     text = "eyes: experiments 8, 9; pair: 14-17; lab: dr; knee: mrnet"
     add("--augment", choices=["none", "eyes", "pair", "lab", "knee"], default="none", help=text)
     add("--views", type=int, default=0, help="cycle through N random views; 0: fresh ones (write-up)")
-
     add = parser.add_argument_group("network").add_argument
     text = "v0 to v3: both eyes; mrnet; alexnet, efficientnet-b1, efficientnet-lite0 or torchvision's name"
     add("--model", default="v0", help=text)
@@ -101,7 +98,6 @@ def get_args_parser(dataset="odir", description=None):
     add("--freeze-epochs", type=int, default=0, help="of --fine-tune: the head alone first (dr lab: 5)")
     text = "BatchNorm: fitted once (resnet50), the weights' own (other trunks), each batch's (--fine-tune)"
     add("--bn", choices=["fitted", "pretrained", "batch"], help=text)
-
     add = parser.add_argument_group("optimisation").add_argument
     add("--optimizer", choices=OPTIMIZERS, default="sgd", help="(write-up)")
     add("--lr", type=float, default=0.05, help="learning rate (experiment 3); cyclic: lower end")
@@ -123,18 +119,15 @@ def get_args_parser(dataset="odir", description=None):
     add("--weight-power", type=float, default=1.0, help="exponent of these weights; below 1: softer")
     add("--sampler", choices=["shuffle", "balanced", "weighted"], default="shuffle", help="(experiment 12)")
     add("--drop-last", action=yes_no, default=False, help="leave out a short last batch (dr lab)")
-
     add = parser.add_argument_group("thresholds, learned on training patients").add_argument
     add("--folds", type=int, default=0, help="of a frozen trunk: this many parts, each left out once")
     add("--calibration-fraction", type=float, default=0.0, help="of --fine-tune: patients no gradient sees")
-
     add = parser.add_argument_group("machine").add_argument
     add_machine_flags(add, "auto")
     add("--compile", action=yes_no, default=False, help="torch.compile; pays off in long runs")
     add("--deterministic", action=yes_no, default=False, help="the same bits on a GPU too; slower there")
     add("--feature-cache", action=yes_no, default=True, help="keep a frozen trunk's features on disk")
     add("--cache", default="cache", help="folder of kept pictures and features")
-
     add = parser.add_argument_group("run").add_argument
     add("--runs", default="runs", help="folder of the run folders")
     add("--name", help="of the run folder (default: a number)")
