@@ -34,15 +34,13 @@ SCHEDULES = {
     "cosine": dict(warmup_epochs=1.0),
 }
 OPTIMIZERS = {"sgd": dict(momentum=0.9), "adam": {}, "adamw": {}}
-RECIPES = {"odir": ("eyes", "pair"), "mrnet": ("knee",)}  # random views; the others take eyes and lab
 EYE_MODELS = ("v0", "v1", "v2", "v3")
 # Where one of these is another after a resume, the schedule is as if it had been so from the start.
 SCHEDULE_FLAGS = ("lr", "momentum", "weight_decay", "schedule_epochs", "gamma", "max_lr", "warmup_epochs")
 MACHINE = ("device", "precision", "workers", "compile", "deterministic", "feature_cache", "cache")
 # A resumed run keeps all others: they decide shapes, the rows, or what the optimiser and the schedule hold.
 RESUMABLE = {*SCHEDULE_FLAGS, *MACHINE, *"resume epochs patience folds data missing duplicates".split()}
-# Two runs that differ in these alone are one experiment.
-WHERE = [*MACHINE, "seed", "name", "resume", "runs", "data"]
+WHERE = [*MACHINE, "seed", "name", "resume", "runs", "data"]  # all else is equal in one experiment's runs
 LEAST = dict(size=16, batch=1, epochs=1, patience=1, freeze_epochs=0, views=0, seed=0, split_seed=0, lr=1e-12)
 LEAST |= dict(max_lr=1e-12, weight_decay=0, momentum=0, min_confidence=0, schedule_epochs=1, workers=0)
 LEAST |= dict(warmup_epochs=0, trunk_lr=0, ema=0, folds=0, weight_power=0, calibration_fraction=0, gamma=1e-6)
@@ -50,9 +48,8 @@ LEAST |= dict(warmup_epochs=0, trunk_lr=0, ema=0, folds=0, weight_power=0, calib
 MOST = dict(momentum=1, min_confidence=1, ema=0.99999, calibration_fraction=0.5, gamma=0.999999, size=4096)
 
 
-def add_machine_flags(parser, precision="auto"):
-    """Flags that every script with a network has; `precision` is its default."""
-    add = parser.add_argument
+def add_machine_flags(add, precision=None):
+    """Flags of every script with a network, by its parser's `add_argument`; `precision`: the default."""
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="where it runs")
     text = "auto: the fastest native one" if precision else "default: as the run was asked to"
     add("--precision", choices=["auto", "fp32", "bf16", "fp16"], default=precision, help=text)
@@ -66,13 +63,12 @@ def add_checkpoint_flags(parser, out):
     add("--missing", choices=["stop", "drop"], help="rows without a picture (default: as in the run)")
     add("--out", type=Path, help=f"folder for {out} (default: in the run's folder)")
     add("--cache", default="cache", help="folder of kept pictures and features")
-    add_machine_flags(parser, precision=None)
+    add_machine_flags(add)
 
 
 def get_args_parser(dataset="odir", description=None):
     parser = Parser(description, usage="python train.py [--flag value ...]")
     yes_no = argparse.BooleanOptionalAction
-
     add = parser.add_argument_group("data").add_argument
     add("--dataset", choices=PUBLISHED, default="odir", help="data set; sets the published defaults below")
     add("--data", help="its folder (default: data/<dataset>, else rendered stand-ins)")
@@ -85,7 +81,6 @@ def get_args_parser(dataset="odir", description=None):
     add("--shuffle-labels", action="store_true", help="control: the training patients' labels, shuffled")
     add("--pseudo-labels", metavar="FILE", help="retina: spread_labels.py's CSV joins the training part")
     add("--min-confidence", type=float, default=0.0, help="least confidence of a pseudo-label")
-
     add = parser.add_argument_group("pictures").add_argument
     text = "fov: the eye alone (write-up); none: scaled; centre: shorter side, then crop; crop: of knees"
     add("--preprocess", choices=["fov", "none", "centre", "crop"], default="fov", help=text)
@@ -94,7 +89,6 @@ def get_args_parser(dataset="odir", description=None):
     text = "eyes: experiments 8, 9; pair: 14-17; lab: dr; knee: mrnet"
     add("--augment", choices=["none", "eyes", "pair", "lab", "knee"], default="none", help=text)
     add("--views", type=int, default=0, help="cycle through N random views; 0: fresh ones (write-up)")
-
     add = parser.add_argument_group("network").add_argument
     text = "v0 to v3: both eyes; mrnet; alexnet, efficientnet-b1, efficientnet-lite0 or torchvision's name"
     add("--model", default="v0", help=text)
@@ -104,7 +98,6 @@ def get_args_parser(dataset="odir", description=None):
     add("--freeze-epochs", type=int, default=0, help="of --fine-tune: the head alone first (dr lab: 5)")
     text = "BatchNorm: fitted once (resnet50), the weights' own (other trunks), each batch's (--fine-tune)"
     add("--bn", choices=["fitted", "pretrained", "batch"], help=text)
-
     add = parser.add_argument_group("optimisation").add_argument
     add("--optimizer", choices=OPTIMIZERS, default="sgd", help="(write-up)")
     add("--lr", type=float, default=0.05, help="learning rate (experiment 3); cyclic: lower end")
@@ -126,19 +119,15 @@ def get_args_parser(dataset="odir", description=None):
     add("--weight-power", type=float, default=1.0, help="exponent of these weights; below 1: softer")
     add("--sampler", choices=["shuffle", "balanced", "weighted"], default="shuffle", help="(experiment 12)")
     add("--drop-last", action=yes_no, default=False, help="leave out a short last batch (dr lab)")
-
     add = parser.add_argument_group("thresholds, learned on training patients").add_argument
     add("--folds", type=int, default=0, help="of a frozen trunk: this many parts, each left out once")
     add("--calibration-fraction", type=float, default=0.0, help="of --fine-tune: patients no gradient sees")
-
-    group = parser.add_argument_group("machine")
-    add_machine_flags(group)
-    add = group.add_argument
+    add = parser.add_argument_group("machine").add_argument
+    add_machine_flags(add, "auto")
     add("--compile", action=yes_no, default=False, help="torch.compile; pays off in long runs")
     add("--deterministic", action=yes_no, default=False, help="the same bits on a GPU too; slower there")
     add("--feature-cache", action=yes_no, default=True, help="keep a frozen trunk's features on disk")
     add("--cache", default="cache", help="folder of kept pictures and features")
-
     add = parser.add_argument_group("run").add_argument
     add("--runs", default="runs", help="folder of the run folders")
     add("--name", help="of the run folder (default: a number)")
@@ -174,9 +163,8 @@ def get_args(argv=None, description=None):
         if getattr(args, name) is None:
             setattr(args, name, value)
     if args.bn is None:
-        # Of another trunk than the published one the weights' own statistics are better (docs/results.md).
         published = args.trunk == "resnet50" and not args.model.startswith("efficientnet-lite0")
-        frozen = "fitted" if published else "pretrained"
+        frozen = "fitted" if published else "pretrained"  # of other trunks better (docs/results.md)
         args.bn = "batch" if args.fine_tune else frozen
     return args, state
 
@@ -185,15 +173,13 @@ def compare_with_stored(args, state):
     """Refuse what a resumed run keeps; what changes its schedule is told in run.json, and by the report."""
     stored = state["args"]
     changed = [name for name in vars(args) if getattr(args, name) != stored[name]]
-    refused = [name for name in changed if name not in RESUMABLE]
-    if refused:
+    if refused := [name for name in changed if name not in RESUMABLE]:
         kept = ", ".join(f"--{name.replace('_', '-')} {stored[name]}" for name in refused)
         raise InputError(f"a resumed run keeps its {kept}: start a new run to change it")
     if args.epochs < state["epoch"] or args.patience < stored["patience"]:
         had = f"the {state['epoch']} epochs that this run has had, --patience {stored['patience']}"
         raise InputError(f"--epochs {args.epochs} --patience {args.patience}: expected {had} or more")
-    for name in changed:
-        # The cosine schedule falls to zero at the last epoch.
+    for name in changed:  # the cosine schedule falls to zero at the last epoch
         if name in SCHEDULE_FLAGS or name == "epochs" and args.scheduler == "cosine":
             state["changes"].append(f"{name} was {stored[name]} for {state['epoch']} epochs")
 
@@ -205,11 +191,6 @@ def check_args(args):
         if value is not None and not least <= value <= most:
             asked = f"{least:g} to {most:g}" if name in MOST else f"{least:g} or more"
             raise InputError(f"--{name.replace('_', '-')} {value}: expected {asked}")
-    check_pictures(args)
-    check_training(args)
-
-
-def check_pictures(args):
     name, model, knees = args.dataset, args.model, args.dataset == "mrnet"
     if args.labels and len(set(args.labels)) < len(args.labels):
         raise InputError(f"--labels {' '.join(args.labels)}: a label is named twice")
@@ -217,7 +198,7 @@ def check_pictures(args):
         raise InputError("--pseudo-labels belongs to --dataset retina, --min-confidence to --pseudo-labels")
     if args.crop and (args.augment == "none" or knees or not 16 <= args.crop <= args.size):
         raise InputError(f"--crop {args.crop} needs --augment and a --size ({args.size}) that it fits into")
-    recipes = ("none", *RECIPES.get(name, ("eyes", "lab")))
+    recipes = {"odir": ("none", "eyes", "pair"), "mrnet": ("none", "knee")}.get(name, ("none", "eyes", "lab"))
     kinds = ("crop", "none") if knees else ("fov", "none", "centre")
     for flag, allowed in (("augment", recipes), ("preprocess", kinds)):
         if getattr(args, flag) not in allowed:
@@ -231,6 +212,7 @@ def check_pictures(args):
         raise InputError(f"--model {model} does not take {name}; expected {takes}")
     if args.trunk != "resnet50" and model not in EYE_MODELS:
         raise InputError(f"--trunk belongs to --model v0 to v3: give --model {args.trunk}")
+    check_training(args)
 
 
 def check_training(args):
@@ -264,8 +246,7 @@ def experiments():
     values, found = {"prefix": ""}, {}
     for line in Path(__file__).with_name("run_all.sh").read_text().splitlines():
         line = string.Template(line).safe_substitute(values)
-        setting = re.fullmatch(r'(\w+)="([^"]*)"', line)
-        if setting:
+        if setting := re.fullmatch(r'(\w+)="([^"]*)"', line):
             values[setting[1]] = setting[2]
         if line.startswith("run "):
             name, *flags = shlex.split(line, comments=True)[1:]
@@ -285,8 +266,7 @@ def differences(args, line):
     told, demo = [], str(args.get("name")).startswith("demo-")
     for name, asked in vars(line).items():
         used = args.get(name, asked)
-        # Of a path the folder of runs may be another.
-        same = "/" in str(asked) and run_file(used, demo) == run_file(asked, demo)
+        same = "/" in str(asked) and run_file(used, demo) == run_file(asked, demo)  # in any --runs
         if used != asked and not same and name not in WHERE:
             told.append(f"{name.replace('_', ' ')} {used} not {asked}")
     return told

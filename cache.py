@@ -41,9 +41,8 @@ def file_names(names):
 
 @contextlib.contextmanager
 def replacing(path):
-    """A hidden file to write beside `path`, then renamed: `path` is whole or untouched."""
+    """A hidden file beside `path`, by machine and process, then renamed: `path` is whole or untouched."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Its name tells which process of which machine writes it.
     temporary = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}.tmp")
     try:
         yield temporary

@@ -26,7 +26,7 @@ from decode import Pictures
 from engine import local_rank, together
 from errors import InputError, reading
 from split import drop_missing, set_aside, split, split_patients  # noqa: F401 - dataset.split_patients is SPEC's name
-from tables import DATASETS, PLANES, targets_of
+from tables import DATASETS, PLANES, add_pseudo_labels, targets_of
 
 
 class RowSet(torch.utils.data.Dataset):
@@ -89,9 +89,8 @@ class FeatureSet(RowSet):
 
 
 class VolumeSet(RowSet):
-    """Knees: batches {"volumes": three uint8 (sum of slices, S, S), "lengths": of each exam, "targets"}.
-    `how`: "crop" cuts the centre S x S of the 256 x 256 slices (published: 224), "none" scales them to S x S.
-    An integer index gives ([three uint8 (slices, S, S)], target)."""
+    """Knees: batches {"volumes": three uint8 (sum of slices, S, S), "lengths": of exams, "targets"}, by index
+    ([volumes], target). `how`: "crop" cuts the centre S x S (published: 224), "none" scales to it."""
 
     def __init__(self, files, targets, size, how="crop", seed=0, view=None):
         super().__init__(targets, seed, view)
@@ -125,7 +124,6 @@ def read_volume(file):
         volume = np.lib.format.open_memmap(file, "c")
     if volume.dtype != np.uint8 or volume.shape[1:] != (256, 256) or not len(volume):
         raise InputError(f"{file}: {volume.dtype} {volume.shape}; expected uint8 (slices, 256, 256)")
-    # A damaged header can claim fewer slices than there are.
     if volume.offset + volume.nbytes != Path(file).stat().st_size:
         raise InputError(f"{file}: the header claims {len(volume)} slices, but the file's length is another")
     return volume
@@ -260,7 +258,7 @@ def open_part(table, targets, args, size, missing, expected=0):
     if not good.any():
         raise InputError(nothing)
     part = Part(table, pictures, targets, expected or len(table), size, args.preprocess)
-    return part if good.all() else part.subset(np.flatnonzero(good))
+    return part.subset(np.flatnonzero(good))
 
 
 def find_data(args):
@@ -290,21 +288,19 @@ def load(args):
         labels, notes = table.labels, table.notes
         frames = split(args.dataset, table.frame, args.val_fraction, args.test_fraction, args.split_seed)
         if args.pseudo_labels:
-            more = args.pseudo_labels, args.min_confidence
-            frames["train"] = tables.add_pseudo_labels(frames, table, root, *more)
+            frames["train"] = add_pseudo_labels(frames, table, root, args.pseudo_labels, args.min_confidence)
         if args.calibration_fraction:
             frames["train"], frames["calibration"] = set_aside(frames["train"], args)
         expected = {name: len(frame) for name, frame in frames.items()}
         frames, left_out = drop_missing(frames, args.missing)
-        if left_out:
-            notes.append(f"{left_out} row(s) without a picture are left out (--missing drop)")
     parts, unreadable = {}, 0
     for name in [name for name in frames if name != "test"]:  # training never opens the test part
         frame, size = frames[name], args.size if name == "train" else eval_size(args)
         part = open_part(frame, targets_of(frame, labels), args, size, args.missing, expected[name])
         parts[name], frames[name], unreadable = part, part.table, unreadable + len(frame) - len(part)
-    if unreadable:
-        notes.append(f"{unreadable} row(s) with an unreadable picture are left out (--missing drop)")
+    for number, fault in ((left_out, "without a picture"), (unreadable, "with an unreadable picture")):
+        if number:
+            notes.append(f"{number} row(s) {fault} are left out (--missing drop)")
     repaired = {file for part in parts.values() if part.pictures for file in part.pictures.repaired}
     rows = {name: part.rows() for name, part in parts.items()}
     closed = zip(frames["test"]["ID"], targets_of(frames["test"], labels).tolist(), strict=True)
@@ -329,12 +325,11 @@ def load(args):
 
 def seen_by_weights(args, frames, table):
     """Digests of the pictures that a best.pt of --weights was trained on; table.notes: what else is known."""
-    state, notes = {}, table.notes
-    with together():  # the file of --weights may be damaged on one machine alone
-        if Path(args.weights).is_file() and not args.resume:  # a resumed run knows what it has seen
+    state, file, notes = {}, Path(args.weights), table.notes
+    with together():  # the file may be damaged on one machine alone
+        if file.is_file() and not args.resume:  # a resumed run knows what it has seen
             state = load_file(args.weights)
-            content = digest(Path(args.weights).read_bytes())
-            notes.append(f"--weights {Path(args.weights).name} has the digest {content[:10]}")
+            notes.append(f"--weights {file.name} has the digest {digest(file.read_bytes())[:10]}")
     if not isinstance(state, dict) or state.get("kind") != "best":  # a trunk's own state_dict
         return set()
     if state["data"]["rendered"]:
@@ -344,8 +339,7 @@ def seen_by_weights(args, frames, table):
     if state["args"]["dataset"] == args.dataset:
         theirs = set(tables.patients_of(state["rows"]["train"]))
         for part in [name for name in frames if name != "train"]:
-            known = theirs.intersection(frames[part]["patient"].astype(str))
-            if known:
+            if known := theirs.intersection(frames[part]["patient"].astype(str)):
                 notes.append(f"--weights was trained on {len(known)} of the {part} patients, by their names")
     return set(state["seen"])
 
@@ -369,10 +363,9 @@ def count_duplicates(part, seen, args, name):
 
 def load_part(args, saved, split, root=None, missing="stop"):
     """The rows of a checkpoint's part in their order, opened -> (Part, facts). `all`: every row of the data.
-    facts: root, rendered, notes, own (rows, labels and pictures are the run's), digest, left_out,
-    contents {ID: digest of its pictures}, where (part and data in words), suffix (of folders about them),
-    trained_on (IDs of the rows that hold a picture the network was trained on).
-    Raises InputError where rows or labels are not the run's, unless `root` names another data set."""
+    facts: root, rendered, notes, digest, left_out, own (rows, labels and pictures are the run's), where (in
+    words), suffix (of folders about it), contents {ID: digest of its pictures}, trained_on (IDs of rows whose
+    picture training saw). InputError: rows or labels are not the run's, and `root` is no other data set."""
     root = root or saved["data"]["root"]
     other = Path(root).resolve() != Path(saved["data"]["root"]).resolve()
     table = tables.read(args.dataset, root, saved["labels"] if args.dataset in ("retina", "mrnet") else None)

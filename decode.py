@@ -65,21 +65,17 @@ class Pictures:
 
     def fill(self, array):
         """Decode into `array`, and keep what was found beside it."""
-        self.failed, self.repaired, self.contents, refused = {}, [], [], []
-        found = decode_all(self.files, self.kind, self.size, self.workers)
-        bar = progress(found, f"pictures {self.kind} {self.size}", total=len(self.files))
-        for number, (picture, repaired, reason, content, system) in enumerate(bar):
+        found, decoded = [], decode_all(self.files, self.kind, self.size, self.workers)
+        bar = progress(decoded, f"pictures {self.kind} {self.size}", total=len(self.files))
+        for number, (picture, *rest) in enumerate(bar):
             array[number] = picture
-            self.contents.append(content)
-            if reason:
-                self.failed[self.files[number]] = reason
-            if repaired:
-                self.repaired.append(self.files[number])
-            if system:
-                refused.append(system)
-        if refused:
-            problem = f"the system refuses to read {len(refused)} file(s)"
-            raise InputError(f"{problem}: {'; '.join(refused[:3])}. Mend it, then run again")
+            found.append((self.files[number], *rest))
+        self.repaired = [file for file, repaired, *_ in found if repaired]
+        self.failed = {file: reason for file, _, reason, *_ in found if reason}
+        self.contents = [content for *_, content, _ in found]
+        if refused := [system for *_, system in found if system]:
+            first = "; ".join(refused[:3])
+            raise InputError(f"the system refuses {len(refused)} file(s): {first}. Mend it, then run again")
         facts = {name: getattr(self, name) for name in FACTS}
         replace_file(self.facts, lambda stream: json.dump(facts, stream), "w")
 

@@ -1,5 +1,4 @@
-"""How every script talks: its help, and at its end an exit status and a sentence on what a user can mend.
-A traceback is left for what is a bug of ours."""
+"""How every script talks: its help, an exit status, a sentence on what to mend; a traceback is our bug."""
 
 import argparse
 import contextlib
@@ -14,9 +13,8 @@ import sys
 import threading
 import time
 
-# What the system says of a place that cannot be written.
 DISK_ERRORS = {errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT}
-DISK_ERRORS |= {errno.EFBIG, errno.EEXIST, errno.ENOTDIR}
+DISK_ERRORS |= {errno.EFBIG, errno.EEXIST, errno.ENOTDIR}  # what is said of a place that cannot be written
 # How gloo and nccl say that a process they share a run with is no longer there.
 LOST = ("closed by peer", "reset by peer", "Broken pipe", "Timed out waiting", "remote process exited")
 
@@ -29,9 +27,8 @@ class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionH
     """The description as it is laid out; a default in square brackets where there is one."""
 
     def _get_help_string(self, action):
-        if action.default in (None, argparse.SUPPRESS) or not action.option_strings:
-            return action.help
-        return f"{action.help} [%(default)s]"
+        shown = action.option_strings and action.default not in (None, argparse.SUPPRESS)
+        return f"{action.help} [%(default)s]" if shown else action.help
 
 
 class Parser(argparse.ArgumentParser):
@@ -43,8 +40,7 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         unknown = message.startswith("unrecognized arguments")
         for flag in re.findall(r"--[a-z][\w-]*", message) if unknown else ():
-            known = re.findall(r"--[a-z][\w-]+", self.format_help())
-            for close in difflib.get_close_matches(flag, known, 1):
+            for close in difflib.get_close_matches(flag, self._option_string_actions, 1):
                 message += f". {flag}: did you mean {close}?"
         super().error(message)
 
@@ -71,11 +67,9 @@ def end_with_parent(*_):
 
 
 def exit_after_parent():
-    try:
+    with contextlib.suppress(OSError):  # which says that this process ends itself
         multiprocessing.parent_process().join()  # of workers from a fork server os.getppid() is that server
-    except OSError:  # this process ends itself
-        return
-    os._exit(1)
+        os._exit(1)
 
 
 def terminate_without(parent):
@@ -92,12 +86,10 @@ def terminate(number, _):
 def guard(main, *args):
     """Run `main(*args)` and return its exit status (0 where it returns None).
     2: input or a place on disk that the user can mend. 1: a loss that is not finite, too little memory, or
-    another process of the run that has ended. 130, 143: Ctrl-C, SIGTERM. The rest keeps its traceback.
-    An exception's `go_on` is the command that goes on; without one it is the command that was given."""
+    another process has ended. 130, 143: Ctrl-C, SIGTERM. An exception's `go_on`: the command that goes on."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            # A character that the terminal lacks becomes a question mark; a log file gets each line at once.
-            stream.reconfigure(errors="replace", line_buffering=True)
+            stream.reconfigure(errors="replace", line_buffering=True)  # "?" for what a terminal lacks
     signal.signal(signal.SIGTERM, terminate)
     try:
         if "END_WITH_PARENT" in os.environ:  # run_all.sh: its scripts must not outlive it, nor theirs them
@@ -116,14 +108,10 @@ def guard(main, *args):
     except OSError as error:
         if error.errno not in DISK_ERRORS:
             raise
-        place = error.filename or "the output"
-        status, message = (
-            2,
-            f"error: cannot write {place}: {error.strerror}. What was there before is whole. ",
-        )
-        message += "Make room or take another folder, then run again (a begun training: --resume)."
-    except (MemoryError, RuntimeError) as error:
-        # By name: torch, whose own types are RuntimeErrors, is not imported here just for them.
+        status, place = 2, error.filename or "the output"
+        message = f"error: cannot write {place}: {error.strerror}. What was there before is whole. Make room "
+        message += "or take another folder, then run again (a begun training: --resume)."
+    except (MemoryError, RuntimeError) as error:  # torch's types by name: it is not imported just for them
         status, kinds = 1, {kind.__name__ for kind in type(error).__mro__}
         text = str(error).partition("\n")[0] or "host memory"
         if any(words in text for words in LOST):

@@ -37,7 +37,7 @@ def get_args_parser():
     add("--threshold", type=float, default=0.5, help="a label is predicted above it (published)")
     add("--learned", action="store_true", help="the thresholds that the run learned on its training patients")
     add("--tta", action="store_true", help="mean with the mirrored pictures")
-    add_machine_flags(parser, precision=None)
+    add_machine_flags(parser.add_argument)
     return parser
 
 

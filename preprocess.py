@@ -128,8 +128,7 @@ class CircleCrop:
 
 def prepare(image, kind, size):
     """PIL RGB image -> uint8 array (size, size, 3). Raises InputError for a wholly black picture ("fov").
-    "fov": field of view, circle, field of view, squash to the square; "none": squash; "centre": its centre.
-    """
+    "fov": field of view, circle, field of view, squash to a square; "none": squash; "centre": the centre."""
     if kind not in KINDS:
         raise InputError(f"preprocessing {kind!r} is unknown; choose one of {', '.join(KINDS)}.")
     if kind == "centre":
@@ -215,9 +214,7 @@ def main(argv=None):
     print(f"{len(jobs) - len(failures)} written to {args.dst}, {len(failures)} failed")
     there = {file for file in dst.rglob("*") if file.suffix.lower() in WRITES}
     if len(there) > len(jobs):
-        print(
-            f"note: {args.dst} also holds {len(there) - len(jobs)} picture(s) that are not in SRC (any more)"
-        )
+        print(f"note: {args.dst} also holds {len(there) - len(jobs)} picture(s) that are not in SRC any more")
     if failures:
         print(*failures, f"{len(failures)} of {len(jobs)} pictures failed", sep="\n", file=sys.stderr)
     return 1 if failures else 0

@@ -11,10 +11,10 @@ from tables import DATASETS, PARTS
 PRETREATED = [*range(2174, 2183), 2957]  # ODIR patients whose backgrounds were already blacked out
 
 
-def permuted(count, taken, seed):
-    """scikit-learn's train_test_split without scikit-learn: positions (rest, taken) of `count` rows."""
-    order = np.random.RandomState(seed).permutation(count)
-    return order[taken:], order[:taken]
+def cut(rows, count, seed):
+    """scikit-learn's train_test_split without scikit-learn: (rest, taken) of a frame's or series' rows."""
+    order = np.random.RandomState(seed).permutation(len(rows))
+    return rows.iloc[order[count:]], rows.iloc[order[:count]]
 
 
 def split_patients(annotations, val_fraction=0.2, seed=42):
@@ -24,8 +24,7 @@ def split_patients(annotations, val_fraction=0.2, seed=42):
     kept = annotations[~annotations["ID"].isin(PRETREATED)].sort_values("ID", kind="stable")
     if len(kept) < 2:
         raise InputError(f"{len(kept)} patient(s) cannot be split into a training and a validation part")
-    train, val = permuted(len(kept), math.ceil(val_fraction * len(kept)), seed)
-    return kept.iloc[train], kept.iloc[val]
+    return cut(kept, math.ceil(val_fraction * len(kept)), seed)
 
 
 def split_grouped(table, val, test, seed):
@@ -47,9 +46,8 @@ def split_grouped(table, val, test, seed):
 
 
 def split(name, table, val=None, test=None, seed=42):
-    """Split a table by patient -> {"train", "val", "test"}: data frames.
-    A split that the data set brings is kept. `val`, `test`: shares of the patients; None: the published one.
-    """
+    """Split a table by patient -> {"train", "val", "test"}: data frames. A split that the data set brings is
+    kept. `val`, `test`: shares of the patients; None: the published one."""
     given = table["given_part"]
     if (given != "").all():
         if val is not None or test:
@@ -62,11 +60,10 @@ def split(name, table, val=None, test=None, seed=42):
     if name != "odir":
         return dict(zip(PARTS, split_grouped(table, val, test, seed), strict=True))
     train, held_out = split_patients(table, val, seed)
-    if not test:
-        return {"train": train, "val": held_out, "test": train[:0]}
-    # Cut from the training part, so that validation stays the published one.
-    rest, taken = permuted(len(train), round(test * (len(train) + len(held_out))), seed)
-    return {"train": train.iloc[rest], "val": held_out, "test": train.iloc[taken]}
+    taken = train[:0]
+    if test:  # from the training part, so that validation stays the published one
+        train, taken = cut(train, round(test * (len(train) + len(held_out))), seed)
+    return {"train": train, "val": held_out, "test": taken}
 
 
 def drop_missing(parts, missing):
@@ -86,7 +83,7 @@ def drop_missing(parts, missing):
 
 def set_aside(train, args):
     """(train, calibration): a share of the training patients that no gradient sees, by the split's seed."""
-    patients = train["patient"].unique()
-    count = math.ceil(args.calibration_fraction * len(patients))
-    aside = train["patient"].isin(patients[permuted(len(patients), count, args.split_seed)[1]])
+    patients = train["patient"].drop_duplicates()
+    taken = cut(patients, math.ceil(args.calibration_fraction * len(patients)), args.split_seed)[1]
+    aside = train["patient"].isin(taken)
     return train[~aside], train[aside]

@@ -3,8 +3,7 @@
     table = tables.read("odir", "data/odir")  # table.frame: one row per patient, picture or exam
 
 A frame has the columns ID, patient, files (a tuple of paths), given_part ("" where the split is ours to make)
-and one 0/1 column per label, or `target`, a position in the labels.
-A new data set is a reader like `read_aptos`, and an entry in READERS and in DATASETS.
+and a 0/1 column per label, or `target`, a position in them. New data sets go into READERS and DATASETS.
 """
 
 import dataclasses
@@ -19,9 +18,7 @@ import pandas as pd
 from errors import InputError, reading
 
 ODIR_LABELS, GRADES = list("NDGCAHMO"), list("01234")
-GRADE_WORDS = ["none", "mild", "moderate", "severe", "proliferative"]
 RETINA_LABELS = ["diabetic retinopathy", "glaucoma", "normal"]
-MRNET_LABELS = ["abnormal", "acl", "meniscus"]
 PLANES = ["axial", "coronal", "sagittal"]
 PARTS = ("train", "val", "test")
 SPREAD_FROM = "trained on"  # source of the rows in pseudo_labels.csv that its labels come from
@@ -36,9 +33,9 @@ DATASETS = {
     "aptos": {**CLASSES, "labels": GRADES, "ordered": True, "val": 733 / 3662, "test": 583 / 3662},
     "dr": {**CLASSES, "labels": GRADES, "ordered": True},
     "retina": {**CLASSES, "labels": RETINA_LABELS},
-    "mrnet": {**MULTILABEL, "labels": MRNET_LABELS, "family": "auc"},
+    "mrnet": {**MULTILABEL, "labels": ["abnormal", "acl", "meniscus"], "family": "auc"},
 }
-WORDS = {"aptos": GRADE_WORDS, "dr": GRADE_WORDS}  # labels as people read them
+WORDS = dict.fromkeys(["aptos", "dr"], "none mild moderate severe proliferative".split())  # for people
 WORDS["odir"] = "normal diabetes glaucoma cataract AMD hypertension myopia other".split()
 APTOS_CLASSES = {"nodr": 0, "mild": 1, "moderate": 2, "severe": 3, "proliferativedr": 4, "proliferatedr": 4}
 
@@ -60,7 +57,7 @@ class Table:
 
 
 def read(name, root, labels=None):
-    """Read data set `name` under `root` -> Table, in an order that does not depend on the sheet's."""
+    """Read data set `name` under `root` -> Table, by part, then by ID, whatever the order of the sheet."""
     root, known = Path(root), DATASETS[name]["labels"]
     if not root.is_dir():
         raise InputError(f"--data {root} is no folder: give the one that holds the {name} data set (README)")
@@ -69,13 +66,10 @@ def read(name, root, labels=None):
         raise InputError(f"--labels: {name} always has the labels {' '.join(known)}")
     table = READERS[name](root, labels)
     table.ordered = table.ordered and DATASETS[name]["ordered"]
-    # By part, then by ID, in which digits count as numbers.
     ids, parts = table.frame["ID"], table.frame["given_part"].map(("", *PARTS).index)
     padded = ids if pd.api.types.is_integer_dtype(ids) else ids.map(with_padded_digits)
     table.frame = table.frame.iloc[np.lexsort((ids, padded, parts))].reset_index(drop=True)
-    given = table.frame[table.frame["given_part"] != ""]
-    astride = (given.groupby("patient")["given_part"].nunique() > 1).sum()
-    if astride:
+    if astride := (table.frame.groupby("patient")["given_part"].nunique() > 1).sum():
         table.notes.append(f"{astride} patient(s), by file name, are in several parts of the split it brings")
     return table
 
@@ -148,11 +142,9 @@ def read_sheet(path, columns=(), header=0, dtype=None):
 
 def check_columns(path, sheet, columns):
     """InputError where one of `columns` is missing or there twice."""
-    doubled = [column for column in columns if f"{column}.1" in sheet.columns]
-    if doubled:  # pandas calls the second one `name.1`
+    if doubled := [column for column in columns if f"{column}.1" in sheet.columns]:  # pandas' second `name`
         raise InputError(f"{path}: column(s) twice: {', '.join(doubled)}")
-    missing = [str(column) for column in columns if column not in sheet.columns]
-    if missing:
+    if missing := [str(column) for column in columns if column not in sheet.columns]:
         found = ", ".join(map(str, sheet.columns[:20]))
         raise InputError(f"{path}: column(s) missing: {', '.join(missing)} (found: {found})")
 
@@ -174,13 +166,11 @@ def check_zero_one(path, sheet, labels):
 
 
 def check_names(path, names, what, unique=True, inside=True):
-    """A column of names as stripped strings. InputError: empty, control characters, out of the data folder
-    (where `inside`), or doubled (where `unique`)."""
+    """A column, stripped. InputError: empty, control characters, outside (`inside`) or doubled (`unique`)."""
     empty = names.isna()
     names = pd.Series([str(name).strip() for name in names.tolist()], names.index, dtype=object)
     check_rows(path, empty | (names == ""), f"empty {what}")
-    control = names.str.contains(CONTROL)
-    check_rows(path, control, f"control characters in {what}", names[control].map(ascii))
+    check_rows(path, names.str.contains(CONTROL), f"control characters in {what}", names.map(ascii))
     check_rows(path, names.str.contains(OUTSIDE) & inside, f"{what} that leaves the data folder", names)
     if unique:
         check_rows(path, names.duplicated(), f"doubled {what}", names)
@@ -212,8 +202,7 @@ def read_odir(root, labels):
     frame = pd.DataFrame({"ID": ids, "patient": ids, "files": files, "given_part": ""})
     frame[labels] = check_zero_one(path, sheet, labels)
     folded = frame.duplicated() & (path.suffix == ".csv")  # Kaggle's second eye repeats the patient's columns
-    again = frame["ID"].duplicated() & ~folded
-    check_rows(path, again, "doubled ID, or a patient's eyes with different labels or file names,")
+    check_rows(path, frame["ID"].duplicated() & ~folded, "doubled ID, or different labels or file names")
     frame = frame[~folded]
     empty = int((frame[labels].sum(axis=1) == 0).sum())
     return Table(frame, labels, [f"{empty} patient(s) carry no label at all"] if empty else [])
@@ -249,8 +238,7 @@ def read_image_folder(root):
     ordered = graded and max(grades) - min(grades) == len(grades) - 1
     if not ordered:
         notes.append(f"the classes {', '.join(classes)} are no row of grades: there is no quadratic kappa")
-    taken = {"ID", "predicted", "trained_on"}.intersection(classes)  # columns of the sheets of results
-    if taken:
+    if taken := {"ID", "predicted", "trained_on"}.intersection(classes):  # columns of the sheets of results
         raise InputError(f"{root / 'train'}: no class may be called {', '.join(taken)}. Rename the folder")
     for file in sorted(file for part in PARTS for file in (root / part).glob("*/*")):
         part, name = file.parts[-3:-1]
@@ -271,8 +259,7 @@ def read_image_folder(root):
 
 def read_dr(root, labels):
     """trainLabels.csv (image, level), or the lab's {train,test}_img.csv and _label.csv without header.
-    The lab's test file is what its accuracies were measured on and its best epoch chosen by: it is our `val`.
-    """
+    The lab's test file, which measured its accuracies and chose its best epoch, is our `val`."""
     path, grades, frames = root / "trainLabels.csv", range(len(labels)), []
     if path.exists() or not (root / "train_img.csv").exists():
         sheet = read_sheet(path, ["image", "level"], dtype={"image": str})
@@ -322,8 +309,7 @@ def read_mrnet(root, labels):
             exams = as_integers(path, sheet[0], "an exam id (the file has no header)")
             check_rows(path, exams.duplicated(), "doubled exam id", exams)
             columns[label] = pd.Series(check_zero_one(path, sheet, [1])[:, 0], index=exams)
-            other = columns[labels[0]].index.symmetric_difference(exams)[:5].tolist()
-            if other:
+            if other := columns[labels[0]].index.symmetric_difference(exams)[:5].tolist():
                 raise InputError(f"{path}, {source}-{labels[0]}.csv do not hold the same exams: {other}")
         frame = pd.DataFrame(columns)  # joined by exam
         names = [f"{exam:04d}" for exam in frame.index]
@@ -337,23 +323,20 @@ READERS = {"odir": read_odir, "aptos": read_aptos, "dr": read_dr, "retina": read
 
 
 def unlabelled_pictures(root):
-    """The retina set's pictures in test/, which carry no label."""
     return sorted(str(file) for file in (Path(root) / "test").glob("*") if file.suffix.lower() in SUFFIXES)
 
 
 def add_pseudo_labels(parts, table, root, path, min_confidence):
-    """parts["train"] with the pictures of pseudo_labels.csv (filename, label, confidence, and its `source`).
-    No picture of `parts` may come back, nor may a patient of validation or test be in it, or have been in the
-    training of the network that spread the labels, whose rows it ends with."""
+    """parts["train"] with the pictures of pseudo_labels.csv (filename, label, confidence, `source`), none of
+    which is in `parts`. The rows it was spread from end it. No patient of val or test may be in either."""
     labels, held_out = table.labels, [*parts["val"]["patient"], *parts["test"]["patient"]]
     sheet = read_sheet(path, ["filename", "label", "confidence"], dtype={"filename": str, "label": str})
     names = check_names(path, sheet["filename"], "filename")
     patients = pd.Series(patients_of(names), names.index)
     if "source" in sheet:
         origin = sheet["source"] == SPREAD_FROM
-        check_rows(
-            path, origin & patients.isin(held_out), "spread from a patient of validation or test", names
-        )
+        leak = origin & patients.isin(held_out)
+        check_rows(path, leak, "spread from a patient of validation or test", names)
         sheet, names = sheet[~origin], names[~origin]
     else:
         table.notes.append(f"{path} does not say whose pictures its labels were spread from")
@@ -442,9 +425,8 @@ def rows_of_sheet(name, path):
     ids = check_names(path, sheet["ID"] if "ID" in sheet.columns else columns[0], "ID", inside=False)
     if name == "odir":
         pairs = pd.Series(["\n".join(plain_names(pair)) for pair in zip(*columns, strict=True)], ids.index)
-        check_rows(
-            path, pairs.str.contains(SWAPPED), "a right eye as LEFT and a left one as RIGHT, by their names,"
-        )
+        swapped = pairs.str.contains(SWAPPED)
+        check_rows(path, swapped, "a right eye as LEFT and a left one as RIGHT, by their names,")
         if (folder / "images").is_dir() and not any((folder / file).exists() for file in columns[0]):
             folder = folder / "images"
     files = [tuple(str(folder / file) for file in row) for row in zip(*columns, strict=True)]
