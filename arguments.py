@@ -190,7 +190,8 @@ def check_args(args):
         value, most = getattr(args, name), MOST.get(name, sys.float_info.max)
         if value is not None and not least <= value <= most:
             asked = f"{least:g} to {most:g}" if name in MOST else f"{least:g} or more"
-            raise InputError(f"--{name.replace('_', '-')} {value}: expected {asked}")
+            memory = f" ({3 * value**2 / 1e9:.3g} GB a picture)" if name == "size" else ""
+            raise InputError(f"--{name.replace('_', '-')} {value}{memory}: expected {asked}")
     name, model, knees = args.dataset, args.model, args.dataset == "mrnet"
     if args.labels and len(set(args.labels)) < len(args.labels):
         raise InputError(f"--labels {' '.join(args.labels)}: a label is named twice")

@@ -21,7 +21,7 @@ import figures
 import predictor
 import tables
 from arguments import add_machine_flags
-from cache import replace_file
+from cache import file_names, replace_file
 from errors import InputError, Parser, guard
 
 NO_DEVICE = "Not a medical device: for research and teaching only, never for a diagnosis."
@@ -37,6 +37,7 @@ def get_args_parser():
     add("--threshold", type=float, default=0.5, help="a label is predicted above it (published)")
     add("--learned", action="store_true", help="the thresholds that the run learned on its training patients")
     add("--tta", action="store_true", help="mean with the mirrored pictures")
+    add("--figures", action="store_true", help="of several pictures too: one with heat maps for each")
     add_machine_flags(parser.add_argument)
     return parser
 
@@ -112,6 +113,8 @@ def main(argv=None):
         print(f"{path} written: {len(table)} predicted by {net.title()}.")
         for label, count in zip(net.names, chosen.sum(0), strict=True):
             print(f"  {label}: {count}")
+        for k, file in enumerate(file_names(ids) if args.figures else ()):
+            print(draw(net, frame["files"].iloc[k], probs[k], thresholds, ids[k], args.out / file))
     print(NO_DEVICE)
     if faults:
         print(*faults.values(), f"{left_out} and are left out", sep="\n", file=sys.stderr)

@@ -27,13 +27,6 @@ PROBS_BYTES, PAGE_BYTES = 6_000_000, 9_000_000  # room for probabilities, and fo
 NOTHING = dict.fromkeys(("published", "measured", "std", "low", "high", "n"))
 
 
-def get_args_parser():
-    parser = Parser(__doc__)
-    parser.add_argument("--runs", type=Path, default="runs", help="run folders; the report goes there")
-    parser.add_argument("--compare", nargs=2, type=Path, metavar=("A", "B"), help="two run folders")
-    return parser
-
-
 def match(run, lines):
     """(experiment, the flags that differ from its line in run_all.sh); (None, []) for a run of its own."""
     named = run["bare"] if run["bare"] in lines and not run["shuffled"] else None
@@ -51,10 +44,8 @@ def make_rows(published, lines, runs):
     blank = dict.fromkeys(runfolders.ENTRY, "") | {"scores": {}}
     entries, own_lines, rows = {entry["experiment"]: entry for entry in published}, {}, []
     for name, line in lines.items():
-        title = f"{line.model}, lr {line.lr:g} {line.scheduler}"
-        entries.setdefault(
-            name, blank | dict(study=line.dataset, experiment=name, title=title, kind="beyond")
-        )
+        beyond = dict(study=line.dataset, experiment=name, kind="beyond")
+        entries.setdefault(name, blank | beyond | {"title": f"{line.model}, lr {line.lr:g} {line.scheduler}"})
     for run in sorted(runs, key=lambda run: run["status"] == "damaged"):  # damaged ones have no flags
         run["experiment"], run["differs"] = match(run, lines)
         if run["experiment"]:
@@ -92,10 +83,8 @@ def counted(runs):
         seed, network = str(run["args"].get("seed")), run["info"].get("best_digest")
         if run["status"] != "finished":
             why = f"it is {run['status']}"
-        elif done and any(run[key] != done[0][key] for key in ("part", "digest", "contents")):
-            why = f"it was scored on other data than {done[0]['name']}, or on other pictures of their names"
-        elif done and weights_of(run) != weights_of(done[0]):
-            why = f"its --weights are another file's than those of {done[0]['name']}"
+        elif done and any(run[key] != done[0][key] for key in ("part", "digest", "contents", "weights")):
+            why = f"other data, pictures of the same names, or --weights than those of {done[0]['name']}"
         elif network in [one["info"].get("best_digest") for one in done]:
             why = "it holds the network of another run here"
         elif seed in seeds:
@@ -107,11 +96,6 @@ def counted(runs):
         if done:
             run["problems"].append(f"not counted: {why}")
     return done
-
-
-def weights_of(run):
-    """What is known of the file that it started from."""
-    return [note for note in run["notes"] if note.startswith("--weights")]
 
 
 def problems_of(row):
@@ -310,7 +294,10 @@ def photographs(run, ids):
 
 
 def main():
-    args = get_args_parser().parse_args()
+    parser = Parser(__doc__)
+    parser.add_argument("--runs", type=Path, default="runs", help="run folders; the report goes there")
+    parser.add_argument("--compare", nargs=2, type=Path, metavar=("A", "B"), help="two run folders")
+    args = parser.parse_args()
     for folder in [args.runs, *(args.compare or [])]:
         if not folder.is_dir():
             raise InputError(f"{folder}: no such folder. --runs holds all runs, --compare takes two of them")

@@ -62,6 +62,7 @@ def read_info(path, run):
     found |= {"rows": dict(data["parts"]), "patients": dict(data["patients"]), "digest": data["digest"]}
     found |= {"scored": (int(data["parts"]["val"]), int(data["patients"]["val"]))}
     found |= {"notes": [str(note) for note in data.get("notes", [])], "changes": info.get("changes") or []}
+    found["weights"] = [note for note in found["notes"] if note.startswith("--weights")]
     found |= {"duplicates": {"val": data.get("duplicates")}, "shuffled": args.get("shuffle_labels")}
     run |= found | {"ordered": info.get("ordered", True), "info": info}
 

@@ -774,6 +774,7 @@ def checkpoint_cases(folder, rendered):
         "args": {"model": "v0", "lr": 0.05},
         "epoch": 3,
     }
+    state = dict.fromkeys(checkpoint.REQUIRED["best"].split()) | state
     checkpoint.save_checkpoint(folder / "whole.pt", "best", **state)
     data, whole = (folder / "whole.pt").read_bytes(), checkpoint.load_checkpoint(folder / "whole.pt")
 

@@ -193,7 +193,7 @@ def test_the_loss_is_scaled_where_half_precision_trains(case, prepared):
 
 
 KEPT = {
-    "frozen": [*ONE, "--no-fine-tune", "--optimizer", "sgd", "--lr", "3", "--epochs", "5", "--patience", "9"],
+    "frozen": [*ONE, "--no-fine-tune", "--optimizer", "sgd", "--lr", "3", "--epochs", "3", "--patience", "9"],
     "frozen, weighted, averaged": [*EYES, "--weighted-loss", "--lr", "5", "--epochs", "4", "--ema", "0.5"],
     "fine-tuned": [*ONE, "--fine-tune", "--bn", "pretrained", "--lr", "0.003", "--epochs", "3"]
     + ["--scheduler", "none", "--augment", "lab"],

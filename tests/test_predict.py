@@ -306,15 +306,18 @@ def test_mirrored_pictures(trained, rendered, tmp_path):
 
 
 def test_several_pictures_give_a_sheet_and_say_so(trained, rendered, tmp_path, capsys):
-    """Two photographs, named alike in two folders."""
+    """Two photographs, named alike in two folders: a sheet, and with --figures a picture each."""
     eye = sorted((rendered("retina") / "test").iterdir())[0]
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
         shutil.copyfile(eye, tmp_path / folder / "eye.jpg")
+    shutil.copyfile(eye, tmp_path / "b" / "eye.png")
     given = [tmp_path / "a" / "eye.jpg", tmp_path / "b" / "eye.jpg"]
-    assert run("--ckpt", trained("retina"), *given, "--out", tmp_path / "out") == 0
+    assert run("--ckpt", trained("retina"), *given, "--out", tmp_path / "out", "--figures") == 0
     assert f"{tmp_path / 'out/predictions.csv'} written: 2 predicted" in capsys.readouterr().out
-    assert not list((tmp_path / "out").glob("*.png"))
+    assert len(list((tmp_path / "out").glob("*.png"))) == 2 and not (tmp_path / "out/prediction.png").exists()
+    assert run("--ckpt", trained("retina"), tmp_path / "b", "--out", tmp_path / "two", "--figures") == 0
+    assert sorted(file.name for file in (tmp_path / "two").glob("*.png")) == ["eye-2.png", "eye.png"]
 
 
 def test_unreadable_ones_are_named_and_the_others_predicted(trained, rendered, tmp_path, capsys):
