@@ -40,7 +40,7 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         unknown = message.startswith("unrecognized arguments")
         for flag in re.findall(r"--[a-z][\w-]*", message) if unknown else ():
-            for close in difflib.get_close_matches(flag, self._option_string_actions, 1):
+            for close in difflib.get_close_matches(flag, re.findall(r"--[a-z][\w-]*", self.format_help()), 1):
                 message += f". {flag}: did you mean {close}?"
         super().error(message)
 

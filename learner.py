@@ -124,14 +124,17 @@ def build_optimizer(args, model):
 
 def build_scheduler(args, optimizer):
     """Stepped once an epoch. To add one: a name in arguments.SCHEDULES, a line here."""
-    epochs, gamma, cyclic = args.schedule_epochs, args.gamma, dict(base_lr=args.lr, max_lr=args.max_lr)
-    kinds = {"linear": (lr_scheduler.LinearLR, dict(start_factor=1.0, end_factor=gamma, total_iters=epochs))}
-    kinds["cyclic"] = lr_scheduler.CyclicLR, cyclic | dict(step_size_up=epochs, mode="triangular2")
-    kinds["step"] = lr_scheduler.StepLR, dict(step_size=epochs, gamma=gamma)
-    kinds["plateau"] = lr_scheduler.ReduceLROnPlateau, dict(patience=epochs, factor=gamma)
-    constant = lr_scheduler.ConstantLR, dict(factor=1.0)  # none; cosine sets the rate itself, every step
-    kind, rules = kinds.get(args.scheduler, constant)
-    return kind(optimizer, **rules)
+    epochs, gamma = args.schedule_epochs, args.gamma
+    if args.scheduler == "linear":
+        return lr_scheduler.LinearLR(optimizer, start_factor=1.0, end_factor=gamma, total_iters=epochs)
+    if args.scheduler == "cyclic":
+        rules = dict(base_lr=args.lr, max_lr=args.max_lr, step_size_up=epochs, mode="triangular2")
+        return lr_scheduler.CyclicLR(optimizer, **rules)
+    if args.scheduler == "step":
+        return lr_scheduler.StepLR(optimizer, step_size=epochs, gamma=gamma)
+    if args.scheduler == "plateau":
+        return lr_scheduler.ReduceLROnPlateau(optimizer, patience=epochs, factor=gamma)
+    return lr_scheduler.ConstantLR(optimizer, factor=1.0)  # none; cosine sets the rate itself, every step
 
 
 def step_scheduler(args, scheduler, val_loss):

@@ -27,6 +27,13 @@ PROBS_BYTES, PAGE_BYTES = 6_000_000, 9_000_000  # room for probabilities, and fo
 NOTHING = dict.fromkeys(("published", "measured", "std", "low", "high", "n"))
 
 
+def get_args_parser():
+    parser = Parser(__doc__)
+    parser.add_argument("--runs", type=Path, default="runs", help="run folders; the report goes there")
+    parser.add_argument("--compare", nargs=2, type=Path, metavar=("A", "B"), help="two run folders")
+    return parser
+
+
 def match(run, lines):
     """(experiment, the flags that differ from its line in run_all.sh); (None, []) for a run of its own."""
     named = run["bare"] if run["bare"] in lines and not run["shuffled"] else None
@@ -294,10 +301,7 @@ def photographs(run, ids):
 
 
 def main():
-    parser = Parser(__doc__)
-    parser.add_argument("--runs", type=Path, default="runs", help="run folders; the report goes there")
-    parser.add_argument("--compare", nargs=2, type=Path, metavar=("A", "B"), help="two run folders")
-    args = parser.parse_args()
+    args = get_args_parser().parse_args()
     for folder in [args.runs, *(args.compare or [])]:
         if not folder.is_dir():
             raise InputError(f"{folder}: no such folder. --runs holds all runs, --compare takes two of them")
