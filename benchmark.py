@@ -39,7 +39,8 @@ EPOCHS = {"00": 36, "01": 32, "02": 47, "03": 59, "04": 59, "05": 59, "06": 42, 
 def get_args_parser():
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("names", nargs="*", choices=[*BENCHMARKS, "all"], default="all", help="what is measured")
+    names = [*BENCHMARKS, "all"]
+    add("names", nargs="*", choices=names, default="all", metavar="NAME", help=", ".join(names))
     add("--data", type=Path, default=Path("data/odir"), help="eye pairs")
     add("--fullsize", type=Path, default=Path("data/fullsize"), help="photographs as the camera left them")
     add("--trunk", choices=["resnet50", *models.EFFICIENTNETS], default="resnet50", help="network")

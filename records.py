@@ -1,5 +1,6 @@
 """What a run leaves in its folder: checkpoints, results, TensorBoard, run.json; and what it prints."""
 
+import contextlib
 import platform
 import shlex
 import shutil
@@ -84,13 +85,14 @@ class RunRecords:
         before = checkpoint.run_facts(folder) if args.resume else {}
         commands = [before.get("command"), shlex.join(["python", *sys.argv])]
         # The commit of the code that runs, with + when files differ from it.
-        git = "git describe --always --abbrev=12 --exclude=* --dirty=+"
-        told = subprocess.run(git, shell=True, cwd=Path(__file__).parent, capture_output=True, text=True)
-        commit = told.stdout.strip() or "unknown"
+        git, commit = ["git", "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty=+"], ""
+        with contextlib.suppress(OSError):  # git may not be there
+            asked = dict(cwd=Path(__file__).parent, capture_output=True, text=True)
+            commit = subprocess.run(git, **asked).stdout.strip()
         versions = {name: metadata.version(name) for name in ("numpy", "torchvision")}
         versions |= {"torch": torch.__version__, "python": platform.python_version()}
         self.about = {"args": vars(args), "command": " ; ".join(filter(None, commands)), **self.task}
-        self.about |= {"commit": commit, "versions": versions, "precision": learner.precision}
+        self.about |= {"commit": commit or "unknown", "versions": versions, "precision": learner.precision}
         self.about |= {"device": checkpoint.describe_machine(learner.device), "processes": engine.world()}
         # What it started from: a fine-tuned run that goes on has other weights by now.
         started_from = before.get("trunk_digest", learner.trunk if args.resume else learner.features.digest)

@@ -122,7 +122,9 @@ def test_scores_say_what_they_are_of(trained, run, tmp_path):
         "loss": saved["loss"],
     }
     assert found["checkpoint"] == expected == {name: info[f"best_{name}"] for name in expected}
+    contents = {name: content[:12] for name, (_, content) in saved["rows"]["val"].items()}
     assert found["data"] == {
+        "contents": contents,
         "root": saved["data"]["root"],
         "rendered": True,
         "own": True,
