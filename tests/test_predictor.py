@@ -212,7 +212,7 @@ def flags(**changes):
 
 
 BAD = {
-    "size": (flags(size=10**6), "--size 1000000 (3e+03 GB a picture): expected 16 to 4096"),
+    "size": (flags(size=10**6), "--size 1000000 .*GB a picture.: expected 16 to 4096"),
     "crop": (flags(crop=10**6, augment="pair"), "--crop 1000000"),
     "no flag": (
         lambda state: {"args": {name: value for name, value in state["args"].items() if name != "trunk"}},
