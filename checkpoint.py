@@ -21,7 +21,7 @@ import torch
 from cache import digest, replace_file
 from errors import InputError, reading
 
-FORMAT = 4
+FORMAT = 5  # raised where a checkpoint holds other things, or what it holds means another network
 REQUIRED = {"best": "args model labels task family ordered rows seen data prior epoch loss scores thresholds"}
 REQUIRED["last"] = "args model trunk ema buffers optimizer scaler digest epoch history best stale seconds "
 REQUIRED["last"] += "changes duplicates seen notes"

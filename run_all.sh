@@ -197,7 +197,7 @@ run odir-16 --model v0 --preprocess fov  --size 512 --lr 0.1   --scheduler linea
 run odir-17 --model v0 --preprocess fov  --size 512 --lr 0.001 --scheduler linear --batch 16 --epochs 100 --patience 30  --weighted-loss --fine-tune --augment pair --crop 448
 # beyond the publication: settings chosen by cross-validation on the training patients (docs/results.md)
 run odir-best-frozen --model v3 --trunk efficientnet-lite0-blocks --preprocess fov --size 224 --optimizer adamw --lr 0.003 --weight-decay 1 --scheduler cosine --batch 32 --epochs 40 --keep last --loss asymmetric --folds 5
-run odir-best        --model v3 --trunk efficientnet-lite0 --preprocess fov --size 224 --optimizer adamw --lr 0.003 --trunk-lr 0.333 --weight-decay 0.05 --scheduler cosine --batch 16 --epochs 32 --keep last --weighted-loss --weight-power 0.5 --ema 0.998 --fine-tune --augment pair --crop 196 --calibration-fraction 0.1
+run odir-best        --model v3 --trunk efficientnet-lite0-blocks --preprocess fov --size 224 --optimizer adamw --lr 0.003 --trunk-lr 0.333 --weight-decay 0.05 --scheduler cosine --batch 16 --epochs 28 --keep last --weighted-loss --weight-power 0.5 --ema 0.998 --fine-tune --augment pair --crop 196
 
 # ---- APTOS 2019: diabetic retinopathy grade from one photograph
 run aptos-1 --model efficientnet-b1 --preprocess none --size 224 --optimizer adam --lr 0.01 --scheduler step --schedule-epochs 1 --gamma 0.7 --batch 30 --epochs 50 --patience 50 --sampler weighted --fine-tune
