@@ -177,10 +177,9 @@ def compare_with_stored(args, state):
         kept = ", ".join(f"--{name.replace('_', '-')} {stored[name]}" for name in refused)
         raise InputError(f"a resumed run keeps its {kept}: start a new run to change it")
     if args.epochs < state["epoch"] or args.patience < stored["patience"]:
+        asked = f"--epochs {args.epochs} --patience {args.patience}"
         had = f"this run has had {state['epoch']} epochs with --patience {stored['patience']}"
-        raise InputError(
-            f"--epochs {args.epochs} --patience {args.patience}: {had}; expected as many or more"
-        )
+        raise InputError(f"{asked}: {had}; expected as many or more")
     for name in changed:  # the cosine schedule falls to zero at the last epoch
         if name in SCHEDULE_FLAGS or name == "epochs" and args.scheduler == "cosine":
             state["changes"].append(f"{name} was {stored[name]} for {state['epoch']} epochs")
