@@ -3,8 +3,7 @@
     python benchmark.py extraction sampler
 
 prints what each side does in a second, the median ratio and its spread. The plain loop is float32 and
-contiguous; it decodes every picture in every epoch and pushes it through the trunk.
-"""
+contiguous; it decodes every picture in every epoch and pushes it through the trunk."""
 
 import copy
 import re

@@ -4,8 +4,7 @@
 
 Both files (.xlsx or .csv) hold the columns ID,N,D,G,C,A,H,M,O: 0/1 in the first, probabilities in the
 second; the official annotations.xlsx is a ground truth too. Rows are joined by ID. Prints Cohen's kappa,
-micro F1, AUC, their mean, and beside them what two trivial answers score. A score of 0/0 is undefined.
-"""
+micro F1, AUC, their mean, and beside them what two trivial answers score. A score of 0/0 is undefined."""
 
 import sys
 from pathlib import Path

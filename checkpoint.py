@@ -2,8 +2,7 @@
 
 best.pt   complete in itself: weights, arguments, labels, rows of each part; test.py needs nothing else
 last.pt   what the next epoch needs: weights, optimiser, scaler, averaged weights, history, patience
-run.json  how the run was made and what came out of it
-"""
+run.json  how the run was made and what came out of it"""
 
 import contextlib
 import io

@@ -1,8 +1,7 @@
 """Eye pairs, photographs and knees as torch data sets; the patient split; one `load` for every script.
 
 data = dataset.load(args)                 # args as train.py has them
-images, target = data.train.dataset()[0]  # eye pairs: (2, 3, S, S) in 0..1, and 0/1 per label
-"""
+images, target = data.train.dataset()[0]  # eye pairs: (2, 3, S, S) in 0..1, and 0/1 per label"""
 
 import functools
 import subprocess

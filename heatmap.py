@@ -4,8 +4,7 @@
     python heatmap.py --ckpt best.pt --split val --per-label 8
 
 writes <ID>.png, or <label>-<ID>.png for the first rows of a part that carry each label (eye pairs: both eyes;
-knees: each plane's slice with the strongest answer), into heatmaps/ of the run's folder.
-"""
+knees: each plane's slice with the strongest answer), into heatmaps/ of the run's folder."""
 
 import sys
 

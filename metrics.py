@@ -5,8 +5,7 @@
 Definitions: scikit-learn's, Cohen (1960) for kappa, the ODIR-5K challenge's own script. An undefined score
 (0/0: one class only) is NaN, makes its means NaN and is named by `undefined_scores`; F1 is 0, as published.
 All is computed from weights, how often each row counts, so an interval has the formula of its score.
-n rows (pairs, photographs, exams), L labels, K classes, B resamples; `threshold` is a number, or (L,).
-"""
+n rows (pairs, photographs, exams), L labels, K classes, B resamples; `threshold` is a number, or (L,)."""
 
 import itertools
 import math

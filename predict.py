@@ -8,8 +8,7 @@ several pictures give predictions.csv: ID, a probability per label, the predicte
 What it takes depends on what the network was trained on. Eye pairs: LEFT RIGHT, a folder of <id>_left.* and
 <id>_right.*, or a CSV (LEFT,RIGHT or ID,Left-Fundus,Right-Fundus). Photographs: pictures, a folder, or a CSV
 (file). Knees: an exam's folder, three .npy files, a folder of axial/ coronal/ sagittal/, or a CSV
-(axial,coronal,sagittal). Paths in a CSV are relative to it. This is not a medical device.
-"""
+(axial,coronal,sagittal). Paths in a CSV are relative to it. This is not a medical device."""
 
 import sys
 from pathlib import Path

@@ -2,8 +2,7 @@
 
     python preprocess.py data/odir/images data/odir/images_224 --size 224
 
-writes each picture under SRC to DST. Status 1: the pictures that are listed failed.
-"""
+writes each picture under SRC to DST. Status 1: the pictures that are listed failed."""
 
 import io
 import math

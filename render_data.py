@@ -2,8 +2,7 @@
 
     python render_data.py data/rendered/odir --dataset odir --patients 120 --size 256
 
-writes the data set's own layout and the marker rendered.json. The same flags give the same bytes.
-"""
+writes the data set's own layout and the marker rendered.json. The same flags give the same bytes."""
 
 import io
 import json

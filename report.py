@@ -6,8 +6,7 @@
 A run belongs to the experiment whose line in run_all.sh it ran, whatever its folder is called. What differs
 from that line, what is stale, damaged or rendered is named. --compare prints the flags in which two runs
 differ, every score's paired difference with its 95 % interval and the ten rows they disagree on most, and
-writes runs/compare.html with their curves and photographs.
-"""
+writes runs/compare.html with their curves and photographs."""
 
 import base64
 import hashlib

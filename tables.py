@@ -3,8 +3,7 @@
     table = tables.read("odir", "data/odir")  # table.frame: one row per patient, picture or exam
 
 A frame has the columns ID, patient, files (a tuple of paths), given_part ("" where the split is ours to make)
-and a 0/1 column per label, or `target`, a position in them. New data sets go into READERS and DATASETS.
-"""
+and a 0/1 column per label, or `target`, a position in them. New data sets go into READERS and DATASETS."""
 
 import dataclasses
 import os

@@ -5,8 +5,7 @@
 prints scikit-learn's classification report and every score with its 95 % bootstrap interval over patients.
 Writes them, probs.xlsx, ground_truth.xlsx and five pictures into the run's folder (of ODIR submission.csv and
 submission-learned.csv too, in which 0.5 means the learned thresholds). Another part, threshold or data set
-gets a folder of its own there. Several checkpoints: their mean.
-"""
+gets a folder of its own there. Several checkpoints: their mean."""
 
 import sys
 
