@@ -28,6 +28,11 @@ def digest(*parts):
     return sha.hexdigest()
 
 
+def fingerprint(data):
+    """Twenty hex digits by which a picture is known: of its file's bytes, or of its pixels'."""
+    return hashlib.blake2b(data, digest_size=10).hexdigest()
+
+
 def file_names(names):
     """Names as .png files, without a picture's suffix and what no file name holds; a second one gets -2."""
     taken, files = {}, []

@@ -2,7 +2,6 @@
 
 import copy
 import functools
-import hashlib
 import json
 import math
 import os
@@ -11,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from cache import digest, kept_array, replace_file
+from cache import digest, fingerprint, kept_array, replace_file
 from engine import progress
 from errors import InputError, reading
 from preprocess import in_processes, load_picture
@@ -29,7 +28,7 @@ def decode(file, kind, size):
         return nothing, False, str(error), [], ""
     except OSError as error:  # what the system says may be another tomorrow
         return nothing, False, "", [], f"{file}: {error.strerror}"
-    content = [hashlib.blake2b(part, digest_size=10).hexdigest() for part in (data, picture.tobytes())]
+    content = [fingerprint(data), fingerprint(picture.tobytes())]
     return picture, repaired, "", content, ""
 
 

@@ -76,7 +76,9 @@ class Learner:
         frozen = not args.fine_tune or epoch < args.freeze_epochs
         self.model.backbone.requires_grad_(not frozen)
         batches = epoch_batches(args, part.targets, epoch, rows)
-        view = None if args.augment == "none" else epoch % (args.views or args.epochs)
+        view = None
+        if args.augment != "none":
+            view = epoch % args.views if args.views else epoch
         if not frozen or args.bn == "batch" or part.pictures is None:
             data, precision = part.dataset(args.seed, view, device), self.precision
             module = self.model.to(memory_format=torch.channels_last)
@@ -85,8 +87,10 @@ class Learner:
             module = with_fast_trunk(self.model, self.precision).to(device)
         else:
             # Of a random view every drawn (row, repeat) is a picture of its own, with features of its own.
-            keys = None if view is None else sorted(set(batches.keys))
-            place = keys and {key: number for number, key in enumerate(keys)}
+            keys = place = None
+            if view is not None:
+                keys = sorted(set(batches.keys))
+                place = {key: number for number, key in enumerate(keys)}
             data = FeatureSet(self.features(part.pictures, view, keys), part.targets, place)
             module, precision = self.model.classifier, "fp32"
         module.train()
@@ -103,7 +107,7 @@ class Learner:
         """What last.pt holds: a frozen trunk is named by its digest, everything else is stored."""
         # BatchNorm as it was fitted: another precision or torch version would fit it a little otherwise.
         buffers = {name: buffer.cpu() for name, buffer in self.model.backbone.named_buffers()}
-        ema = self.ema and checkpoint.cpu_state(self.ema)
+        ema = None if self.ema is None else checkpoint.cpu_state(self.ema)
         own = dict(model=checkpoint.cpu_state(self.trained), trunk=self.trunk, ema=ema, buffers=buffers)
         return own | dict(optimizer=self.optimizer.state_dict(), scaler=self.scaler.state_dict())
 
@@ -159,6 +163,7 @@ def build_learner(args, data, precision, device, stored=None):
     with engine.together():
         # All weights of a fine-tuned run that goes on are in last.pt; the file of --weights may be gone.
         settings = dict(size=eval_size(args), trunk=args.trunk, load=not (stored and args.fine_tune))
+        settings["labels"] = data.labels
         engine.seed_everything(args.seed)
         try:
             model = models.build_model(args.model, len(data.labels), args.weights, **settings)

@@ -213,9 +213,10 @@ def without_head(network):
     return network, head.in_features
 
 
-def build_model(name, num_labels, weights="none", size=224, trunk="resnet50", load=True):
+def build_model(name, num_labels, weights="none", size=224, trunk="resnet50", load=True, labels=None):
     """The network `name`: one of HEADS (both eyes, on `trunk`), mrnet, alexnet (the retina study's), or a
-    single trunk, for pictures of `size` pixels a side. load=False: for `weights`, which come later."""
+    single trunk, for pictures of `size` pixels a side. load=False: for `weights`, which come later. The head
+    of a checkpoint in `weights` is taken where it answers for these `labels`; None: where shapes agree."""
     if name == "mrnet":
         model, trunk = MRNet(num_labels), "alexnet"
     elif name == "alexnet":
@@ -229,13 +230,13 @@ def build_model(name, num_labels, weights="none", size=224, trunk="resnet50", lo
         model = SingleNet(backbone, nn.Sequential(nn.Dropout(dropout), head) if dropout else head)
     model.name, model.trunk_name = name, trunk
     if load:
-        load_weights(model, weights)
+        load_weights(model, weights, labels)
     return model
 
 
-def load_weights(model, weights):
+def load_weights(model, weights, labels=None):
     """Fill `model`: "none" stays random; "imagenet" or a name of torchvision's weights; else a file: one of
-    our checkpoints (its head where shapes agree) or the trunk's state_dict of its library. InputError."""
+    our checkpoints (its head where shapes and labels agree) or its library's state_dict. InputError."""
     if weights == "none":
         return
     known = {"imagenet": None} if model.trunk_name in EFFICIENTNETS else {}
@@ -258,7 +259,8 @@ def load_weights(model, weights):
     given, theirs = saved["model"], saved["args"]
     head = {key: value for key, value in model.state_dict().items() if key.startswith("classifier.")}
     same_shapes = all(key in given and given[key].shape == value.shape for key, value in head.items())
-    if theirs["model"] != model.name or not same_shapes:
+    same_labels = labels in (None, saved["labels"])
+    if theirs["model"] != model.name or not same_shapes or not same_labels:
         given = {key: value for key, value in given.items() if not key.startswith("classifier.")} | head
         print(f"{weights}: the trunk is taken, the head is another and starts afresh")
     load_strict(model, given, f"{weights}, a checkpoint of {theirs['model']}, {theirs['trunk']},")

@@ -9,7 +9,6 @@ differ, every score's paired difference with its 95 % interval and the ten rows 
 writes runs/compare.html with their curves and photographs."""
 
 import base64
-import hashlib
 import json
 import os
 import sys
@@ -283,7 +282,7 @@ def print_comparison(first, second):
 
 def photographs(run, ids):
     """{ID: photographs as WebP} of these rows of a run, where they are still those that it was tested on."""
-    from cache import digest
+    from cache import digest, fingerprint
     from tables import read
 
     shown = {}
@@ -291,8 +290,7 @@ def photographs(run, ids):
         frame = read(run["study"], run["info"]["data"]["root"], run["labels"]).frame
         rows = frame[frame["ID"].astype(str).isin(ids) & (run["study"] != "mrnet")]
         for name, files in zip(rows["ID"].astype(str), rows["files"], strict=True):
-            contents = [Path(file).read_bytes() for file in files]
-            found = digest([hashlib.blake2b(one, digest_size=10).hexdigest() for one in contents])
+            found = digest([fingerprint(Path(file).read_bytes()) for file in files])  # as dataset.Part.rows
             if found[:12] == (run["contents"] or {}).get(name):
                 small = [runfolders.shrink(file, 200) for file in files]
                 shown[name] = [base64.b64encode(one).decode() for one in small]

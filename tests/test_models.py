@@ -475,6 +475,11 @@ def test_best_pt_as_weights(frozen, capsys):
         )
         assert "the head is another and starts afresh" in capsys.readouterr().out
         assert model.classifier(torch.zeros(1, 1024)).shape == (1, labels)
+    swapped = ["D", "N", *best["labels"][2:]]  # as many labels, in another order
+    for labels, afresh in ((best["labels"], False), (swapped, True)):
+        model = build_model("v0", 8, path, trunk="resnet18", labels=labels)
+        assert torch.equal(model.classifier.weight, best["model"]["classifier.weight"]) is not afresh
+        assert ("the head is another" in capsys.readouterr().out) is afresh
     single = build_model("resnet18", 5, path)  # from eye pairs to one photograph
     assert single.backbone.conv1.weight.equal(best["model"]["backbone.conv1.weight"])
     assert "the head is another and starts afresh" in capsys.readouterr().out
