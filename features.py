@@ -79,8 +79,8 @@ class FastTrunk(nn.Module):
 
 
 def with_fast_trunk(model, precision="fp32", compile=False):
-    """`model` with its trunk replaced by a FastTrunk; the classifier is shared, not copied."""
-    fast = copy.deepcopy(model, {id(model.classifier): model.classifier})
+    """`model` with its trunk replaced by a FastTrunk; everything else is shared, not copied."""
+    fast = copy.deepcopy(model, {id(child): child for child in model.children()})
     made = functools.partial(FastTrunk, precision=precision, compile=compile)
     planes = isinstance(model.backbone, nn.ModuleList)
     fast.backbone = nn.ModuleList(map(made, model.backbone)) if planes else made(model.backbone)
@@ -221,10 +221,15 @@ def predict_live(args, fast, part, criterion, device, mirrored=False):
     return engine.predict(fast, loader, prepare, criterion)
 
 
+def keeps_features(args, part):
+    """Whether a part is evaluated through kept features: its trunk stays as it is for good."""
+    return args.feature_cache and not args.fine_tune and args.bn != "batch" and part.pictures is not None
+
+
 def evaluate(model, features, part, criterion, rows=slice(None)):
     """(mean loss, probs (n, K)) of a part, through kept features (of `rows`) where the trunk stays frozen."""
     args, device = features.args, features.device
-    if not args.feature_cache or args.bn == "batch" or part.pictures is None or args.fine_tune:
+    if not keeps_features(args, part):
         fast = with_fast_trunk(model, features.precision).to(device)
         return predict_live(args, fast, part, criterion, device)
     data = FeatureSet(features(part.pictures), part.targets)

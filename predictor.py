@@ -7,6 +7,7 @@
 This is not a medical device."""
 
 import argparse
+import functools
 from itertools import chain
 from pathlib import Path
 
@@ -68,7 +69,11 @@ class Predictor:
         # A checkpoint names no folder that is written, and no way of computing that gives other numbers.
         self.args.workers, self.args.cache, self.args.compile = workers, "cache", False
         self.precision = engine.pick_precision(precision or self.args.precision, self.device)
-        self.fast = features.with_fast_trunk(self.model, self.precision)
+
+    @functools.cached_property
+    def fast(self):
+        """The network as it answers: its trunk folded and in `.precision`."""
+        return features.with_fast_trunk(self.model, self.precision)
 
     def title(self):
         """What it is called in lines and captions: the run's name, its data set, network and precision."""
@@ -95,8 +100,12 @@ class Predictor:
 
     def evaluate(self, part, criterion=None, mirrored=False):
         """(mean loss, probs (n, K)) of a dataset.Part; `mirrored`: probs are the mean of both views."""
-        kept = features.TrunkFeatures(self.model, self.args, self.precision, self.device)
-        loss, probs = features.evaluate(self.model, kept, part, criterion or engine.Criterion(self.task))
+        criterion = criterion or engine.Criterion(self.task)
+        if features.keeps_features(self.args, part):
+            kept = features.TrunkFeatures(self.model, self.args, self.precision, self.device)
+            loss, probs = features.evaluate(self.model, kept, part, criterion)
+        else:
+            loss, probs = features.predict_live(self.args, self.fast, part, criterion, self.device)
         return loss, (probs + self.live(part, mirrored=True)) / 2 if mirrored else probs
 
     def live(self, part, mirrored=False):
