@@ -106,6 +106,7 @@ def main(argv=None):
         path, table = args.out / "predictions.csv", pd.DataFrame({"ID": ids})
         table[net.labels] = probs.astype(float)
         table["predicted"] = [";".join(np.array(net.labels)[row]) or "none" for row in chosen]
+        table["network"] = f"{net.title()}, {net.digest[:10]}"
         if net.rendered:
             table["trained_on"] = "RENDERED pictures"
         replace_file(path, lambda stream: table.to_csv(stream, index=False, float_format="%.7f"), "w")

@@ -39,6 +39,8 @@ def load(path, device="auto", precision=None, workers=None):
     for other in others:
         if (other.labels, other.args.dataset) != (net.labels, net.args.dataset):
             raise InputError(f"{other.path} has other labels or another data set than {net.path}")
+        if other.digest in [member.digest for member in net.members]:
+            raise InputError(f"{other.path} holds a network that was given already: no mean with itself")
         net.members.append(other)
         net.rendered |= other.rendered
         net.thresholds = None  # they belong to one network

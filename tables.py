@@ -189,9 +189,11 @@ def as_integers(path, values, what, allowed=None):
 
 def read_odir(root, labels):
     """Official annotations.xlsx (one row per patient) or Kaggle's full_df.csv (one row per eye, folded)."""
-    path = root / "annotations.xlsx"
-    if not path.exists() and (root / "full_df.csv").exists():
-        path = root / "full_df.csv"
+    path, other, notes = root / "annotations.xlsx", root / "full_df.csv", []
+    if other.exists() and path.exists():
+        notes.append(f"{other} is not read: annotations.xlsx lies beside it")
+    elif other.exists():
+        path = other
     eyes = ["Left-Fundus", "Right-Fundus"]
     sheet = read_sheet(path, ["ID", *eyes, *labels])
     ids = as_integers(path, sheet["ID"], "an ID")
@@ -204,7 +206,9 @@ def read_odir(root, labels):
     check_rows(path, frame["ID"].duplicated() & ~folded, "doubled ID, or different labels or file names")
     frame = frame[~folded]
     empty = int((frame[labels].sum(axis=1) == 0).sum())
-    return Table(frame, labels, [f"{empty} patient(s) carry no label at all"] if empty else [])
+    if empty:
+        notes.append(f"{empty} patient(s) carry no label at all")
+    return Table(frame, labels, notes)
 
 
 def read_aptos(root, labels):
@@ -237,7 +241,9 @@ def read_image_folder(root):
     ordered = graded and max(grades) - min(grades) == len(grades) - 1
     if not ordered:
         notes.append(f"the classes {', '.join(classes)} are no row of grades: there is no quadratic kappa")
-    if taken := {"ID", "predicted", "trained_on"}.intersection(classes):  # columns of the sheets of results
+    if taken := {"ID", "predicted", "network", "trained_on"}.intersection(
+        classes
+    ):  # columns of the sheets of results
         raise InputError(f"{root / 'train'}: no class may be called {', '.join(taken)}. Rename the folder")
     for file in sorted(file for part in PARTS for file in (root / part).glob("*/*")):
         part, name = file.parts[-3:-1]

@@ -266,7 +266,7 @@ def test_learned_thresholds_are_those_of_the_checkpoint(trained, rendered, tmp_p
     assert list(found["predicted"].str.contains("meniscus")) == list(found["meniscus"] > 0.25)
     assert run("--ckpt", trained("mrnet"), valid, "--out", tmp_path, "--learned") == 2
     assert "--folds" in capsys.readouterr().err
-    assert run("--ckpt", tmp_path / "a", tmp_path / "a/best.pt", valid, "--out", tmp_path, "--learned") == 2
+    assert run("--ckpt", tmp_path / "a", trained("mrnet"), valid, "--out", tmp_path, "--learned") == 2
     assert "one network" in capsys.readouterr().err
 
 
@@ -350,6 +350,8 @@ def test_unreadable_ones_are_named_and_the_others_predicted(trained, rendered, t
     assert sorted(after.index) == sorted(patients[2:])
     np.testing.assert_allclose(after.iloc[:, :8], before.loc[after.index].iloc[:, :8], atol=1e-6)
     assert set(after["trained_on"]) == {"RENDERED pictures"}
+    net = predictor.load(ckpt, "cpu")
+    assert set(after["network"]) == {f"{net.title()}, {net.digest[:10]}"}
 
 
 @pytest.mark.parametrize("fault", ["absent", "empty", "no picture", "black"])

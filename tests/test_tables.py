@@ -110,6 +110,9 @@ def test_kaggles_single_eyes_still_make_a_patient(tmp_path):
     table, _, _ = read_three("odir", write(tmp_path, sheet, "full_df.csv"))
     assert table["ID"].tolist() == odir_sheet(12)["ID"].tolist()
     assert targets_of(table, ODIR_LABELS).tolist() == odir_sheet(12)[ODIR_LABELS].to_numpy().tolist()
+    assert not any("not read" in note for note in read("odir", tmp_path).notes)
+    write(tmp_path, odir_sheet(12), "annotations.xlsx")
+    assert any("full_df.csv is not read" in note for note in read("odir", tmp_path).notes)
 
 
 # ---------------------------------------------------------------- DR
@@ -534,7 +537,7 @@ def test_grades_with_a_gap_have_no_quadratic_kappa(tmp_path):
     assert "no quadratic kappa" in table.notes[0]
 
 
-@pytest.mark.parametrize("name", ["ID", "predicted", "trained_on"])
+@pytest.mark.parametrize("name", ["ID", "predicted", "network", "trained_on"])
 def test_a_class_is_no_column_of_the_results(tmp_path, name):
     for folder in (name, "other"):
         touch(tmp_path / "train" / folder, f"{folder}.png")

@@ -381,9 +381,12 @@ def test_mirrored_views_and_several_checkpoints_give_means(trained, run, tmp_pat
     # Another split: rows of one's validation part were trained on by the other.
     train = list(state["rows"]["train"].items())
     rows = {**state["rows"], "val": dict(train[:8]), "train": {**state["rows"]["val"], **dict(train[8:])}}
-    other = changed(one, tmp_path / "two/other.pt", rows=rows)
+    other = changed(one, tmp_path / "two/other.pt", rows=rows, thresholds=[0.1] * 8)
     assert run("--ckpt", one, other) == 2
     assert "another val part" in capsys.readouterr().err
+    # A network and its copy are one network, not two.
+    assert run("--ckpt", one, two, copied(one, tmp_path / "copy")) == 2
+    assert "given already" in capsys.readouterr().err
 
 
 def test_a_mean_is_as_trained_as_any_of_its_networks(trained, run, tmp_path, capsys):
@@ -397,8 +400,9 @@ def test_a_mean_is_as_trained_as_any_of_its_networks(trained, run, tmp_path, cap
     half = set(net.saved["seen"])
     for files in part.contents[: len(part) // 2]:
         half.update(*files)
-    two = changed(one, tmp_path / "two/best.pt", seen=sorted(half))
-    three = changed(one, tmp_path / "two/other.pt", seen=sorted((seen - half) | set(net.saved["seen"])))
+    two = changed(one, tmp_path / "two/best.pt", seen=sorted(half), thresholds=[0.1] * 8)
+    other_half = sorted((seen - half) | set(net.saved["seen"]))
+    three = changed(one, tmp_path / "two/other.pt", seen=other_half, thresholds=[0.2] * 8)
     for number, order in enumerate(([one, two, three], [three, two, one])):
         assert run("--ckpt", *order, "--out", tmp_path / str(number)) == 0
         assert f"{len(part)} row(s) hold a picture that the network was trained on" in capsys.readouterr().out
