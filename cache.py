@@ -83,8 +83,7 @@ def is_whole(path, shape, dtype):
 
 
 def kept_array(path, shape, dtype, fill):
-    """The array (shape, dtype) of `path`, mapped from disk; `fill(array)` makes it where it is missing or cut
-    short. InputError: the folder cannot be written."""
+    """The array of `path`, mapped from disk; `fill(array)` makes it where it is not whole. InputError."""
     if not is_whole(path, shape, dtype):
         try:
             with replacing(path) as temporary:

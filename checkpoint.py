@@ -54,8 +54,7 @@ def load_last(folder):
     try:
         return {**load_checkpoint(Path(folder, "last.pt"), "last"), "lock": lock}
     except InputError as error:
-        left = f"{Path(folder, 'best.pt')}, where that is whole, serves test.py or a new run's --weights"
-        raise InputError(f"{error}. {left}") from error
+        raise InputError(f"{error}. A whole best.pt there serves test.py or a new run's --weights") from error
 
 
 def save_checkpoint(path, kind, **state):
@@ -155,8 +154,7 @@ def write_sheet(path, frame):
         frame.to_excel(writer, index=False, freeze_panes=(1, 0))
         sheet = writer.book.active
         for column in sheet.columns:
-            width = max(9, len(str(column[0].value)) + 3)
-            sheet.column_dimensions[column[0].column_letter].width = width
+            sheet.column_dimensions[column[0].column_letter].width = max(9, len(str(column[0].value)) + 3)
             for cell in column:
                 if cell.data_type == "f":
                     cell.data_type = "s"

@@ -73,12 +73,11 @@ class PictureSet(RowSet):
 
 
 class FeatureSet(RowSet):
-    """Kept features (n, D): batches {"features": (B, D), "targets"}.
-    `place`: {(row, repeat): number of its features}, for augmented views; else row i has features i."""
+    """Kept features (n, D), of the rows or of these `keys`: batches {"features": (B, D), "targets"}."""
 
-    def __init__(self, features, targets, place=None):
+    def __init__(self, features, targets, keys=None):
         super().__init__(torch.as_tensor(targets).to(features.device))
-        self.features, self.place = features, place
+        self.features, self.place = features, keys and {key: number for number, key in enumerate(keys)}
         self.on_device = features.device.type != "cpu"
 
     def inputs(self, keys):
@@ -279,8 +278,7 @@ def find_data(args):
 
 
 def load(args):
-    """Read, check, split and decode what a training run with these arguments trains and validates on -> Data.
-    Raises InputError for everything that is not as its layout says, and where nothing is left to train on."""
+    """Read, check, split and decode what a training run takes -> Data. InputError: not as its layout says."""
     root = find_data(args)
     with together():
         table = tables.read(args.dataset, root, args.labels)

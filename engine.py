@@ -16,8 +16,7 @@ from tqdm.auto import tqdm
 from errors import InputError, end_with_parent
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-PATIENT = timedelta(hours=12)  # the other processes wait this long while one decodes pictures
-SHORT = timedelta(minutes=10)  # and this long for a step
+SHORT = timedelta(minutes=10)  # the other processes wait this long for a step
 LOOK = 32  # steps of a GPU between two looks at its losses: each look waits for it
 ASYMMETRY = 2  # gamma of the asymmetric loss's negatives, by cross-validation on training patients
 _patient_group = None
@@ -48,7 +47,7 @@ def start_processes(device, deterministic=False):
     if "LOCAL_RANK" in os.environ and not dist.is_initialized():
         # nccl adds up gradients; gloo carries messages on the CPU, so that they never wait for a GPU.
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=SHORT)
-        _patient_group = dist.new_group(backend="gloo", timeout=PATIENT)
+        _patient_group = dist.new_group(backend="gloo", timeout=timedelta(hours=12))  # while one decodes
         if rank():  # rank 0 speaks for all
             sys.stdout = open(os.devnull, "w")
     return device

@@ -30,8 +30,7 @@ def main(argv=None):
     # The network, the rows and their probabilities; what imports torch comes after the arguments
     args = get_args_parser().parse_args(argv)
     if bool(args.given) == bool(args.split) or args.data and not args.split or args.per_label < 1:
-        rule = "--data goes with --split, --per-label is 1 or more"
-        raise InputError(f"expected either pictures or --split; {rule}")
+        raise InputError("expected either pictures or --split (--data goes with it); --per-label: 1 or more")
     import checkpoint
     import dataset
     import engine

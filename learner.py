@@ -87,11 +87,8 @@ class Learner:
             module = with_fast_trunk(self.model, self.precision).to(device)
         else:
             # Of a random view every drawn (row, repeat) is a picture of its own, with features of its own.
-            keys = place = None
-            if view is not None:
-                keys = sorted(set(batches.keys))
-                place = {key: number for number, key in enumerate(keys)}
-            data = FeatureSet(self.features(part.pictures, view, keys), part.targets, place)
+            keys = None if view is None else sorted(set(batches.keys))
+            data = FeatureSet(self.features(part.pictures, view, keys), part.targets, keys)
             module, precision = self.model.classifier, "fp32"
         module.train()
         for layer in engine.batchnorms(module) if args.bn != "batch" else ():

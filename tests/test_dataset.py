@@ -268,7 +268,7 @@ def test_features_by_row_and_at_their_place():
     assert len(plain) == 3 and not plain.on_device
     batch = plain.__getitems__([(2, 1), (0, 0)])
     assert batch["features"].tolist() == [[4, 5], [0, 1]] and batch["targets"].tolist() == [2, 0]
-    placed = FeatureSet(features, np.array([7, 8]), {(0, 0): 0, (0, 1): 3, (1, 0): 2})
+    placed = FeatureSet(features, np.array([7, 8]), [(0, 0), (1, 1), (1, 0), (0, 1)])
     batch = placed.__getitems__([(0, 1), (1, 0)])
     assert batch["features"].tolist() == [[6, 7], [4, 5]] and batch["targets"].tolist() == [7, 8]
 
