@@ -79,15 +79,11 @@ def cpu_state(module, copy=False):
     return {key: value.detach().to("cpu", copy=copy) for key, value in module.state_dict().items()}
 
 
-def is_own(path, digest):
-    """Whether the checkpoint `path`, of a network with this digest, is the best one of the run it lies in."""
-    best = run_facts(path.parent).get("best_digest")  # none yet while the run is training
-    return (path.parent / "run.json").exists() and best in (None, digest)
-
-
 def home_of(path, digest):
-    """Where files about a checkpoint go: its run's folder, else one beside it; no path stored in it."""
-    return path.parent if is_own(path, digest) else path.with_name(f"test-{path.stem}")
+    """Where files about a checkpoint go: the folder of the run it is the best of, else one beside it."""
+    best = run_facts(path.parent).get("best_digest")  # none yet while the run is training
+    own = (path.parent / "run.json").exists() and best in (None, digest)
+    return path.parent if own else path.with_name(f"test-{path.stem}")
 
 
 def check_name(args):

@@ -104,6 +104,16 @@ def plain_names(names):
     return [SUFFIX.sub("", name) for name in names]
 
 
+def file_names(names):
+    """Names as .png files, without a picture's suffix and what no file name holds; a second one gets -2."""
+    taken, files = {}, []
+    for name in names:
+        stem = re.sub(r"[^\w.-]+", "_", SUFFIX.sub("", str(name))).lstrip(".")
+        taken[stem.lower()] = number = taken.get(stem.lower(), 0) + 1
+        files.append(f"{stem}-{number}.png" if number > 1 else f"{stem}.png")
+    return files
+
+
 def patients_of(names):
     """`10_left`, `10_right` (or OD, OS, l, r; with a folder and picture suffix or not) -> patient `10`."""
     stems = [name.replace("\\", "/").rpartition("/")[2] for name in plain_names(names)]
