@@ -70,8 +70,7 @@ class Learner:
             self.ema.update_parameters(self.trained)
 
     def train_epoch(self, part, epoch, rows=slice(None)):
-        """Train on a part, or on these rows of it -> (mean loss, targets, probs). A frozen trunk's features,
-        kept or not, train the classifier alone, in float32; else the whole network runs in `precision`."""
+        """Train on these rows of a part -> (mean loss, targets, probs); a frozen trunk's head in float32."""
         args, device = self.args, self.device
         frozen = not args.fine_tune or epoch < args.freeze_epochs
         self.model.backbone.requires_grad_(not frozen)
