@@ -19,8 +19,6 @@ from dataset import FeatureSet, eval_size
 from errors import InputError
 from features import TrunkFeatures, compiled, evaluate, fit_batchnorm, loader_workers, with_fast_trunk
 
-OPTIMIZERS = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
-
 
 class Learner:
     """The network and all that trains it; `trunk`: digest of a trunk that is frozen for good, else None."""
@@ -119,7 +117,8 @@ def build_optimizer(args, model):
     if args.fine_tune:
         groups.insert(0, {"params": list(model.backbone.parameters()), "lr": args.lr * args.trunk_lr})
     own = {"momentum": args.momentum} if args.optimizer == "sgd" else {}
-    return OPTIMIZERS[args.optimizer](groups, lr=args.lr, weight_decay=args.weight_decay, **own)
+    kind = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[args.optimizer]
+    return kind(groups, lr=args.lr, weight_decay=args.weight_decay, **own)
 
 
 def build_scheduler(args, optimizer):
