@@ -137,11 +137,6 @@ def get_args_parser(dataset="odir", description=None):
     return parser
 
 
-def parse(argv):
-    """The arguments of a new run, complete and checked."""
-    return get_args(argv)[0]
-
-
 def get_args(argv=None, description=None):
     """-> (args, what last.pt holds or None): what is typed, over a resumed run's flags, over the study's."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -214,10 +209,6 @@ def check_args(args):
         raise InputError(f"--model {model} does not take {name}; expected {takes}")
     if args.trunk != "resnet50" and model not in EYE_MODELS:
         raise InputError(f"--trunk belongs to --model v0 to v3: give --model {args.trunk}")
-    check_training(args)
-
-
-def check_training(args):
     if not args.fine_tune and (args.freeze_epochs or args.trunk_lr != 1):
         raise InputError("--freeze-epochs, --trunk-lr: without --fine-tune the trunk does not learn")
     kept_features = args.feature_cache and not args.fine_tune and args.bn != "batch"
@@ -252,7 +243,7 @@ def experiments():
             values[setting[1]] = setting[2]
         if line.startswith("run "):
             name, *flags = shlex.split(line, comments=True)[1:]
-            found[name] = parse(["--dataset", name.split("-")[0], *flags])
+            found[name] = get_args(["--dataset", name.split("-")[0], *flags])[0]
     return found
 
 

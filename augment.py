@@ -105,8 +105,7 @@ def shift_hue(images, turns):
 
 
 def prepare_batch(batch, device, recipe="none", size=None, mirrored=False):
-    """A data set's batch -> (inputs of the model, targets) on `device`, seen as `recipe` says.
-    Pictures are (B, P, 3, size, size) in 0..1; features and volumes have no `size`."""
+    """A data set's batch -> (inputs of the model, targets) on `device`; pictures: (B, P, 3, size, size)."""
     device = torch.device(device)
     # On MPS a source may be freed before a copy that is not waited for (pytorch issues 139550, 189690).
     send = functools.partial(torch.Tensor.to, device=device, non_blocking=device.type == "cuda")

@@ -7,7 +7,6 @@ import json
 import math
 import os
 import platform
-import re
 from pathlib import Path
 
 import numpy as np
@@ -31,17 +30,6 @@ def digest(*parts):
 def fingerprint(data):
     """Twenty hex digits by which a picture is known: of its file's bytes, or of its pixels'."""
     return hashlib.blake2b(data, digest_size=10).hexdigest()
-
-
-def file_names(names):
-    """Names as .png files, without a picture's suffix and what no file name holds; a second one gets -2."""
-    taken, files = {}, []
-    for name in names:
-        stem = re.sub(r"\.(png|jpe?g|tiff?|bmp)$", "", str(name), flags=re.IGNORECASE)
-        stem = re.sub(r"[^\w.-]+", "_", stem).lstrip(".")
-        taken[stem.lower()] = number = taken.get(stem.lower(), 0) + 1
-        files.append(f"{stem}-{number}.png" if number > 1 else f"{stem}.png")
-    return files
 
 
 @contextlib.contextmanager
@@ -83,8 +71,7 @@ def is_whole(path, shape, dtype):
 
 
 def kept_array(path, shape, dtype, fill):
-    """The array (shape, dtype) of `path`, mapped from disk; `fill(array)` makes it where it is missing or cut
-    short. InputError: the folder cannot be written."""
+    """The array of `path`, mapped from disk; `fill(array)` makes it where it is not whole. InputError."""
     if not is_whole(path, shape, dtype):
         try:
             with replacing(path) as temporary:

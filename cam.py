@@ -13,15 +13,14 @@ from tables import PLANES
 
 
 def cam_layers(model, inputs):
-    """The modules whose output the maps are made of: the last map of features of each trunk, else InputError.
-    Of a vision transformer it is what enters the last block: after it only the class token counts."""
+    """The modules whose output the maps are made of: each trunk's last map of features, else InputError."""
     trunks = model.backbone if isinstance(model, MRNet) else [model.backbone]
     trunks = [getattr(trunk, "net", trunk) for trunk in trunks]  # the network inside a features.FastTrunk
     if hasattr(model, "cam_layer"):
         return [trunk.get_submodule(model.cam_layer) for trunk in trunks]
     trunk = trunks[0]
     family = type(trunk).__name__  # torchvision is not imported for its name alone
-    if family == "VisionTransformer":
+    if family == "VisionTransformer":  # after its last block only the class token counts
         return [trunk.encoder.layers[-1].ln_1]
     if family == "SwinTransformer":  # before it the channels come last
         return [trunk.permute]

@@ -54,8 +54,7 @@ def load_last(folder):
     try:
         return {**load_checkpoint(Path(folder, "last.pt"), "last"), "lock": lock}
     except InputError as error:
-        left = f"{Path(folder, 'best.pt')}, where that is whole, serves test.py or a new run's --weights"
-        raise InputError(f"{error}. {left}") from error
+        raise InputError(f"{error}. A whole best.pt there serves test.py or a new run's --weights") from error
 
 
 def save_checkpoint(path, kind, **state):
@@ -80,15 +79,11 @@ def cpu_state(module, copy=False):
     return {key: value.detach().to("cpu", copy=copy) for key, value in module.state_dict().items()}
 
 
-def is_own(path, digest):
-    """Whether the checkpoint `path`, of a network with this digest, is the best one of the run it lies in."""
-    best = run_facts(path.parent).get("best_digest")  # none yet while the run is training
-    return (path.parent / "run.json").exists() and best in (None, digest)
-
-
 def home_of(path, digest):
-    """Where files about a checkpoint go: its run's folder, else one beside it; no path stored in it."""
-    return path.parent if is_own(path, digest) else path.with_name(f"test-{path.stem}")
+    """Where files about a checkpoint go: the folder of the run it is the best of, else one beside it."""
+    best = run_facts(path.parent).get("best_digest")  # none yet while the run is training
+    own = (path.parent / "run.json").exists() and best in (None, digest)
+    return path.parent if own else path.with_name(f"test-{path.stem}")
 
 
 def check_name(args):
@@ -155,8 +150,7 @@ def write_sheet(path, frame):
         frame.to_excel(writer, index=False, freeze_panes=(1, 0))
         sheet = writer.book.active
         for column in sheet.columns:
-            width = max(9, len(str(column[0].value)) + 3)
-            sheet.column_dimensions[column[0].column_letter].width = width
+            sheet.column_dimensions[column[0].column_letter].width = max(9, len(str(column[0].value)) + 3)
             for cell in column:
                 if cell.data_type == "f":
                     cell.data_type = "s"

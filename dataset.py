@@ -73,12 +73,11 @@ class PictureSet(RowSet):
 
 
 class FeatureSet(RowSet):
-    """Kept features (n, D): batches {"features": (B, D), "targets"}.
-    `place`: {(row, repeat): number of its features}, for augmented views; else row i has features i."""
+    """Kept features (n, D), of the rows or of these `keys`: batches {"features": (B, D), "targets"}."""
 
-    def __init__(self, features, targets, place=None):
+    def __init__(self, features, targets, keys=None):
         super().__init__(torch.as_tensor(targets).to(features.device))
-        self.features, self.place = features, place
+        self.features, self.place = features, keys and {key: number for number, key in enumerate(keys)}
         self.on_device = features.device.type != "cpu"
 
     def inputs(self, keys):
@@ -238,8 +237,7 @@ def decode_files(files, args, size):
 
 
 def open_part(table, targets, args, size, missing, expected=0):
-    """Decode what a part needs -> Part. An unreadable file stops, or costs its row.
-    `expected`: rows that the part should have, those included that were left out before."""
+    """Decode its files -> Part. An unreadable one stops, or costs its row. `expected`: rows before that."""
     nothing = "no row is left that has all its pictures, and readable ones"
     if not len(table):
         raise InputError(nothing)
@@ -279,8 +277,7 @@ def find_data(args):
 
 
 def load(args):
-    """Read, check, split and decode what a training run with these arguments trains and validates on -> Data.
-    Raises InputError for everything that is not as its layout says, and where nothing is left to train on."""
+    """Read, check, split and decode what a training run takes -> Data. InputError: not as its layout says."""
     root = find_data(args)
     with together():
         table = tables.read(args.dataset, root, args.labels)

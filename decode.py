@@ -28,8 +28,7 @@ def decode(file, kind, size):
         return nothing, False, str(error), [], ""
     except OSError as error:  # what the system says may be another tomorrow
         return nothing, False, "", [], f"{file}: {error.strerror}"
-    content = [fingerprint(data), fingerprint(picture.tobytes())]
-    return picture, repaired, "", content, ""
+    return picture, repaired, "", [fingerprint(data), fingerprint(picture.tobytes())], ""
 
 
 def decode_all(files, kind, size, workers=None):

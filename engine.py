@@ -1,6 +1,5 @@
 """One epoch of training and one pass of prediction, for every study; devices, precision, seeds, processes."""
 
-import collections
 import contextlib
 import functools
 import math
@@ -17,9 +16,8 @@ from tqdm.auto import tqdm
 from errors import InputError, end_with_parent
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-PATIENT = timedelta(hours=12)  # the other processes wait this long while one decodes pictures
-SHORT = timedelta(minutes=10)  # and this long for a step
-LAG = 8  # steps of a GPU between a loss and the look at it, the same on every rank
+SHORT = timedelta(minutes=10)  # the other processes wait this long for a step
+LOOK = 32  # steps of a GPU between two looks at its losses: each look waits for it
 ASYMMETRY = 2  # gamma of the asymmetric loss's negatives, by cross-validation on training patients
 _patient_group = None
 
@@ -49,7 +47,7 @@ def start_processes(device, deterministic=False):
     if "LOCAL_RANK" in os.environ and not dist.is_initialized():
         # nccl adds up gradients; gloo carries messages on the CPU, so that they never wait for a GPU.
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=SHORT)
-        _patient_group = dist.new_group(backend="gloo", timeout=PATIENT)
+        _patient_group = dist.new_group(backend="gloo", timeout=timedelta(hours=12))  # while one decodes
         if rank():  # rank 0 speaks for all
             sys.stdout = open(os.devnull, "w")
     return device
@@ -175,35 +173,22 @@ class Criterion:
 
 def check_finite(loss, epoch, step=" (validation)"):
     if not math.isfinite(loss):
-        raise FloatingPointError(f"the loss is {float(loss)} in epoch {epoch}{step}: lower --lr")
+        raise FloatingPointError(f"the loss is {loss} in epoch {epoch}{step}: lower --lr")
 
 
-class LossWatch:
-    """Raises FloatingPointError at a loss that is not finite, on every rank at the same step."""
-
-    def __init__(self, epoch):
-        self.epoch, self.waiting = epoch, collections.deque()
-
-    def see(self, loss, step):
-        if not loss.is_cuda:
-            return check_finite(loss, self.epoch, f", step {step}")
-        # Copied beside the computation and looked at some steps later, so that nothing waits for it.
-        host = torch.empty((), pin_memory=True).copy_(loss, non_blocking=True)
-        arrived = torch.cuda.Event()
-        arrived.record()
-        self.waiting.append((step, host, arrived))
-        self.finish(LAG)
-
-    def finish(self, left=0):
-        while len(self.waiting) > left:
-            step, loss, arrived = self.waiting.popleft()
-            arrived.synchronize()
-            check_finite(loss, self.epoch, f", step {step}")
+def look_at_losses(steps, epoch, last):
+    """FloatingPointError where a loss of the newest steps is not finite, on every rank at the same step."""
+    every = LOOK if steps[-1][0].is_cuda else 1
+    if len(steps) % every == 0 or last:
+        first = max(0, len(steps) - every)
+        losses, weights = torch.stack([sums for sums, *_ in steps[first:]]).unbind(1)
+        for step, loss in enumerate((losses / weights).tolist(), first):
+            check_finite(loss, epoch, f", step {step}")
 
 
 def train_one_epoch(module, loader, prepare, learner, epoch, precision):
     """Train `module` on a `loader` -> (mean loss, targets, probs) of the epoch, over all ranks."""
-    steps, watch = [], LossWatch(epoch)
+    steps = []
     for step, batch in enumerate(progress(loader, f"epoch {epoch}")):
         inputs, targets = prepare(batch)
         seed_dropout(learner.seed, epoch, step, targets.device)
@@ -221,8 +206,7 @@ def train_one_epoch(module, loader, prepare, learner, epoch, precision):
         learner.scaler.update()
         learner.average()
         steps.append((sums, targets, learner.criterion.probs(logits.detach().float())))
-        watch.see(sums[0] / sums[1], step)  # the global loss: every rank stops at the same one
-    watch.finish()
+        look_at_losses(steps, epoch, last=step + 1 == len(loader))
     return summarise(steps)
 
 

@@ -99,8 +99,7 @@ def compiled(module):
 
 
 def fit_batchnorm(model, pictures, args, precision, device):
-    """Set the trunk's BatchNorm statistics to those of BN_PICTURES training pictures, by the seed: means over
-    batches of 64, layer by layer, where the original's running statistics drifted to. Kept on disk."""
+    """Set the trunk's BatchNorm statistics to kept means over batches of BN_PICTURES training pictures."""
     layers = engine.batchnorms(model.backbone)
     if not layers:
         return
@@ -146,8 +145,7 @@ class TrunkFeatures:
         self.held = {}  # plain features stay; augmented views come and go
 
     def __call__(self, pictures, view=None, keys=None):
-        """A float32 tensor (n, D): on the GPU where a quarter of its free memory holds it, else on disk.
-        `keys`: the (row, repeat) pairs of an augmented view that are wanted; every row once without them."""
+        """Float32 (n, D), on a GPU that has room. `keys`: (row, repeat) of a view; None: each row once."""
         args = self.args
         drawn = None if view is None else (args.augment, eval_size(args), args.seed, view)
         keys = [(row, 0) for row in range(len(pictures.rows))] if keys is None else keys

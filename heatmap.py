@@ -11,7 +11,6 @@ import sys
 import numpy as np
 
 from arguments import add_checkpoint_flags
-from cache import file_names
 from errors import InputError, Parser, guard
 
 
@@ -30,8 +29,7 @@ def main(argv=None):
     # The network, the rows and their probabilities; what imports torch comes after the arguments
     args = get_args_parser().parse_args(argv)
     if bool(args.given) == bool(args.split) or args.data and not args.split or args.per_label < 1:
-        rule = "--data goes with --split, --per-label is 1 or more"
-        raise InputError(f"expected either pictures or --split; {rule}")
+        raise InputError("give either pictures or --split; --data goes with --split, --per-label: 1 or more")
     import checkpoint
     import dataset
     import engine
@@ -66,7 +64,7 @@ def main(argv=None):
 
     # A figure for each row, under the name of each label that it was chosen for
     out = args.out or checkpoint.home_of(net.path, net.digest) / f"heatmaps{facts['suffix']}"
-    files = file_names(stem for _, stem in asked)
+    files = tables.file_names(stem for _, stem in asked)
     for (row, _), file in engine.progress(list(zip(asked, files, strict=True)), "heat maps"):
         lines = net.map_rows(part, row, probs[row], np.array(net.names)[truth[row]])
         figure = figures.heatmaps(lines, net.random_trunk)

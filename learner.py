@@ -19,8 +19,6 @@ from dataset import FeatureSet, eval_size
 from errors import InputError
 from features import TrunkFeatures, compiled, evaluate, fit_batchnorm, loader_workers, with_fast_trunk
 
-OPTIMIZERS = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
-
 
 class Learner:
     """The network and all that trains it; `trunk`: digest of a trunk that is frozen for good, else None."""
@@ -70,8 +68,7 @@ class Learner:
             self.ema.update_parameters(self.trained)
 
     def train_epoch(self, part, epoch, rows=slice(None)):
-        """Train on a part, or on these rows of it -> (mean loss, targets, probs). A frozen trunk's features,
-        kept or not, train the classifier alone, in float32; else the whole network runs in `precision`."""
+        """Train on these rows of a part -> (mean loss, targets, probs); a frozen trunk's head in float32."""
         args, device = self.args, self.device
         frozen = not args.fine_tune or epoch < args.freeze_epochs
         self.model.backbone.requires_grad_(not frozen)
@@ -87,11 +84,8 @@ class Learner:
             module = with_fast_trunk(self.model, self.precision).to(device)
         else:
             # Of a random view every drawn (row, repeat) is a picture of its own, with features of its own.
-            keys = place = None
-            if view is not None:
-                keys = sorted(set(batches.keys))
-                place = {key: number for number, key in enumerate(keys)}
-            data = FeatureSet(self.features(part.pictures, view, keys), part.targets, place)
+            keys = None if view is None else sorted(set(batches.keys))
+            data = FeatureSet(self.features(part.pictures, view, keys), part.targets, keys)
             module, precision = self.model.classifier, "fp32"
         module.train()
         for layer in engine.batchnorms(module) if args.bn != "batch" else ():
@@ -123,7 +117,8 @@ def build_optimizer(args, model):
     if args.fine_tune:
         groups.insert(0, {"params": list(model.backbone.parameters()), "lr": args.lr * args.trunk_lr})
     own = {"momentum": args.momentum} if args.optimizer == "sgd" else {}
-    return OPTIMIZERS[args.optimizer](groups, lr=args.lr, weight_decay=args.weight_decay, **own)
+    kind = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[args.optimizer]
+    return kind(groups, lr=args.lr, weight_decay=args.weight_decay, **own)
 
 
 def build_scheduler(args, optimizer):

@@ -259,8 +259,7 @@ def load_weights(model, weights, labels=None):
     given, theirs = saved["model"], saved["args"]
     head = {key: value for key, value in model.state_dict().items() if key.startswith("classifier.")}
     same_shapes = all(key in given and given[key].shape == value.shape for key, value in head.items())
-    same_labels = labels in (None, saved["labels"])
-    if theirs["model"] != model.name or not same_shapes or not same_labels:
+    if theirs["model"] != model.name or not same_shapes or labels not in (None, saved["labels"]):
         given = {key: value for key, value in given.items() if not key.startswith("classifier.")} | head
         print(f"{weights}: the trunk is taken, the head is another and starts afresh")
     load_strict(model, given, f"{weights}, a checkpoint of {theirs['model']}, {theirs['trunk']},")

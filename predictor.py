@@ -80,7 +80,8 @@ class Predictor:
     def title(self):
         """What it is called in lines and captions: the run's name, its data set, network and precision."""
         path = self.path.resolve()  # a run that was moved or copied has its folder's name
-        name = path.parent.name if checkpoint.is_own(path, self.digest) else self.args.name
+        own = checkpoint.home_of(path, self.digest) == path.parent
+        name = path.parent.name if own else self.args.name
         mean = f"the mean of {len(self.members)} networks, the first " if len(self.members) > 1 else ""
         return f"{mean}{name} ({self.args.dataset}, {self.args.model}, {self.precision})"
 

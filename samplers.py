@@ -7,7 +7,6 @@ import torch
 
 from errors import InputError
 
-SAMPLERS = ("shuffle", "balanced", "weighted")
 ROUNDS = 256  # drawn at once: their random numbers stay in the cache
 
 
@@ -84,7 +83,7 @@ def epoch_order(kind, targets, seed, epoch):
     if kind == "balanced":
         return LabelBalancedSampler(targets, seed=seed).order(epoch)
     if kind != "weighted":
-        raise InputError(f"sampler {kind!r} must be one of {', '.join(SAMPLERS)}")
+        raise InputError(f"sampler {kind!r} must be one of shuffle, balanced, weighted")
     weights = torch.from_numpy(1 / class_counts(targets)[targets])
     (mixed,) = np.random.SeedSequence([seed, epoch]).generate_state(1)  # seed + epoch would repeat orders
     generator = torch.Generator().manual_seed(int(mixed))

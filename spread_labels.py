@@ -51,21 +51,19 @@ def spread(outputs, targets, neighbors=7, alpha=0.2):
 
 
 def training_rows(net, root):
-    """The labelled rows that the run trained on, never one of its validation or test part.
-    Pseudo-labelled pictures among the run's training IDs are in no table, and so are left out."""
+    """The labelled rows that the run trained on, of val and test none; pseudo-labelled are in no table."""
     frame, split = tables.read("retina", root, net.labels).frame, net.saved["rows"]
     wanted = set(split["train"]) - set(split["val"]) - set(split["test"])
     frame = frame[frame["ID"].astype(str).isin(wanted)].reset_index(drop=True)
     if frame.empty or len(frame) < len(wanted) and not net.args.pseudo_labels:
-        gone = f"{len(wanted) - len(frame)} of the run's {len(wanted)} training pictures"
-        raise InputError(f"{gone} are not in this data set: it has changed since")
+        raise InputError(f"{len(wanted) - len(frame)} of the run's {len(wanted)} training pictures are gone")
     return frame
 
 
 def unlabelled_rows(net, root):
     """The pictures in test/, without those that train.py would refuse: labelled, or of a held-out patient."""
     labelled = tables.plain_names(tables.read("retina", root, net.labels).frame["ID"])
-    files = tables.unlabelled_pictures(root)
+    files = sorted(str(file) for file in Path(root).glob("test/*") if file.suffix.lower() in tables.SUFFIXES)
     names = [Path(file).name for file in files]
     held_out = tables.patients_of([*net.saved["rows"]["val"], *net.saved["rows"]["test"]])
     known = np.isin(tables.plain_names(names), labelled) | np.isin(tables.patients_of(names), held_out)

@@ -104,6 +104,16 @@ def plain_names(names):
     return [SUFFIX.sub("", name) for name in names]
 
 
+def file_names(names):
+    """Names as .png files, without a picture's suffix and what no file name holds; a second one gets -2."""
+    taken, files = {}, []
+    for name in names:
+        stem = re.sub(r"[^\w.-]+", "_", SUFFIX.sub("", str(name))).lstrip(".")
+        taken[stem.lower()] = number = taken.get(stem.lower(), 0) + 1
+        files.append(f"{stem}-{number}.png" if number > 1 else f"{stem}.png")
+    return files
+
+
 def patients_of(names):
     """`10_left`, `10_right` (or OD, OS, l, r; with a folder and picture suffix or not) -> patient `10`."""
     stems = [name.replace("\\", "/").rpartition("/")[2] for name in plain_names(names)]
@@ -327,13 +337,8 @@ def read_mrnet(root, labels):
 READERS = {"odir": read_odir, "aptos": read_aptos, "dr": read_dr, "retina": read_retina, "mrnet": read_mrnet}
 
 
-def unlabelled_pictures(root):
-    return sorted(str(file) for file in (Path(root) / "test").glob("*") if file.suffix.lower() in SUFFIXES)
-
-
 def add_pseudo_labels(parts, table, root, path, min_confidence):
-    """parts["train"] with the pictures of pseudo_labels.csv (filename, label, confidence, `source`), none of
-    which is in `parts`. The rows it was spread from end it. No patient of val or test may be in either."""
+    """parts["train"] with pseudo_labels.csv's pictures; of val and test no patient is in it, nor a source."""
     labels, held_out = table.labels, [*parts["val"]["patient"], *parts["test"]["patient"]]
     sheet = read_sheet(path, ["filename", "label", "confidence"], dtype={"filename": str, "label": str})
     names = check_names(path, sheet["filename"], "filename")

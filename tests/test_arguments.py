@@ -197,13 +197,13 @@ DEFAULTS = {
 
 @pytest.mark.parametrize("name", DEFAULTS)
 def test_the_defaults_are_experiment_three_and_the_other_studies(name):
-    args = vars(arguments.parse(["--dataset", name]))
+    args = vars(arguments.get_args(["--dataset", name])[0])
     assert {key: args[key] for key in DEFAULTS[name]} == DEFAULTS[name]
     json.dumps(args)
 
 
 def test_what_is_typed_wins_over_what_is_stored_over_what_is_published(monkeypatch):
-    stored = vars(arguments.parse(["--dataset", "aptos", "--lr", "0.2", "--batch", "4"]))
+    stored = vars(arguments.get_args(["--dataset", "aptos", "--lr", "0.2", "--batch", "4"])[0])
     last = {"args": stored, "epoch": 3, "changes": []}
     monkeypatch.setattr(checkpoint, "load_last", lambda folder: last)
     args, state = arguments.get_args(["--resume", "runs/x", "--lr", "0.3"])
@@ -214,9 +214,9 @@ def test_what_is_typed_wins_over_what_is_stored_over_what_is_published(monkeypat
 def test_the_experiments_are_the_lines_of_run_all():
     found = arguments.experiments()
     assert {"odir-00", "odir-17", "aptos-1", "dr-resnet50-weighted", "retina-5", "mrnet-acl"} <= set(found)
-    assert not arguments.differences(vars(arguments.parse([])), found["odir-03"])
+    assert not arguments.differences(vars(arguments.get_args([])[0]), found["odir-03"])
     assert found["odir-14"].crop == 196 and found["dr-resnet18"].drop_last and found["retina-4"].labels
-    changed = vars(arguments.parse(["--lr", "0.5", "--batch", "64", "--seed", "7", "--name", "a"]))
+    changed = vars(arguments.get_args(["--lr", "0.5", "--batch", "64", "--seed", "7", "--name", "a"])[0])
     assert arguments.differences(changed, found["odir-03"]) == ["lr 0.5 not 0.05", "batch 64 not 32"]
 
 

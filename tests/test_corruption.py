@@ -946,7 +946,7 @@ def memory_cases(folder, rendered):
 
 
 def train_arguments(argv):
-    return arguments.parse([*argv, "--weights", "none"])
+    return arguments.get_args([*argv, "--weights", "none"])[0]
 
 
 def frozen(array):

@@ -268,7 +268,7 @@ def test_features_by_row_and_at_their_place():
     assert len(plain) == 3 and not plain.on_device
     batch = plain.__getitems__([(2, 1), (0, 0)])
     assert batch["features"].tolist() == [[4, 5], [0, 1]] and batch["targets"].tolist() == [2, 0]
-    placed = FeatureSet(features, np.array([7, 8]), {(0, 0): 0, (0, 1): 3, (1, 0): 2})
+    placed = FeatureSet(features, np.array([7, 8]), [(0, 0), (1, 1), (1, 0), (0, 1)])
     batch = placed.__getitems__([(0, 1), (1, 0)])
     assert batch["features"].tolist() == [[6, 7], [4, 5]] and batch["targets"].tolist() == [7, 8]
 
@@ -383,7 +383,9 @@ def retina(rendered, tmp_path):
 
     def load(*flags):
         fixed = ["--dataset", "retina", "--data", str(root), "--size", "72", "--workers", "0"]
-        return dataset.load(arguments.parse([*fixed, "--cache", str(tmp_path / "cache"), *map(str, flags)]))
+        return dataset.load(
+            arguments.get_args([*fixed, "--cache", str(tmp_path / "cache"), *map(str, flags)])[0]
+        )
 
     return root, load
 
@@ -456,8 +458,8 @@ def test_shuffled_labels_are_those_of_the_training_part_alone(retina):
 
 def test_a_calibration_part_is_cut_from_the_training_patients(rendered, tmp_path):
     flags = ["--data", str(rendered("odir")), "--size", "32", "--workers", "0", "--cache", str(tmp_path)]
-    plain = dataset.load(arguments.parse(flags))
-    three = dataset.load(arguments.parse([*flags, "--calibration-fraction", "0.25"]))
+    plain = dataset.load(arguments.get_args(flags)[0])
+    three = dataset.load(arguments.get_args([*flags, "--calibration-fraction", "0.25"])[0])
     assert three.val.ids() == plain.val.ids() and len(three.calibration) == 8
     assert {*three.train.ids(), *three.calibration.ids()} == set(plain.train.ids())
     assert not set(three.train.ids()) & set(three.calibration.ids())
@@ -465,7 +467,7 @@ def test_a_calibration_part_is_cut_from_the_training_patients(rendered, tmp_path
 
 def test_without_data_stand_ins_are_drawn_and_named_once(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
-    args = arguments.parse(["--size", "32", "--workers", "0"])
+    args = arguments.get_args(["--size", "32", "--workers", "0"])[0]
     commands = []
 
     def draw(command):
@@ -514,10 +516,10 @@ def test_a_knee_in_two_parts(rendered, tmp_path):
     root = tmp_path / "mrnet"
     shutil.copytree(rendered("mrnet"), root)
     flags = ["--dataset", "mrnet", "--data", str(root), "--size", "72", "--cache", str(tmp_path / "cache")]
-    data = dataset.load(arguments.parse(flags))
+    data = dataset.load(arguments.get_args(flags)[0])
     assert data.facts["duplicates"] == 0 and data.train.pictures is None
     shutil.copy(data.train.table["files"].iloc[0][1], data.val.table["files"].iloc[1][1])
-    refused(lambda: dataset.load(arguments.parse(flags)), "1 validation row(s)")
+    refused(lambda: dataset.load(arguments.get_args(flags)[0]), "1 validation row(s)")
 
 
 def test_another_slice_makes_another_knee(rendered, tmp_path):
@@ -525,12 +527,12 @@ def test_another_slice_makes_another_knee(rendered, tmp_path):
     root = tmp_path / "mrnet"
     shutil.copytree(rendered("mrnet"), root)
     flags = ["--dataset", "mrnet", "--data", str(root), "--size", "72", "--cache", str(tmp_path / "cache")]
-    data = dataset.load(arguments.parse(flags))
+    data = dataset.load(arguments.get_args(flags)[0])
     file = data.val.table["files"].iloc[0][2]
     volume = np.load(file)
     volume[0, 128, 128] += 1
     np.save(file, volume)
-    again = dataset.load(arguments.parse(flags))
+    again = dataset.load(arguments.get_args(flags)[0])
     changed = [name for name, row in again.rows["val"].items() if row != data.rows["val"][name]]
     assert changed == data.val.ids()[:1]
 
@@ -541,12 +543,12 @@ def test_calibration_patients_are_in_no_other_part(rendered, tmp_path, taken):
     shutil.copytree(rendered("odir"), root)
     flags = ["--data", str(root), "--size", "32", "--workers", "0", "--cache", str(tmp_path / "cache")]
     flags += ["--calibration-fraction", "0.25"]
-    data = dataset.load(arguments.parse(flags))
+    data = dataset.load(arguments.get_args(flags)[0])
     source = getattr(data, taken).table["files"].iloc[0][0]
     shutil.copy(source, data.calibration.table["files"].iloc[1][0])
     name = {"train": "calibration", "val": "validation"}[taken]
-    refused(lambda: dataset.load(arguments.parse(flags)), f"1 {name} row(s)", "--duplicates keep")
-    kept = dataset.load(arguments.parse([*flags, "--duplicates", "keep"]))
+    refused(lambda: dataset.load(arguments.get_args(flags)[0]), f"1 {name} row(s)", "--duplicates keep")
+    kept = dataset.load(arguments.get_args([*flags, "--duplicates", "keep"])[0])
     assert kept.facts["duplicates"] == (taken == "val")
     assert any("learned on rows that are trained on" in note for note in kept.facts["notes"]) == (
         taken == "train"
@@ -717,10 +719,10 @@ def test_what_is_left_out_shuffled_or_shared_is_noted(tmp_path, trained):
     render(root, "odir", 40, 64)
     flags = ["--data", str(root), "--size", "32", "--workers", "0", "--cache", str(tmp_path / "cache")]
     flags += ["--test-fraction", "0.2", "--missing", "drop", "--shuffle-labels"]
-    first = dataset.load(arguments.parse(flags))
+    first = dataset.load(arguments.get_args(flags)[0])
     Path(first.val.table["files"].iloc[0][0]).write_bytes(b"no picture")
     weights = trained("retina") / "best.pt"
-    args = arguments.parse([*flags, "--weights", str(weights)])
+    args = arguments.get_args([*flags, "--weights", str(weights)])[0]
     data = dataset.load(args)
     notes = data.facts["notes"]
     assert "1 row(s) with an unreadable picture are left out (--missing drop)" in notes

@@ -271,23 +271,10 @@ def test_extraction_honours_the_workers_flag_and_scales_its_batch(monkeypatch, t
 # ---------------------------------------------------------------- the step
 
 
-class Quiet:
-    """Stands for engine.LossWatch, which looks at a loss once it has arrived, beside the computation."""
-
-    def __init__(self, epoch):
-        pass
-
-    def see(self, loss, step):
-        assert loss.device == META and loss.ndim == 0
-
-    def finish(self):
-        pass
-
-
 def on_meta(monkeypatch):
     """What follows the steps reads them, and `meta` has neither autocast nor random numbers."""
     monkeypatch.setattr(engine, "seed_dropout", lambda *_: None)
-    monkeypatch.setattr(engine, "LossWatch", Quiet)
+    monkeypatch.setattr(engine, "look_at_losses", lambda *_, **__: None)
     monkeypatch.setattr(engine, "summarise", lambda steps: steps)
     monkeypatch.setattr(engine, "autocast", lambda *_, **__: contextlib.nullcontext())
 
@@ -356,60 +343,27 @@ def test_a_frozen_trunk_on_the_device_reads_nothing():
         assert not watch.read and not watch.made and not watch.copied
 
 
-class Event:
-    """A mark in the GPU's queue; `waited` counts how often the program waited for one."""
-
-    waited = 0
-
-    def record(self):
-        pass
-
-    def query(self):
-        return False
-
-    def synchronize(self):
-        Event.waited += 1
-
-
-class Loss:
-    """A number in a GPU's memory: reading it there would wait for the step under way."""
-
-    is_cuda = True
-
-    def __init__(self, value):
-        self.value = value
-
-    def __float__(self):
-        raise AssertionError("the loss was read on the device")
+@pytest.mark.parametrize("bad", [None, 1, 31, 32, 34])
+def test_a_gpus_losses_are_looked_at_every_32_steps_and_at_the_end(bad, monkeypatch):
+    """Each look waits for the steps before it; it names the first step whose loss is not finite."""
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    looked, stack = [], torch.stack
+    monkeypatch.setattr(torch, "stack", lambda sums: looked.append(step) or stack(sums))
+    steps, found = [], contextlib.nullcontext()
+    if bad is not None:
+        found = pytest.raises(FloatingPointError, match=f"epoch 3, step {bad}:")
+    with found:
+        for step in range(35):
+            loss = float("nan") if step == bad else 0.5
+            steps.append((torch.tensor([loss, 1.0]), None, None))
+            engine.look_at_losses(steps, 3, last=step == 34)
+    assert looked == ([31] if bad in (1, 31) else [31, 34])
 
 
-class Host:
-    """Its copy in pinned memory."""
-
-    def copy_(self, loss, non_blocking):
-        assert non_blocking
-        self.value = loss.value
-        return self
-
-    def __float__(self):
-        return self.value
-
-
-def test_a_gpus_loss_is_looked_at_some_steps_later(monkeypatch):
-    """A pinned copy beside the computation and an event: nothing waits for the step under way."""
-    monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(torch, "empty", lambda shape, pin_memory: Host() if pin_memory else None)
-    watch = engine.LossWatch(3)
-    watch.see(Loss(float("nan")), 0)
-    assert Event.waited == 0  # neither read nor waited for
-    with pytest.raises(FloatingPointError, match="epoch 3, step 0"):
-        watch.finish()
-    assert Event.waited == 1
-    later = engine.LossWatch(3)
-    with pytest.raises(FloatingPointError, match="epoch 3, step 1"):
-        for step in range(100):  # not only at the epoch's end
-            later.see(Loss(float("inf") if step == 1 else 0.5), step)
-    assert 1 < step < 99
+def test_a_cpus_losses_are_looked_at_in_every_step():
+    steps = [(torch.tensor([float("inf"), 2.0]), None, None)]
+    with pytest.raises(FloatingPointError, match="the loss is inf in epoch 0, step 0:"):
+        engine.look_at_losses(steps, 0, last=False)
 
 
 def test_views_are_drawn_on_the_cpu_and_computed_on_the_device():

@@ -12,7 +12,7 @@ import checkpoint
 import figures
 import heatmap
 import predictor
-from cache import file_names
+import tables
 from errors import guard
 
 REAL = Path(os.environ.get("REAL_DATA", "absent"))
@@ -122,7 +122,7 @@ def test_refused(trained, rendered, tmp_path, capsys):
 
 def test_names_are_safe_and_none_is_written_twice():
     names = ["x y-val/0/a.png", "z-val/0/a.png", "z-b", "z-B", "../c.d", "z-b.JPG"]
-    assert file_names(names) == [
+    assert tables.file_names(names) == [
         "x_y-val_0_a.png",
         "z-val_0_a.png",
         "z-b.png",

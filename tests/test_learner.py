@@ -63,7 +63,7 @@ def test_class_weights_divide_the_mean_as_torchs_do():
 
 
 def criterion(targets, words, task="multilabel"):
-    args = arguments.parse(words.split())
+    args = arguments.get_args(words.split())[0]
     return learner.build_criterion(args, SimpleNamespace(task=task, labels=["a", "b"]), targets, "cpu")
 
 
@@ -98,7 +98,7 @@ def small_net():
 
 @pytest.mark.parametrize("words", SCHEDULES)
 def test_schedules(words):
-    args = arguments.parse(words.split())
+    args = arguments.get_args(words.split())[0]
     optimizer = learner.build_optimizer(args, small_net())
     scheduler, found = learner.build_scheduler(args, optimizer), []
     for _ in range(6):
@@ -130,13 +130,13 @@ def test_cosine_rises_linearly_and_falls_to_zero():
 
 def test_what_each_optimiser_learns_with():
     net = small_net()
-    sgd = learner.build_optimizer(arguments.parse([]), net)
+    sgd = learner.build_optimizer(arguments.get_args([])[0], net)
     assert isinstance(sgd, torch.optim.SGD) and sgd.defaults["momentum"] == 0.9
     assert sgd.param_groups[0]["params"] == list(net.classifier.parameters())
     net = torch.nn.ModuleDict(vars(net))
     net.classifier, net.backbone = net["classifier"], net["backbone"]
     words = "--optimizer adamw --fine-tune --trunk-lr 0.1 --lr 0.01 --weight-decay 0.02"
-    adamw = learner.build_optimizer(arguments.parse(words.split()), net)
+    adamw = learner.build_optimizer(arguments.get_args(words.split())[0], net)
     assert isinstance(adamw, torch.optim.AdamW)
     trunk, head = adamw.param_groups
     assert (trunk["lr"], head["lr"]) == pytest.approx((0.001, 0.01)) and trunk["weight_decay"] == 0.02
@@ -153,7 +153,7 @@ def prepared(tmp_path, rendered):
     def prepare(flags):
         small = ["--weights", "none", "--device", "cpu", "--precision", "fp32", "--workers", "0"]
         given = [*small, *flags, "--data", rendered(flags[1]), "--cache", tmp_path / "cache"]
-        args = arguments.parse([str(word) for word in given])
+        args = arguments.get_args([str(word) for word in given])[0]
         data = dataset.load(args)
         return args, data, learner.build_learner(args, data, "fp32", torch.device("cpu"))
 
@@ -274,7 +274,7 @@ def test_each_patients_probability_comes_from_a_head_that_never_saw_the_patient(
 
 
 def test_all_rows_of_a_patient_are_in_one_fold():
-    args = arguments.parse(["--folds", "3"])
+    args = arguments.get_args(["--folds", "3"])[0]
     patients = np.array(["a", "b", "a", "c", "c", "d", "b"])
     fold = learner.folds_of(args, patients)
     assert all(len(set(fold[patients == name])) == 1 for name in "abcd") and set(fold) == {0, 1, 2}
@@ -284,7 +284,7 @@ def test_all_rows_of_a_patient_are_in_one_fold():
 
 
 def test_the_folds_train_on_the_other_rows_with_the_runs_own_sampler():
-    args = arguments.parse(["--batch", "2", "--sampler", "balanced", "--drop-last"])
+    args = arguments.get_args(["--batch", "2", "--sampler", "balanced", "--drop-last"])[0]
     targets, rows = np.eye(2, dtype=np.float32)[np.arange(9) % 2], np.array([1, 2, 5, 6, 8])
     batches = learner.epoch_batches(args, targets, 0, rows)
     assert len(batches.order) == 4 and set(batches.order) <= set(rows)
@@ -324,7 +324,7 @@ def test_nothing_is_learned_from_validation(case, tmp_path, train_here, rendered
 
 
 def test_when_a_run_is_over():
-    args = arguments.parse(["--epochs", "10", "--patience", "3"])
+    args = arguments.get_args(["--epochs", "10", "--patience", "3"])[0]
     assert records.is_over(args, {"epoch": 10, "stale": 0}) and records.is_over(
         args, {"epoch": 4, "stale": 3}
     )
@@ -347,7 +347,7 @@ def test_statistics_are_fitted_where_that_is_asked(bn, fitted, rendered, tmp_pat
         "--bn",
         bn,
     ]
-    args = arguments.parse([*flags, "--workers", "0", "--device", "cpu"])
+    args = arguments.get_args([*flags, "--workers", "0", "--device", "cpu"])[0]
     built = learner.build_learner(args, dataset.load(args), "fp32", torch.device("cpu"))
     means = [value for name, value in built.model.state_dict().items() if name.endswith("running_mean")]
     assert means and all(bool(value.any()) == fitted for value in means)
@@ -371,6 +371,6 @@ RANDOM = "the trunk's weights are random and stay so"
 def test_the_network_is_named_and_a_random_trunk_noted(words, network, note, capsys):
     facts = dict(notes=[], duplicates=0, rendered=False, unreadable=0, repaired={})
     data = SimpleNamespace(train=range(7), val=range(2), facts=facts)
-    records.print_data(arguments.parse(words.split()), data, "cpu", "fp32")
+    records.print_data(arguments.get_args(words.split())[0], data, "cpu", "fp32")
     said = capsys.readouterr().out
     assert f"\n{network}, on cpu in fp32" in said and (RANDOM in said) is note

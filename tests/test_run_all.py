@@ -93,8 +93,10 @@ def names(calls):
 
 
 def parsed(calls):
-    """{name: arguments}; arguments.parse refuses what does not go together."""
-    return {name: arguments.parse(call) for name, call in zip(names(calls), calls["train"], strict=True)}
+    """{name: arguments}; arguments.get_args refuses what does not go together."""
+    return {
+        name: arguments.get_args(call)[0] for name, call in zip(names(calls), calls["train"], strict=True)
+    }
 
 
 # ---------------------------------------------------------------- which runs, with which flags

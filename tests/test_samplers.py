@@ -10,7 +10,6 @@ import torch
 
 from errors import InputError
 from samplers import (
-    SAMPLERS,
     Batches,
     LabelBalancedSampler,
     class_counts,
@@ -164,7 +163,7 @@ def test_weights_of_what_nobody_has_are_refused():
 
 def test_epoch_orders():
     classes = np.repeat([0, 1, 2], [300, 60, 12])
-    for kind in SAMPLERS:
+    for kind in ("shuffle", "balanced", "weighted"):
         order = epoch_order(kind, classes, seed=1, epoch=4)
         assert order.dtype == np.int64 and order.shape == (372,)
         assert (order == epoch_order(kind, classes, 1, 4)).all()

@@ -4,6 +4,7 @@ import os
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -14,6 +15,7 @@ sys.path.insert(0, str(ROOT))
 
 import tables  # noqa: E402
 from errors import InputError  # noqa: E402
+from spread_labels import unlabelled_rows  # noqa: E402
 from tables import (  # noqa: E402
     ODIR_LABELS,
     add_pseudo_labels,
@@ -230,7 +232,8 @@ def test_retina_labels_are_chosen_and_the_rest_counted(tmp_path):
 def test_unlabelled_and_pseudo_labelled_pictures(tmp_path):
     write(tmp_path, RETINA, "train.csv")
     touch(tmp_path / "test", "b.png", "a.jpg", "readme.txt")
-    assert [Path(file).name for file in tables.unlabelled_pictures(tmp_path)] == ["a.jpg", "b.png"]
+    net = SimpleNamespace(labels=None, saved={"rows": {"val": [], "test": []}})
+    assert unlabelled_rows(net, tmp_path)["ID"].tolist() == ["a.jpg", "b.png"]
     data = read("retina", tmp_path)
     table = data.frame
     parts = {"train": table, "val": table[:0], "test": table[:0]}
