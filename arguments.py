@@ -172,9 +172,8 @@ def compare_with_stored(args, state):
         kept = ", ".join(f"--{name.replace('_', '-')} {stored[name]}" for name in refused)
         raise InputError(f"a resumed run keeps its {kept}: start a new run to change it")
     if args.epochs < state["epoch"] or args.patience < stored["patience"]:
-        asked = f"--epochs {args.epochs} --patience {args.patience}"
-        had = f"this run has had {state['epoch']} epochs with --patience {stored['patience']}"
-        raise InputError(f"{asked}: {had}; expected as many or more")
+        had = f"--epochs {state['epoch']} --patience {stored['patience']}"
+        raise InputError(f"--epochs {args.epochs} --patience {args.patience}: expected {had} or more")
     for name in changed:  # the cosine schedule falls to zero at the last epoch
         if name in SCHEDULE_FLAGS or name == "epochs" and args.scheduler == "cosine":
             state["changes"].append(f"{name} was {stored[name]} for {state['epoch']} epochs")
@@ -218,8 +217,8 @@ def check_args(args):
     theirs = SCHEDULES[args.scheduler] | OPTIMIZERS[args.optimizer]
     for name in ("schedule_epochs", "gamma", "max_lr", "warmup_epochs", "momentum"):
         if getattr(args, name) is not None and name not in theirs:
-            chosen = f"--scheduler {args.scheduler} with --optimizer {args.optimizer}"
-            raise InputError(f"--{name.replace('_', '-')}: {chosen} has none")
+            flag = f"--{name.replace('_', '-')}"
+            raise InputError(f"{flag} is not of --scheduler {args.scheduler} --optimizer {args.optimizer}")
     high = args.max_lr or SCHEDULES["cyclic"]["max_lr"]
     if args.scheduler == "cyclic" and (args.lr >= high or args.trunk_lr != 1):
         raise InputError(f"cyclic: expected --lr {args.lr} below --max-lr {high}, and no --trunk-lr")

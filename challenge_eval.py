@@ -47,8 +47,7 @@ def read_pair(ground_truth, predictions):
     truth, answer = read_labels(ground_truth, binary=True), read_labels(predictions, binary=False)
     for here, there, path in ((truth, answer, predictions), (answer, truth, ground_truth)):
         if absent := here.index.difference(there.index).tolist():
-            count = f"{len(absent)} of the {len(here)} IDs of the other file"
-            raise InputError(f"{path} lacks {count}, first {absent[:5]}. Add these patients")
+            raise InputError(f"{path} lacks {len(absent)} of the {len(here)} IDs: {absent[:5]}. Add them")
     return truth.to_numpy(), answer.loc[truth.index].to_numpy()
 
 

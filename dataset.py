@@ -277,7 +277,8 @@ def find_data(args):
 
 
 def load(args):
-    """Read, check, split and decode what a training run takes -> Data. InputError: not as its layout says."""
+    """Read, check, split and decode what a run with these arguments trains and validates on -> Data.
+    Raises InputError for all that is not as its layout says, and where nothing is left to train on."""
     root = find_data(args)
     with together():
         table = tables.read(args.dataset, root, args.labels)

@@ -204,7 +204,8 @@ def train_one_epoch(module, loader, prepare, learner, epoch, precision):
         learner.scaler.scale(loss).backward()
         learner.scaler.step(learner.optimizer)
         learner.scaler.update()
-        learner.average()
+        if learner.ema is not None:
+            learner.ema.update_parameters(learner.trained)
         steps.append((sums, targets, learner.criterion.probs(logits.detach().float())))
         look_at_losses(steps, epoch, last=step + 1 == len(loader))
     return summarise(steps)

@@ -145,7 +145,8 @@ class TrunkFeatures:
         self.held = {}  # plain features stay; augmented views come and go
 
     def __call__(self, pictures, view=None, keys=None):
-        """Float32 (n, D), on a GPU that has room. `keys`: (row, repeat) of a view; None: each row once."""
+        """Features float32 (n, D), on the GPU where a quarter of its free memory holds them.
+        `keys`: the (row, repeat) pairs of a random view that are wanted; None: every row once."""
         args = self.args
         drawn = None if view is None else (args.augment, eval_size(args), args.seed, view)
         keys = [(row, 0) for row in range(len(pictures.rows))] if keys is None else keys

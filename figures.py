@@ -78,21 +78,23 @@ def draw_matrix(ax, counts, names, title=""):
 def confusion(y_true, y_prob, labels, task, threshold=0.5):
     """Confusion matrices. multilabel: y_true 0/1 and y_prob (n, L), a 2 x 2 matrix per label at
     `prob > threshold` (a number or (L,)). multiclass: y_true (n,), y_prob (n, K), one matrix (K, K)."""
+    from sklearn.metrics import confusion_matrix  # here, as below: training starts a second sooner
+
     if task == "multiclass":
         side = max(3.4, 0.75 * len(labels) + 1)
         fig = Figure((side, side), layout="constrained")
-        counts = metrics.confusion_matrix(y_true, y_prob.argmax(1), len(labels))
+        counts = confusion_matrix(y_true, y_prob.argmax(1), labels=range(len(labels)))
         draw_matrix(fig.add_subplot(), counts, labels)
         return fig
     fig, axes = panels(len(labels))
     for ax, label, truth, answer in zip(axes, labels, y_true.T, (y_prob > threshold).T, strict=True):
-        draw_matrix(ax, metrics.confusion_matrix(truth, answer, 2), ("no", "yes"), label)
+        draw_matrix(ax, confusion_matrix(truth, answer, labels=[0, 1]), ("no", "yes"), label)
     return fig
 
 
 def roc(y_true, y_prob, labels, task):
     """The ROC curve and AUC of each label, or of each class against the rest; shapes as in `confusion`."""
-    from sklearn.metrics import auc, roc_curve  # here: training draws no ROC curve and starts a second sooner
+    from sklearn.metrics import auc, roc_curve
 
     if task == "multiclass":
         y_true = y_true[:, None] == np.arange(len(labels))

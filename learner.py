@@ -63,10 +63,6 @@ class Learner:
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
 
-    def average(self):
-        if self.ema is not None:
-            self.ema.update_parameters(self.trained)
-
     def train_epoch(self, part, epoch, rows=slice(None)):
         """Train on these rows of a part -> (mean loss, targets, probs); a frozen trunk's head in float32."""
         args, device = self.args, self.device

@@ -125,12 +125,6 @@ def expected_calibration_error(y_true, y_prob, bins=15):
     return float(np.nansum(np.abs(accuracy - confidence) * count) / count.sum())
 
 
-def confusion_matrix(y_true, y_pred, num_classes):
-    """Counts (K, K) int64, truth in rows, predictions in columns, of y_true, y_pred (n,) in 0..K-1."""
-    cells = np.asarray(y_true, np.int64) * num_classes + np.asarray(y_pred, np.int64)
-    return np.bincount(cells, minlength=num_classes**2).reshape(num_classes, num_classes)
-
-
 def _checked(family, y_true, y_prob, threshold=0.5):
     """y_true (n, L) bool, or (n,) int64 for "classes"; y_prob as given; what is predicted, shaped as y_true.
     A number as the threshold is compared in y_prob's precision, an array in float64."""

@@ -186,8 +186,8 @@ class Predictor:
             frame, many = tables.given_rows(self.args.dataset, given)
             return list(frame["files"]), many
         if len(given) != self.per_row or self.args.dataset == "mrnet":
-            takes = f"{self.per_row} of a patient, or a list, and of knees paths alone"
-            raise InputError(f"{len(given)} picture(s) in memory were given; this network takes {takes}")
+            takes = f"{self.per_row} of a patient, or a list; of knees paths alone"
+            raise InputError(f"{len(given)} picture(s) in memory were given; expected {takes}")
         return [given], False
 
     def heatmap(self, *given):

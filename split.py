@@ -46,7 +46,8 @@ def split_grouped(table, val, test, seed):
 
 
 def split(name, table, val=None, test=None, seed=42):
-    """By patient, unless it brings a split -> {"train", "val", "test"}: frames. Shares, None: published."""
+    """Split a table by patient, or as the data set does -> {"train", "val", "test"}: data frames.
+    `val`, `test`: shares of the patients; None: the published one. Raises InputError."""
     given = table["given_part"]
     if (given != "").all():
         if val is not None or test:

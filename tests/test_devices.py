@@ -282,15 +282,14 @@ def on_meta(monkeypatch):
 class Head:
     """What train_one_epoch asks of a Learner, for a network on the device."""
 
+    ema = None
+
     def __init__(self, model, criterion):
         self.model, self.criterion, self.seed = model, criterion, 1
         self.optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
         self.scaler = torch.amp.GradScaler("cpu", enabled=False)
 
     def set_rate(self, epoch, step, steps):
-        pass
-
-    def average(self):
         pass
 
 

@@ -252,16 +252,13 @@ class Watched(torch.nn.Module):
 class Plain:
     """As much of a Learner as an epoch needs."""
 
-    seed, criterion = 0, engine.Criterion("multilabel")
+    seed, criterion, ema = 0, engine.Criterion("multilabel"), None
     scaler = torch.amp.GradScaler("cpu", enabled=False)
 
     def __init__(self, module):
         self.optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
 
     def set_rate(self, *_):
-        pass
-
-    def average(self):
         pass
 
 

@@ -255,7 +255,7 @@ def test_fewer_epochs_or_less_patience_than_a_run_had_are_refused(tmp_path, flag
     """A report would take its long training for a short one."""
     train(flags(CASES["kept features"]), tmp_path)
     for less in (["--epochs", "1"], ["--patience", "3"]):
-        assert "expected as many or more" in train(["--resume", "runs/x", *less], tmp_path, 2)
+        assert "expected --epochs 4 --patience 4 or more" in train(["--resume", "runs/x", *less], tmp_path, 2)
 
 
 def test_a_finished_run_gets_its_lost_best_pt_back(tmp_path, flags):
