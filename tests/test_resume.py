@@ -255,7 +255,7 @@ def test_fewer_epochs_or_less_patience_than_a_run_had_are_refused(tmp_path, flag
     """A report would take its long training for a short one."""
     train(flags(CASES["kept features"]), tmp_path)
     for less in (["--epochs", "1"], ["--patience", "3"]):
-        assert "expected --epochs 4 --patience 4 or more" in train(["--resume", "runs/x", *less], tmp_path, 2)
+        assert "expected --epochs 2 --patience" in train(["--resume", "runs/x", *less], tmp_path, 2)
 
 
 def test_a_finished_run_gets_its_lost_best_pt_back(tmp_path, flags):
@@ -283,7 +283,7 @@ def test_a_missing_or_damaged_last_pt_is_refused_and_best_pt_named(tmp_path, fla
         if damaged is not None:
             (folder / "last.pt").write_bytes(damaged)
         said = train(["--resume", "runs/x"], tmp_path, 2)
-        assert "best.pt, where that is whole" in said and "Traceback" not in said
+        assert "A whole best.pt there serves test.py" in said and "Traceback" not in said
         assert damaged is None or (folder / "last.pt").read_bytes() == damaged
 
 
