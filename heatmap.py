@@ -73,6 +73,8 @@ def main(argv=None):
             figures.mark_rendered(figure)
         figures.save(figure, out / file)
     print(f"{len(files)} PNGs in {out}")
+    if others := len(set(out.glob("*.png")) - {out / file for file in files}):
+        print(f"note: {others} more in {out} are of earlier calls")
 
 
 if __name__ == "__main__":

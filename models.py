@@ -252,6 +252,8 @@ def load_weights(model, weights, labels=None):
     state = load_file(weights)
     if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
         raise InputError(f"--weights {weights} is neither a best.pt nor a network's state_dict")
+    if state.get("kind") == "last":
+        raise InputError(f"--weights {weights} is for --resume alone: give the best.pt beside it")
     if state.get("kind") != "best":
         return load_trunk(model, state, weights)
     # The network of a best.pt, or its trunk where its head is another.

@@ -89,6 +89,8 @@ class Predictor:
         """A threshold for each label; None for classes that exclude each other: the strongest wins."""
         if not 0 <= threshold <= 1:
             raise InputError(f"--threshold {threshold}: expected 0 to 1")
+        if learned and threshold != 0.5:
+            raise InputError("--learned has thresholds of its own: leave out --threshold")
         if self.task == "multiclass":
             if learned or threshold != 0.5:
                 raise InputError("--threshold, --learned: the classes exclude each other, the strongest wins")

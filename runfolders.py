@@ -80,7 +80,9 @@ def read_tested(path, run):
         raise InputError(f"it is of other data than the run's own ({tested['data']['root']})")
     for key in ("epoch", "loss", "digest"):
         best, seen = run["info"].get(f"best_{key}"), tested["checkpoint"][key]
-        if best is None or best != seen:
+        if best is None:
+            raise InputError("it is of a run that had not ended")
+        if best != seen:
             raise InputError(f"it is stale (of a checkpoint with {key} {seen}; the run's best has {best})")
     run["contents"] = tested["data"].get("contents")
     if tested["data"]["digest"] != run["digest"]:

@@ -131,12 +131,25 @@ def picture_frame(path, names, folder, target, given_part=""):
     return frame.assign(given_part=given_part, target=target)
 
 
+def not_read(path, other):
+    """The note on a file that gives way to `path`, which lies beside it."""
+    return [f"{other} is not read: {path.name} lies beside it"] if path.exists() and other.exists() else []
+
+
+def of_two_patients(names):
+    """Whether pictures are, by their names, of different patients: 1_left.jpg and 2_right.jpg."""
+    return all(map(SIDE.search, plain_names(names))) and len(set(patients_of(names))) > 1
+
+
 def read_sheet(path, columns=(), header=0, dtype=None):
     """A .xlsx or .csv file that has these columns, without a header these alone; no blank rows at its end."""
     # An error instead of a warning: a row with more fields than names.
     with reading(path, "a table"), warnings.catch_warnings(action="error", category=pd.errors.ParserWarning):
         if Path(path).suffix.lower() == ".xlsx":
-            sheet = pd.read_excel(path, header=header, dtype=dtype)
+            with pd.ExcelFile(path) as book:
+                sheet, name = pd.read_excel(book, header=header, dtype=dtype), book.sheet_names[0]
+                if len(book.sheet_names) > 1:
+                    print(f"note: of {path} the first sheet alone is read, {name}")
         else:  # blank lines are kept, so that row numbers stay those of the file
             sheet = pd.read_csv(path, header=header, dtype=dtype, skip_blank_lines=False, index_col=False)
     filled = np.flatnonzero(sheet.notna().any(axis=1))
@@ -199,15 +212,21 @@ def as_integers(path, values, what, allowed=None):
 
 def read_odir(root, labels):
     """Official annotations.xlsx (one row per patient) or Kaggle's full_df.csv (one row per eye, folded)."""
-    path, other, notes = root / "annotations.xlsx", root / "full_df.csv", []
-    if other.exists() and path.exists():
-        notes.append(f"{other} is not read: annotations.xlsx lies beside it")
-    elif other.exists():
+    path, other = root / "annotations.xlsx", root / "full_df.csv"
+    notes = not_read(path, other)
+    if other.exists() and not notes:
         path = other
     eyes = ["Left-Fundus", "Right-Fundus"]
     sheet = read_sheet(path, ["ID", *eyes, *labels])
     ids = as_integers(path, sheet["ID"], "an ID")
     left, right = (check_names(path, sheet[eye], eye, unique=False).to_numpy() for eye in eyes)
+    odd = 0  # eyes of two patients in a row, or of another one than it names
+    for name, first, second in zip(ids.tolist(), left, right, strict=True):
+        if first != f"{name}_left.jpg" or second != f"{name}_right.jpg":  # not as the official ones
+            number = patients_of([first])[0]
+            odd += of_two_patients([first, second]) or number.isdecimal() and int(number) != name
+    if odd:
+        notes.append(f"{odd} row(s) hold, by file name, eyes of two patients or of another than their ID")
     folder = f"{root / 'images'}{os.sep}"
     files = list(zip(folder + left, folder + right, strict=True))
     frame = pd.DataFrame({"ID": ids, "patient": ids, "files": files, "given_part": ""})
@@ -226,10 +245,11 @@ def read_aptos(root, labels):
     path = root / "train.csv"
     if not path.exists() and (root / "train").is_dir():
         return read_image_folder(root)
+    notes = not_read(path, root / "train")
     sheet = read_sheet(path, ["id_code", "diagnosis"], dtype={"id_code": str})
     names = check_names(path, sheet["id_code"], "id_code")
     target = as_integers(path, sheet["diagnosis"], "a diagnosis", range(len(labels)))
-    return Table(picture_frame(path, names, root / "train_images", target), labels)
+    return Table(picture_frame(path, names, root / "train_images", target), labels, notes)
 
 
 def grade_of(name):
@@ -276,12 +296,13 @@ def read_dr(root, labels):
     """trainLabels.csv (image, level), or the lab's {train,test}_img.csv and _label.csv without header.
     The lab's test file, which measured its accuracies and chose its best epoch, is our `val`."""
     path, grades, frames = root / "trainLabels.csv", range(len(labels)), []
+    notes = not_read(path, root / "train_img.csv")
     if path.exists() or not (root / "train_img.csv").exists():
         sheet = read_sheet(path, ["image", "level"], dtype={"image": str})
         names = check_names(path, sheet["image"], "image")
         target = as_integers(path, sheet["level"], "a level", grades)
         folder = next((root / name for name in ("train", "images") if (root / name).is_dir()), root)
-        return Table(picture_frame(path, names, folder, target), labels)
+        return Table(picture_frame(path, names, folder, target), labels, notes)
     for source, part in (("train", "train"), ("test", "val")):
         path, label_path = root / f"{source}_img.csv", root / f"{source}_label.csv"
         names = check_names(path, read_sheet(path, [0], header=None, dtype=str)[0], "image")
@@ -343,13 +364,12 @@ def add_pseudo_labels(parts, table, root, path, min_confidence):
     sheet = read_sheet(path, ["filename", "label", "confidence"], dtype={"filename": str, "label": str})
     names = check_names(path, sheet["filename"], "filename")
     patients = pd.Series(patients_of(names), names.index)
-    if "source" in sheet:
-        origin = sheet["source"] == SPREAD_FROM
-        leak = origin & patients.isin(held_out)
-        check_rows(path, leak, "spread from a patient of validation or test", names)
-        sheet, names = sheet[~origin], names[~origin]
-    else:
+    origin = sheet.get("source", names.map(lambda _: "")) == SPREAD_FROM
+    if not origin.any():  # an older file, or one that was filtered
         table.notes.append(f"{path} does not say whose pictures its labels were spread from")
+    leak = origin & patients.isin(held_out)
+    check_rows(path, leak, "spread from a patient of validation or test", names)
+    sheet, names = sheet[~origin], names[~origin]
     check_rows(path, ~sheet["label"].isin(labels), f"label that is not one of {labels}", sheet["label"])
     confidence = pd.to_numeric(sheet["confidence"], errors="coerce")
     check_rows(path, ~confidence.between(0, 1), "confidence outside 0 to 1", sheet["confidence"])
@@ -389,8 +409,7 @@ def given_rows(name, given):
         raise InputError(f"{shown}: this network takes {wanted}; no file twice")
     if name == "odir" and SWAPPED.search("\n".join(plain_names(map(str, paths)))):
         raise InputError(f"{shown}: by their names a right eye, then a left one. Give LEFT RIGHT")
-    stems = [path.stem for path in paths]
-    if name == "odir" and all(map(SIDE.search, stems)) and len(set(patients_of(stems))) > 1:
+    if name == "odir" and of_two_patients(list(map(str, paths))):
         print(f"note: by their names {shown} are eyes of two patients")
     files = [tuple(map(str, paths))]
     if name not in GIVEN:
@@ -437,6 +456,8 @@ def rows_of_sheet(name, path):
         pairs = pd.Series(["\n".join(plain_names(pair)) for pair in zip(*columns, strict=True)], ids.index)
         swapped = pairs.str.contains(SWAPPED)
         check_rows(path, swapped, "a right eye as LEFT and a left one as RIGHT, by their names,")
+        if mixed := sum(map(of_two_patients, zip(*columns, strict=True))):
+            print(f"note: by their names {mixed} row(s) of {path} hold eyes of two patients")
         if (folder / "images").is_dir() and not any((folder / file).exists() for file in columns[0]):
             folder = folder / "images"
     files = [tuple(str(folder / file) for file in row) for row in zip(*columns, strict=True)]

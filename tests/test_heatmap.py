@@ -39,13 +39,15 @@ def test_split_gives_a_file_per_label_and_patient(trained, tmp_path, capsys):
         assert 1.2 < image.width / image.height < 2.5
 
 
-def test_per_label_counts(trained, tmp_path):
+def test_per_label_counts(trained, tmp_path, capsys):
     flags = ["--split", "val", "--per-label", 2, "--out", tmp_path / "out", "--cache", tmp_path / "cache"]
     assert run("--ckpt", trained("retina"), *flags) == 0
     names = [file.name for file in (tmp_path / "out").iterdir()]
     for label in ("diabetic_retinopathy", "glaucoma", "normal"):
         assert sum(name.startswith(f"{label}-") for name in names) == 2
-    assert len(names) == 6
+    assert len(names) == 6 and "earlier calls" not in capsys.readouterr().out
+    assert run("--ckpt", trained("retina"), *flags, "--per-label", 1) == 0
+    assert f"note: 3 more in {tmp_path / 'out'} are of earlier calls" in capsys.readouterr().out
 
 
 def test_pictures_and_exams(trained, rendered, tmp_path, capsys):

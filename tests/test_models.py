@@ -486,7 +486,7 @@ def test_best_pt_as_weights(frozen, capsys):
     for name in ("resnet50", "mrnet", "v0"):
         with pytest.raises(InputError, match="a checkpoint of v0, resnet18, does not fit"):
             build_model(name, 8, path)
-    with pytest.raises(InputError, match="last.pt"):
+    with pytest.raises(InputError, match="last.pt is for --resume alone"):
         build_model("v0", 8, str(run / "last.pt"))
 
 

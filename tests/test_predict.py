@@ -264,6 +264,9 @@ def test_learned_thresholds_are_those_of_the_checkpoint(trained, rendered, tmp_p
     assert ("abnormal" == found["predicted"].str.split(";").str[0]).all(), "every probability is above 0"
     assert not found["predicted"].str.contains("acl").any()
     assert list(found["predicted"].str.contains("meniscus")) == list(found["meniscus"] > 0.25)
+    both = ["--learned", "--threshold", 0.9]
+    assert run("--ckpt", tmp_path / "a", valid, "--out", tmp_path, *both) == 2
+    assert "leave out --threshold" in capsys.readouterr().err
     assert run("--ckpt", trained("mrnet"), valid, "--out", tmp_path, "--learned") == 2
     assert "--folds" in capsys.readouterr().err
     assert run("--ckpt", tmp_path / "a", trained("mrnet"), valid, "--out", tmp_path, "--learned") == 2
@@ -501,6 +504,12 @@ def test_rows_of_a_csv_are_relative_to_it(name, text, ids, files, tmp_path):
 def test_a_csv_that_is_not_as_expected(name, text, said, tmp_path):
     with pytest.raises(InputError, match=said):
         tables.given_rows(name, [write(tmp_path / "these.csv", text)])
+
+
+def test_a_csv_that_slipped_by_a_row_is_told(tmp_path, capsys):
+    sheet = write(tmp_path / "these.csv", "LEFT,RIGHT\n1_left.jpg,2_right.jpg\n2_left.jpg,2_right.jpg\n")
+    tables.given_rows("odir", [sheet])
+    assert f"by their names 1 row(s) of {sheet} hold eyes of two patients" in capsys.readouterr().out
 
 
 def test_csv_end_to_end(trained, rendered, tmp_path, capsys):

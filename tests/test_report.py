@@ -967,7 +967,7 @@ def test_stale_scores_are_named_and_not_counted(tmp_path, what):
 def test_scores_of_a_run_that_does_not_name_its_checkpoint_are_stale(tmp_path):
     folder = fake_run(tmp_path, "odir-03")
     edit(folder, "run.json", best_digest=None)
-    assert "stale" in runfolders.read_run(folder)["problems"][0]
+    assert "had not ended" in runfolders.read_run(folder)["problems"][0]
     edit(folder, "test_scores.json", checkpoint="runs/odir-03/best.pt")
     assert runfolders.read_run(folder)["tested"] is None
 

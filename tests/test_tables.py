@@ -117,6 +117,31 @@ def test_kaggles_single_eyes_still_make_a_patient(tmp_path):
     assert any("full_df.csv is not read" in note for note in read("odir", tmp_path).notes)
 
 
+def test_rows_of_mixed_eyes_or_ids_are_named(tmp_path):
+    """A column that slipped by one row, or IDs sorted alone: the split would tear people apart."""
+    sheet = odir_sheet(12)
+    write(tmp_path, sheet, "annotations.xlsx")
+    assert not read("odir", tmp_path).notes
+    for column in ("Right-Fundus", "ID"):
+        slipped = sheet.assign(**{column: sheet[column].to_numpy()[[1, 0, *range(2, 12)]]})
+        write(tmp_path, slipped, "annotations.xlsx")
+        assert any(note.startswith("2 row(s) hold, by file name") for note in read("odir", tmp_path).notes)
+
+
+def test_the_first_of_several_sheets_is_read_and_the_lab_s_files_give_way(tmp_path, capsys):
+    with pd.ExcelWriter(tmp_path / "annotations.xlsx") as book:
+        for name in ("new", "old"):
+            odir_sheet(12).to_excel(book, sheet_name=name, index=False)
+    read("odir", tmp_path)
+    assert "the first sheet alone is read, new" in capsys.readouterr().out
+    write(tmp_path, "image,level\n10_left,0\n10_right,4\n", "trainLabels.csv")
+    write(tmp_path, "10_left\n", "train_img.csv")
+    assert any("train_img.csv is not read" in note for note in read("dr", tmp_path).notes)
+    write(tmp_path, "id_code,diagnosis\na,0\nb,4\n", "train.csv")
+    (tmp_path / "train").mkdir()
+    assert any("train is not read" in note for note in read("aptos", tmp_path).notes)
+
+
 # ---------------------------------------------------------------- DR
 
 
@@ -241,6 +266,14 @@ def test_unlabelled_and_pseudo_labelled_pictures(tmp_path):
     path.write_text("filename,label,confidence\na.jpg,normal,0.9\nb.png,glaucoma,0.4\n")
     more = add_pseudo_labels(parts, data, tmp_path, path, 0.4)
     assert data.notes[-2].endswith("does not say whose pictures its labels were spread from")
+    # Filtered by confidence, it has lost the rows that it was spread from.
+    whole = "filename,label,confidence,source\na.jpg,normal,0.9,spread\n1.jpg,,,trained on\n"
+    for text, told in ((whole, False), (whole.replace("1.jpg,,,trained on\n", ""), True)):
+        path.write_text(text)
+        add_pseudo_labels(parts, data, tmp_path, path, 0.4)
+        assert data.notes[-2].endswith("does not say whose pictures its labels were spread from") is told
+    path.write_text("filename,label,confidence\na.jpg,normal,0.9\nb.png,glaucoma,0.4\n")
+    add_pseudo_labels(parts, data, tmp_path, path, 0.4)
     assert data.notes[-1].startswith("2 pseudo-labelled")
     assert more["target"].tolist() == [2, 0, 1, 2, 2, 1] and more["files"].iloc[-1] == (
         str(tmp_path / "test" / "b.png"),
@@ -561,7 +594,7 @@ def test_labels_spread_from_pictures_that_are_held_out_here_are_refused(tmp_path
         csv.write_text("\n".join(rows + [f"{name},,,{tables.SPREAD_FROM}" for name in origin]))
         return tables.add_pseudo_labels(parts, table, root, csv, 0)["ID"].tolist()
 
-    assert add() == add("3.jpg") == ["new.jpg"]
+    assert add("3.jpg") == ["new.jpg"]
     assert not any("whose pictures" in note for note in table.notes)
     for leaked in ("1.jpg", "2_left.jpg"):
         refused(
