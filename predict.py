@@ -3,7 +3,7 @@
     python predict.py --ckpt best.pt left.jpg right.jpg
 
 prints a table of probabilities and writes prediction.png (pictures, heat maps, bars). A folder, a CSV or
-several pictures give predictions.csv: ID, a probability per label, the predicted labels.
+several pictures give predictions.csv: ID, a probability per label, the predicted labels, the network.
 
 What it takes depends on what the network was trained on. Eye pairs: LEFT RIGHT, a folder of <id>_left.* and
 <id>_right.*, or a CSV (LEFT,RIGHT or ID,Left-Fundus,Right-Fundus). Photographs: pictures, a folder, or a CSV
