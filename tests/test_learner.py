@@ -166,7 +166,7 @@ def test_averaged_weights_are_those_of_the_formula(prepared):
     for value in (1.0, 3.0, -2.0):
         with torch.no_grad():
             weight.fill_(value)
-        own.average()
+        own.ema.update_parameters(own.trained)
         expected = value if expected is None else 0.9 * expected + 0.1 * value
     network = own.evaluated()
     found = next(network.classifier.parameters())
