@@ -96,7 +96,7 @@ def get_args_parser(dataset="odir", description=None):
     add("--weights", default="imagenet", help="imagenet (write-up), none, IMAGENET1K_V1 and such, or a file")
     add("--fine-tune", action=yes_no, default=False, help="train the trunk too (13-17, the other studies)")
     add("--freeze-epochs", type=int, default=0, help="of --fine-tune: the head alone first (dr lab: 5)")
-    text = "BatchNorm: fitted once (resnet50), the weights' own (other trunks), each batch's (--fine-tune)"
+    text = "BatchNorm (default: fitted once for resnet50, pretrained for other trunks, batch if fine-tuned)"
     add("--bn", choices=["fitted", "pretrained", "batch"], help=text)
     add = parser.add_argument_group("optimisation").add_argument
     add("--optimizer", choices=OPTIMIZERS, default="sgd", help="(write-up)")
@@ -131,7 +131,7 @@ def get_args_parser(dataset="odir", description=None):
     add = parser.add_argument_group("run").add_argument
     add("--runs", default="runs", help="folder of the run folders")
     add("--name", help="of the run folder (default: a number)")
-    add("--resume", metavar="RUN", help="go on with runs/<name>; flags given here win")
+    add("--resume", metavar="RUN", help="go on with runs/<name>; --epochs, --lr and such may be other")
     add("--seed", type=int, default=42, help="of weights, order, dropout, views (write-up)")
     parser.set_defaults(**PUBLISHED[dataset])
     return parser
@@ -167,7 +167,7 @@ def get_args(argv=None, description=None):
 def compare_with_stored(args, state):
     """Refuse what a resumed run keeps; what changes its schedule is told in run.json, and by the report."""
     stored = state["args"]
-    changed = [name for name in vars(args) if getattr(args, name) != stored[name]]
+    changed = [name for name in vars(args) if getattr(args, name) != stored.get(name, getattr(args, name))]
     if refused := [name for name in changed if name not in RESUMABLE]:
         kept = ", ".join(f"--{name.replace('_', '-')} {stored[name]}" for name in refused)
         raise InputError(f"a resumed run keeps its {kept}: start a new run to change it")
@@ -213,7 +213,7 @@ def check_args(args):
     kept_features = args.feature_cache and not args.fine_tune and args.bn != "batch"
     possible = args.folds > 1 and kept_features and args.dataset == "odir" and not args.calibration_fraction
     if args.folds and not possible:
-        raise InputError("--folds needs 2 or more, and kept features of eye pairs; or --calibration-fraction")
+        raise InputError("--folds 2 or more: of kept features of eye pairs; else --calibration-fraction")
     theirs = SCHEDULES[args.scheduler] | OPTIMIZERS[args.optimizer]
     for name in ("schedule_epochs", "gamma", "max_lr", "warmup_epochs", "momentum"):
         if getattr(args, name) is not None and name not in theirs:

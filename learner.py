@@ -21,21 +21,21 @@ from features import TrunkFeatures, compiled, evaluate, fit_batchnorm, loader_wo
 
 
 class Learner:
-    """The network and all that trains it; `trunk`: digest of a trunk that is frozen for good, else None."""
+    """The network and all that trains it; `frozen_trunk`: digest of one that never learns, else None."""
 
     def __init__(self, args, model, features):
         self.args, self.model, self.features = args, model, features
-        self.trunk = None if args.fine_tune or args.bn == "batch" else features.digest
+        self.frozen_trunk = None if args.fine_tune or args.bn == "batch" else features.digest
         self.seed, self.precision, self.device = args.seed, features.precision, features.device
 
     def start(self, data, targets):
         """Loss, optimiser, schedule, averaged weights: as before the first epoch, to learn these targets."""
         args, self.wrapped = self.args, (None, None, None)
-        self.trained = self.model.classifier if self.trunk else self.model  # the part that training changes
+        self.trained = self.model.classifier if self.frozen_trunk else self.model  # what training changes
         self.criterion = build_criterion(args, data, targets, self.device)
         self.optimizer = build_optimizer(args, self.model)
         self.scheduler = build_scheduler(args, self.optimizer)
-        head_alone = self.trunk is not None and data.train.pictures is not None  # it learns in float32
+        head_alone = self.frozen_trunk is not None and data.train.pictures is not None  # it learns in float32
         half = self.precision == "fp16" and not head_alone
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=half)
         rule = get_ema_multi_avg_fn(args.ema)
@@ -45,12 +45,12 @@ class Learner:
         """The network that is validated and kept: the averaged one, where there is one."""
         if self.ema is None:
             return self.model
-        return with_classifier(self.model, self.ema.module) if self.trunk else self.ema.module
+        return with_classifier(self.model, self.ema.module) if self.frozen_trunk else self.ema.module
 
     def kept_weights(self):
         """A copy of that network as it stands, without a frozen trunk: {name: tensor} on the CPU."""
         whole = self.evaluated()
-        kept = torch.nn.ModuleDict({"classifier": whole.classifier}) if self.trunk else whole
+        kept = torch.nn.ModuleDict({"classifier": whole.classifier}) if self.frozen_trunk else whole
         return checkpoint.cpu_state(kept, copy=True)
 
     def set_rate(self, epoch, step, steps):
@@ -86,7 +86,7 @@ class Learner:
         module.train()
         for layer in engine.batchnorms(module) if args.bn != "batch" else ():
             layer.eval()  # their statistics stay as they are
-        if self.wrapped[:2] != (module, frozen):  # made anew only when the trunk is set free
+        if self.wrapped[:2] != (module, frozen):  # made anew when another module trains
             fast = compiled(module) if args.compile and not frozen else module
             self.wrapped = (module, frozen, engine.distribute(fast, device))
         loader = engine.make_loader(data, batches, loader_workers(args, device, data), device)
@@ -98,8 +98,9 @@ class Learner:
         # BatchNorm as it was fitted: another precision or torch version would fit it a little otherwise.
         buffers = {name: buffer.cpu() for name, buffer in self.model.backbone.named_buffers()}
         ema = None if self.ema is None else checkpoint.cpu_state(self.ema)
-        own = dict(model=checkpoint.cpu_state(self.trained), trunk=self.trunk, ema=ema, buffers=buffers)
-        return own | dict(optimizer=self.optimizer.state_dict(), scaler=self.scaler.state_dict())
+        own = dict(model=checkpoint.cpu_state(self.trained), trunk=self.frozen_trunk, ema=ema)
+        own |= dict(optimizer=self.optimizer.state_dict(), scaler=self.scaler.state_dict())
+        return own | dict(buffers=buffers)
 
 
 def with_classifier(model, classifier):
@@ -129,7 +130,9 @@ def build_scheduler(args, optimizer):
         return lr_scheduler.StepLR(optimizer, step_size=epochs, gamma=gamma)
     if args.scheduler == "plateau":
         return lr_scheduler.ReduceLROnPlateau(optimizer, patience=epochs, factor=gamma)
-    return lr_scheduler.ConstantLR(optimizer, factor=1.0)  # none; cosine sets the rate itself, every step
+    if args.scheduler in ("none", "cosine"):  # cosine sets the rate itself, every step
+        return lr_scheduler.ConstantLR(optimizer, factor=1.0)
+    raise InputError(f"--scheduler {args.scheduler}: build_scheduler has no branch for it")
 
 
 def step_scheduler(args, scheduler, val_loss):
@@ -180,7 +183,7 @@ def build_learner(args, data, precision, device, stored=None):
 
 def restore(args, stored, learner, folder):
     """Weights and optimiser as last.pt holds them; the schedule follows from its epochs."""
-    if stored["trunk"] != learner.trunk:
+    if stored["trunk"] != learner.frozen_trunk:
         raise InputError(f"the frozen trunk is not the one of {folder} (other weights or another seed)")
     models.load_strict(learner.trained, stored["model"], folder / "last.pt")
     if learner.ema is not None:

@@ -66,6 +66,7 @@ def repair(data):
 
 def depends_on_filler(data):
     """Whether what follows a JPEG without its end is decoded as picture: then its last scan is cut short."""
+    # The last restart marker, FF D0 to FF D7; where there is none, data[0], FF, stands for FF D7.
     last = max(data.rfind(bytes([0xFF, 0xD0 + n])) for n in range(8))
     restarts = [bytes([0xFF, 0xD0 + (data[last + 1] + n) % 8]) for n in range(1, 17)]  # the markers due next
     fillers = (b"", b"\x55" * 512, b"\xaa" * 512)  # the last two differ in every bit

@@ -95,8 +95,9 @@ class RunRecords:
         self.about |= {"commit": commit or "unknown", "versions": versions, "precision": learner.precision}
         self.about |= {"device": checkpoint.describe_machine(learner.device), "processes": engine.world()}
         # What it started from: a fine-tuned run that goes on has other weights by now.
-        started_from = before.get("trunk_digest", learner.trunk if args.resume else learner.features.digest)
-        self.about |= {"trunk_name": learner.model.trunk_name, "trunk_digest": started_from}
+        trunk = learner.frozen_trunk if args.resume else learner.features.digest
+        trunk = before.get("trunk_digest", trunk)
+        self.about |= {"trunk_name": learner.model.trunk_name, "trunk_digest": trunk}
         self.about["data"] = {**data.facts, "repaired": len(data.facts["repaired"])}
         self.about["started"] = time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime())
         self.save_facts(status="running")
@@ -188,7 +189,7 @@ class RunRecords:
         place = f"{self.folder}: {self.args.keep} epoch {best['epoch']} of {state['epoch']}"
         scores = ", ".join(f"{name} {value:.4f}" for name, value in best["scores"].items())
         print(f"{place}, validation loss {best['loss']:.4f}, {family} scores: {scores}")
-        if Path("run.json").exists():
+        if Path("run.json").exists():  # the working folder is a run's own
             print("the best.pt here stays: it is another run's")
             return
         try:  # last, because a folder that cannot be written must not cost the scores

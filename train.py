@@ -90,7 +90,7 @@ def main(argv=None):
 
         # Thresholds, learned on the training patients alone; the last files
         if not args.calibration_fraction:
-            state["best"]["thresholds"] = None
+            state["best"]["thresholds"] = None  # a resume without --folds has none
         if args.folds:
             probs = learning.out_of_fold(args, data, learner, state["best"]["epoch"] + 1)
             state["best"]["thresholds"] = metrics.learned_thresholds(data.train.targets, probs).tolist()

@@ -123,12 +123,12 @@ RULES = {
     "--dataset aptos --trunk resnet18": "give --model resnet18",
     "--freeze-epochs 2": "--freeze-epochs, --trunk-lr: without --fine-tune",
     "--trunk-lr 0.1": "--freeze-epochs, --trunk-lr: without --fine-tune",
-    "--folds 5 --fine-tune": "and kept features of eye pairs",
-    "--folds 5 --bn batch": "and kept features of eye pairs",
-    "--folds 5 --no-feature-cache": "and kept features of eye pairs",
-    "--dataset mrnet --no-fine-tune --folds 5": "and kept features of eye pairs",
-    "--folds 5 --calibration-fraction 0.1": "; or --calibration-fraction",
-    "--folds 1": "--folds needs 2 or more",
+    "--folds 5 --fine-tune": "of kept features of eye pairs",
+    "--folds 5 --bn batch": "of kept features of eye pairs",
+    "--folds 5 --no-feature-cache": "of kept features of eye pairs",
+    "--dataset mrnet --no-fine-tune --folds 5": "of kept features of eye pairs",
+    "--folds 5 --calibration-fraction 0.1": "; else --calibration-fraction",
+    "--folds 1": "--folds 2 or more",
     "--dataset aptos --calibration-fraction 0.1": "no thresholds to learn",
     "--schedule-epochs 3 --scheduler none": "--schedule-epochs is not of --scheduler none --optimizer sgd",
     "--gamma 0.5 --scheduler cyclic": "--gamma is not of --scheduler cyclic",
@@ -237,3 +237,10 @@ def test_a_run_starts_from_the_run_that_its_line_names(name, weights, same):
     line = arguments.experiments()["retina-2"]
     told = arguments.differences({**vars(line), "name": name, "weights": weights}, line)
     assert told == ([] if same else [f"weights {weights} not runs/retina-1/best.pt"])
+
+
+def test_a_run_that_is_older_than_a_flag_goes_on():
+    args = arguments.get_args([])[0]
+    stored = {name: value for name, value in vars(args).items() if name != "views"}
+    arguments.compare_with_stored(args, {"args": stored, "epoch": 1, "changes": (changes := [])})
+    assert not changes

@@ -374,3 +374,8 @@ def test_the_network_is_named_and_a_random_trunk_noted(words, network, note, cap
     records.print_data(arguments.get_args(words.split())[0], data, "cpu", "fp32")
     said = capsys.readouterr().out
     assert f"\n{network}, on cpu in fp32" in said and (RANDOM in said) is note
+
+
+def test_a_schedule_without_a_branch_is_refused():
+    with pytest.raises(InputError, match="--scheduler spiral: build_scheduler has no branch"):
+        learner.build_scheduler(SimpleNamespace(scheduler="spiral", schedule_epochs=1, gamma=1), None)
