@@ -129,10 +129,10 @@ def save_json(path, value):
     replace_file(path, lambda stream: json.dump(value, stream, indent=1), "w")
 
 
-def run_facts(folder):
-    """run.json as a dict; an empty one where it is missing or damaged: what it says can be written again."""
+def run_facts(folder, name="run.json"):
+    """A run's JSON file as a dict; an empty one where it is missing or damaged: it can be written again."""
     with contextlib.suppress(OSError, ValueError, TypeError):  # TypeError: it is JSON, but no dict
-        return {**json.loads(Path(folder, "run.json").read_text())}
+        return {**json.loads(Path(folder, name).read_text())}
     return {}
 
 

@@ -25,7 +25,7 @@ from arguments import check_args
 from dataset import Part, eval_size, volume_fault
 from decode import GivenPictures, decode_all
 from errors import InputError, reading
-from preprocess import prepare, to_rgb
+from preprocess import SHORTEST, prepare, to_rgb
 
 IN_MEMORY = 1 << 28  # bytes of pictures decoded at a time: memory does not grow with what is asked
 
@@ -184,7 +184,7 @@ class Predictor:
         if len(given) == 1 and isinstance(given[0], list):
             many = [self.rows_of(one if isinstance(one, tuple | list) else (one,))[0] for one in given[0]]
             return list(chain(*many)), True
-        if all(isinstance(source, str | Path) for source in given):
+        if given and all(isinstance(source, str | Path) for source in given):
             frame, many = tables.given_rows(self.args.dataset, given)
             return list(frame["files"]), many
         if len(given) != self.per_row or self.args.dataset == "mrnet":
@@ -214,5 +214,9 @@ def decode_sources(sources, how, size, workers):
         else:
             with reading("an array or PIL image in memory", "a picture"):
                 image = source if isinstance(source, Image.Image) else Image.fromarray(np.asarray(source))
+                if image is not source and np.asarray(source).dtype not in (np.uint8, np.uint16):
+                    raise ValueError(f"{np.asarray(source).dtype} numbers; expected uint8")
+                if min(image.size) < SHORTEST:
+                    raise ValueError(f"{image.size} pixels; at least {SHORTEST} were expected")
                 array[place] = prepare(to_rgb(image), how, size)
     return array, reasons

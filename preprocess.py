@@ -206,11 +206,12 @@ def main(argv=None):
     for folder in {target.parent for _, target in jobs}:
         remove_leftovers(folder)
     made = in_processes(partial(make_picture, kind=args.kind, size=args.size), jobs, args.workers)
-    failures = list(filter(None, tqdm(made, total=len(jobs), unit="picture", disable=None)))
+    results = list(tqdm(made, total=len(jobs), unit="picture", disable=None))
+    failures = list(filter(None, results))
     print(f"{len(jobs) - len(failures)} written to {args.dst}, {len(failures)} failed")
-    there = {file for file in dst.rglob("*") if file.suffix.lower() in WRITES}
-    if len(there) > len(jobs):
-        print(f"note: {args.dst} also holds {len(there) - len(jobs)} picture(s) that are not in SRC any more")
+    written = {target for (_, target), failure in zip(jobs, results, strict=True) if not failure}
+    if older := {file for file in dst.rglob("*") if file.suffix.lower() in WRITES} - written:
+        print(f"note: {args.dst} also holds {len(older)} picture(s) that this call did not write")
     if failures:
         print(*failures, f"{len(failures)} of {len(jobs)} pictures failed", sep="\n", file=sys.stderr)
     return 1 if failures else 0

@@ -106,11 +106,15 @@ def plain_names(names):
 
 def file_names(names):
     """Names as .png files, without a picture's suffix and what no file name holds; a second one gets -2."""
-    taken, files = {}, []
+    taken, files = set(), []
     for name in names:
-        stem = re.sub(r"[^\w.-]+", "_", SUFFIX.sub("", str(name))).lstrip(".")
-        taken[stem.lower()] = number = taken.get(stem.lower(), 0) + 1
-        files.append(f"{stem}-{number}.png" if number > 1 else f"{stem}.png")
+        stem, number = re.sub(r"[^\w.-]+", "_", SUFFIX.sub("", str(name))).lstrip("."), 1
+        file = f"{stem}.png"
+        while file.lower() in taken:
+            number += 1
+            file = f"{stem}-{number}.png"
+        taken.add(file.lower())
+        files.append(file)
     return files
 
 
@@ -134,6 +138,15 @@ def picture_frame(path, names, folder, target, given_part=""):
 def not_read(path, other):
     """The note on a file that gives way to `path`, which lies beside it."""
     return [f"{other} is not read: {path.name} lies beside it"] if path.exists() and other.exists() else []
+
+
+def check_planes(files):
+    """InputError where three planes are, by their names, in another order or of different exams."""
+    folders, stems = [Path(file).parent.name for file in files], [Path(file).stem for file in files]
+    if any(sorted(names) == PLANES != names for names in (folders, stems)):
+        raise InputError(f"{' '.join(files)}: by their names in another order than {' '.join(PLANES)}")
+    if folders == PLANES and len(set(stems)) > 1:
+        raise InputError(f"{' '.join(files)}: by their names planes of different exams")
 
 
 def of_two_patients(names):
@@ -289,6 +302,9 @@ def read_image_folder(root):
     if ignored:
         notes.append(f"{ignored} file(s) are ignored: no {' '.join(SUFFIXES)} straight in a class's folder")
     names, target, parts = (pd.Series(values) for values in zip(*rows, strict=True))
+    stems = [Path(name).stem for name in names if not SIDE.search(Path(name).stem)]
+    if shared := len(stems) - len(set(stems)):
+        notes.append(f"{shared} picture(s) have the file name of another one: these count as one patient")
     return Table(picture_frame(root, names, root, target, parts), classes, notes, ordered)
 
 
@@ -412,6 +428,8 @@ def given_rows(name, given):
     if name == "odir" and of_two_patients(list(map(str, paths))):
         print(f"note: by their names {shown} are eyes of two patients")
     files = [tuple(map(str, paths))]
+    if name == "mrnet":
+        check_planes(files[0])
     if name not in GIVEN:
         ids, files = [path.name for path in paths], [(str(path),) for path in paths]
         if len(set(ids)) < len(ids):
@@ -461,4 +479,7 @@ def rows_of_sheet(name, path):
         if (folder / "images").is_dir() and not any((folder / file).exists() for file in columns[0]):
             folder = folder / "images"
     files = [tuple(str(folder / file) for file in row) for row in zip(*columns, strict=True)]
+    if name == "mrnet":
+        for row in files:
+            check_planes(row)
     return pd.DataFrame({"ID": ids.to_numpy(), "files": files})

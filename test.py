@@ -65,11 +65,13 @@ def evaluate(args, net):
 def output_folder(args, net, facts):
     """Where the files go: what is not the run's own published result gets a folder of its own."""
     if args.out:
+        if (args.out / "run.json").exists():  # whose own results would be lost
+            raise InputError(f"--out {args.out} is a run's folder: leave --out out, or name another folder")
         return args.out
     home = checkpoint.home_of(net.path, net.digest)
     name = f"test-{args.split}"
     if args.threshold != 0.5:
-        name += f"-{args.threshold:g}"
+        name += f"-{args.threshold}"
     if args.tta:
         name += "-mirrored"
     if len(net.members) > 1:
@@ -182,6 +184,14 @@ def main(argv=None):
     if args.resamples < 1:
         raise InputError(f"--resamples {args.resamples}: expected 1 or more")
     part, facts, loss, probs = evaluate(args, net)
+    out = output_folder(args, net, facts)
+    # Training never opens a test part: what is known of its pictures is what the last test saw.
+    last, replaced = checkpoint.run_facts(out, "test_scores.json").get("data", {}), 0
+    if last.get("root") == facts["root"]:
+        seen = last.get("contents") or {}
+        replaced = sum(seen.get(name, content) != content for name, content in facts["contents"].items())
+    if replaced:
+        facts["notes"].append(f"{replaced} row(s) have other pictures than in the last test")
     patients, duplicates = len(set(part.patients())), facts["duplicates"]
     mark = " (RENDERED)" if facts["rendered"] else ""
     about = f"{net.title()}, {facts['where']}{mark}: {len(part)} rows, {patients} patients"
@@ -202,7 +212,8 @@ def main(argv=None):
     result["data"] = {name: facts[name] for name in ("root", "own", "digest", "contents", "rendered")}
     result |= {name: getattr(args, name) for name in ("split", "threshold", "tta", "resamples")}
     result |= {"rows": len(part), "expected_rows": part.expected, "patients": patients}
-    result |= {"duplicates": duplicates, "precision": net.precision, "weights": net.args.weights}
+    result |= {"duplicates": duplicates, "replaced": replaced, "precision": net.precision}
+    result["weights"] = net.args.weights
     result["loss"] = loss if len(net.members) == 1 and not args.tta else None
     result["thresholds"] = dict(zip(net.labels, net.thresholds, strict=True)) if net.thresholds else None
     result |= report_scores(part, probs, net, args)
@@ -212,7 +223,6 @@ def main(argv=None):
     print_scores(result)
 
     # Files
-    out = output_folder(args, net, facts)
     for name in FILES:
         (out / name).unlink(missing_ok=True)  # none of another test stays beside those of this one
     decided = about if limits is None else f"{about}, threshold {args.threshold:g}"

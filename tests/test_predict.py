@@ -506,6 +506,18 @@ def test_a_csv_that_is_not_as_expected(name, text, said, tmp_path):
         tables.given_rows(name, [write(tmp_path / "these.csv", text)])
 
 
+def test_planes_in_another_order_or_of_two_exams_are_refused(tmp_path):
+    for planes, exams, said in (
+        ("coronal axial sagittal", "777", "another order"),
+        ("axial coronal sagittal", "787", "different exams"),
+    ):
+        files = [f"{plane}/{exam}.npy" for plane, exam in zip(planes.split(), exams, strict=True)]
+        sheet = write(tmp_path / "these.csv", "axial,coronal,sagittal\n" + ",".join(files) + "\n")
+        for given in (files, [sheet]):
+            with pytest.raises(InputError, match=said):
+                tables.given_rows("mrnet", given)
+
+
 def test_a_csv_that_slipped_by_a_row_is_told(tmp_path, capsys):
     sheet = write(tmp_path / "these.csv", "LEFT,RIGHT\n1_left.jpg,2_right.jpg\n2_left.jpg,2_right.jpg\n")
     tables.given_rows("odir", [sheet])

@@ -121,7 +121,11 @@ def test_grey_and_16_bit_arrays_are_taken_as_files_of_them_are(trained, tmp_path
     [
         ((np.zeros((50, 50, 3), np.uint8),), "wholly black"),
         ((np.zeros((3, 50, 50), np.float64),), "in memory"),
-        ((np.zeros((50, 50, 3), np.uint8),) * 2, "network takes 1 of a patient, or a list"),
+        ((np.zeros((50, 50, 3), np.int32),), "in memory"),
+        ((np.zeros((50, 50), np.int32),), "expected uint8"),
+        ((np.zeros((4, 50, 3), np.uint8),), "at least 16"),
+        ((), r"0 picture\(s\) in memory"),
+        ((np.zeros((50, 50, 3), np.uint8),) * 2, "expected 1 of a patient, or a list"),
         (("gone.jpg",), "gone.jpg"),
         (([np.full((40, 40, 3), 90, np.uint8), "gone.jpg"],), "1 cannot be read: gone.jpg"),
     ],
@@ -136,7 +140,7 @@ def test_pictures_that_cannot_be_taken(given, said, trained):
 def test_wrong_numbers_of_pictures(trained, rendered):
     with pytest.raises(InputError, match="paths alone"):
         net_of(trained("mrnet")).predict(np.zeros((9, 256, 256), np.uint8))
-    with pytest.raises(InputError, match="takes 2 of a patient"):
+    with pytest.raises(InputError, match="expected 2 of a patient"):
         net_of(trained("odir")).predict(np.zeros((9, 9, 3), np.uint8))
     with pytest.raises(InputError, match="LEFT RIGHT"):
         net_of(trained("odir")).predict(["a_left.jpg", "a_right.jpg"])  # a list of two, not a pair

@@ -255,12 +255,21 @@ def test_data_folders_get_a_folder_each(trained, rendered, run, tmp_path):
     assert not (folder / "test_scores.json").exists()
 
 
-def test_the_published_part_goes_into_the_runs_folder(trained, run, tmp_path):
+def test_the_published_part_goes_into_the_runs_folder(trained, run, tmp_path, capsys):
     folder = copied(trained("aptos"), tmp_path / "aptos")
     assert run("--ckpt", folder, "--split", "test") == 0 and scores_of(folder)["split"] == "test"
     assert run("--ckpt", folder) == 0 and scores_of(folder / "test-val")["split"] == "val"
     assert scores_of(folder)["split"] == "test"
+    # Training never opens the test part: its pictures are compared with those of the test before.
+    told = scores_of(folder)
+    told["data"]["contents"] = dict.fromkeys(told["data"]["contents"], "another")
+    (folder / "test_scores.json").write_text(json.dumps(told))
+    assert run("--ckpt", folder, "--split", "test") == 0 and scores_of(folder)["replaced"] == told["rows"]
+    assert f"{told['rows']} row(s) have other pictures than in the last test" in capsys.readouterr().out
+    assert run("--ckpt", folder, "--split", "test") == 0 and not scores_of(folder)["replaced"]
     folder = copied(trained("odir"), tmp_path / "odir")
+    assert run("--ckpt", trained("odir"), "--out", folder) == 2
+    assert "is a run's folder" in capsys.readouterr().err
     assert run("--ckpt", folder, "--tta") == 0 and run("--ckpt", folder, "--threshold", 0.25) == 0
     assert run("--ckpt", folder) == 0 and scores_of(folder)["split"] == "val"
     assert sorted(path.name for path in folder.glob("test-*")) == ["test-val-0.25", "test-val-mirrored"]
@@ -355,7 +364,7 @@ def test_the_shift_keeps_order_and_decisions(limit):
 
 
 def test_mirrored_views_and_several_checkpoints_give_means(trained, run, tmp_path, capsys):
-    one, labels = copied(trained("odir"), tmp_path / "one"), list("NDGCAHMO")
+    one, labels = copied(trained("odir"), tmp_path / "run"), list("NDGCAHMO")
     state = checkpoint.load_checkpoint(one / "best.pt")
     model = {
         name: value * 0.5 if name.startswith("classifier") else value
