@@ -666,21 +666,10 @@ def test_the_page_compares_two_runs_as_metrics_does(tmp_path, family):
 @pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
 def test_what_the_scripts_leave_in_a_browser(trained, script, tmp_path):
     """Two studies as train.py and test.py leave them, under the demo's names, with their real pictures."""
-    for name, run in (("odir", "demo-odir-03"), ("aptos", "demo-aptos-1")):
+    for name, run, part in (("odir", "demo-odir-03", "val"), ("aptos", "demo-aptos-1", "test")):
         shutil.copytree(trained(name), tmp_path / "runs" / run)
-        script(
-            "test.py",
-            "--ckpt",
-            f"runs/{run}/best.pt",
-            "--out",
-            f"runs/{run}",
-            "--resamples",
-            50,
-            "--workers",
-            0,
-            cwd=tmp_path,
-            status=0,
-        )
+        flags = ["--ckpt", f"runs/{run}", "--split", part, "--resamples", 50, "--workers", 0]
+        script("test.py", *flags, cwd=tmp_path, status=0)
     script("report.py", cwd=tmp_path, status=0)
     seen, console, urls = browse((tmp_path / "runs/report.html").read_text(), tmp_path)
     assert not console and not urls and seen["scroll"] <= seen["width"] == 390
