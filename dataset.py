@@ -24,8 +24,8 @@ from checkpoint import load_file
 from decode import Pictures
 from engine import local_rank, together
 from errors import InputError, reading
-from split import drop_missing, set_aside, split, split_patients  # noqa: F401 - dataset.split_patients is SPEC's name
-from tables import DATASETS, PLANES, add_pseudo_labels, targets_of
+from split import add_pseudo_labels, drop_missing, set_aside, split, split_patients  # noqa: F401 - SPEC's
+from tables import DATASETS, PLANES, targets_of
 
 
 class RowSet(torch.utils.data.Dataset):

@@ -6,6 +6,7 @@ Built without pyplot: no screen is needed. Okabe-Ito and viridis suit the colour
 A picture is uint8, (H, W, 3) or (H, W); `aspect`: its width / height before it was squashed into a square."""
 
 import math
+import re
 import textwrap
 
 import numpy as np
@@ -17,6 +18,7 @@ from PIL import Image
 
 import metrics
 from cache import replace_file
+from tables import SUFFIX
 
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#B8C4CC"
 SOFT, RIGHT, PARTLY, WRONG = "#555555", "#00694D", "#5A4A00", "#A84300"
@@ -42,6 +44,20 @@ def caption(fig, text):
     above, words = fig.get_supxlabel(), plain(text, int(13 * fig.get_figwidth()))
     fig.set_figheight(fig.get_figheight() + 0.1 + 0.14 * (1 + words.count("\n")))
     fig.supxlabel(f"{above}\n{words}".strip(), fontsize=8, color=SOFT)
+
+
+def file_names(names):
+    """Names as .png files, without a picture's suffix and what no file name holds; a second one gets -2."""
+    taken, files = set(), []
+    for name in names:
+        stem, number = re.sub(r"[^\w.-]+", "_", SUFFIX.sub("", str(name))).lstrip("."), 1
+        file = f"{stem}.png"
+        while file.lower() in taken:
+            number += 1
+            file = f"{stem}-{number}.png"
+        taken.add(file.lower())
+        files.append(file)
+    return files
 
 
 def save(fig, path, dpi=110):

@@ -64,7 +64,7 @@ def main(argv=None):
 
     # A figure for each row, under the name of each label that it was chosen for
     out = args.out or checkpoint.home_of(net.path, net.digest) / f"heatmaps{facts['suffix']}"
-    files = tables.file_names(stem for _, stem in asked)
+    files = figures.file_names(stem for _, stem in asked)
     for (row, _), file in engine.progress(list(zip(asked, files, strict=True)), "heat maps"):
         lines = net.map_rows(part, row, probs[row], np.array(net.names)[truth[row]])
         figure = figures.heatmaps(lines, net.random_trunk)

@@ -113,7 +113,7 @@ def main(argv=None):
         print(f"{path} written: {len(table)} predicted by {net.title()}.")
         for label, count in zip(net.names, chosen.sum(0), strict=True):
             print(f"  {label}: {count}")
-        for k, file in enumerate(tables.file_names(ids) if args.figures else ()):
+        for k, file in enumerate(figures.file_names(ids) if args.figures else ()):
             print(draw(net, frame["files"].iloc[k], probs[k], thresholds, ids[k], args.out / file))
     print(NO_DEVICE)
     if faults:

@@ -1,10 +1,12 @@
-"""Who is in which part: the patient split, by patients and never by pictures."""
+"""Who is in which part: the split by patients, never by pictures; pictures with spread labels."""
 
 import math
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 
+import tables
 from errors import InputError
 from tables import DATASETS, PARTS
 
@@ -87,3 +89,31 @@ def set_aside(train, args):
     taken = cut(patients, math.ceil(args.calibration_fraction * len(patients)), args.split_seed)[1]
     aside = train["patient"].isin(taken)
     return train[~aside], train[aside]
+
+
+def add_pseudo_labels(parts, table, root, path, min_confidence):
+    """parts["train"] with the pictures of pseudo_labels.csv (filename, label, confidence, `source`), none of
+    which is in `parts`. No patient of val or test may be among them, or among those it was spread from."""
+    labels, held_out = table.labels, [*parts["val"]["patient"], *parts["test"]["patient"]]
+    columns = ["filename", "label", "confidence"]
+    sheet = tables.read_sheet(path, columns, dtype={"filename": str, "label": str})
+    names = tables.check_names(path, sheet["filename"], "filename")
+    patients = pd.Series(tables.patients_of(names), names.index)
+    origin = sheet.get("source", names.map(lambda _: "")) == tables.SPREAD_FROM
+    if not origin.any():  # an older file, or one that was filtered
+        table.notes.append(f"{path} does not say whose pictures its labels were spread from")
+    leak = origin & patients.isin(held_out)
+    tables.check_rows(path, leak, "spread from a patient of validation or test", names)
+    sheet, names = sheet[~origin], names[~origin]
+    wrong = ~sheet["label"].isin(labels)
+    tables.check_rows(path, wrong, f"label that is not one of {labels}", sheet["label"])
+    confidence = pd.to_numeric(sheet["confidence"], errors="coerce")
+    tables.check_rows(path, ~confidence.between(0, 1), "confidence outside 0 to 1", sheet["confidence"])
+    more = tables.picture_frame(path, names, Path(root) / "test", sheet["label"].map(labels.index), "train")
+    labelled = [name for frame in parts.values() for name in tables.plain_names(frame["ID"])]
+    known = pd.Series(tables.plain_names(names), names.index).isin(labelled)
+    tables.check_rows(path, known, "a picture that is labelled already", names)
+    tables.check_rows(path, more["patient"].isin(held_out), "a patient of validation or test", names)
+    more = more[confidence >= min_confidence]
+    table.notes.append(f"{len(more)} pseudo-labelled picture(s) join the training part")
+    return pd.concat([parts["train"], more], ignore_index=True)

@@ -104,20 +104,6 @@ def plain_names(names):
     return [SUFFIX.sub("", name) for name in names]
 
 
-def file_names(names):
-    """Names as .png files, without a picture's suffix and what no file name holds; a second one gets -2."""
-    taken, files = set(), []
-    for name in names:
-        stem, number = re.sub(r"[^\w.-]+", "_", SUFFIX.sub("", str(name))).lstrip("."), 1
-        file = f"{stem}.png"
-        while file.lower() in taken:
-            number += 1
-            file = f"{stem}-{number}.png"
-        taken.add(file.lower())
-        files.append(file)
-    return files
-
-
 def patients_of(names):
     """`10_left`, `10_right` (or OD, OS, l, r; with a folder and picture suffix or not) -> patient `10`."""
     stems = [name.replace("\\", "/").rpartition("/")[2] for name in plain_names(names)]
@@ -372,31 +358,6 @@ def read_mrnet(root, labels):
 
 
 READERS = {"odir": read_odir, "aptos": read_aptos, "dr": read_dr, "retina": read_retina, "mrnet": read_mrnet}
-
-
-def add_pseudo_labels(parts, table, root, path, min_confidence):
-    """parts["train"] with pseudo_labels.csv's pictures; of val and test no patient is in it, nor a source."""
-    labels, held_out = table.labels, [*parts["val"]["patient"], *parts["test"]["patient"]]
-    sheet = read_sheet(path, ["filename", "label", "confidence"], dtype={"filename": str, "label": str})
-    names = check_names(path, sheet["filename"], "filename")
-    patients = pd.Series(patients_of(names), names.index)
-    origin = sheet.get("source", names.map(lambda _: "")) == SPREAD_FROM
-    if not origin.any():  # an older file, or one that was filtered
-        table.notes.append(f"{path} does not say whose pictures its labels were spread from")
-    leak = origin & patients.isin(held_out)
-    check_rows(path, leak, "spread from a patient of validation or test", names)
-    sheet, names = sheet[~origin], names[~origin]
-    check_rows(path, ~sheet["label"].isin(labels), f"label that is not one of {labels}", sheet["label"])
-    confidence = pd.to_numeric(sheet["confidence"], errors="coerce")
-    check_rows(path, ~confidence.between(0, 1), "confidence outside 0 to 1", sheet["confidence"])
-    more = picture_frame(path, names, Path(root) / "test", sheet["label"].map(labels.index), "train")
-    labelled = [name for frame in parts.values() for name in plain_names(frame["ID"])]
-    known = pd.Series(plain_names(names), names.index).isin(labelled)
-    check_rows(path, known, "a picture that is labelled already", names)
-    check_rows(path, more["patient"].isin(held_out), "a patient of validation or test", names)
-    more = more[confidence >= min_confidence]
-    table.notes.append(f"{len(more)} pseudo-labelled picture(s) join the training part")
-    return pd.concat([parts["train"], more], ignore_index=True)
 
 
 GIVEN = {

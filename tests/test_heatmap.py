@@ -12,7 +12,6 @@ import checkpoint
 import figures
 import heatmap
 import predictor
-import tables
 from errors import guard
 
 REAL = Path(os.environ.get("REAL_DATA", "absent"))
@@ -123,9 +122,9 @@ def test_refused(trained, rendered, tmp_path, capsys):
 
 
 def test_names_are_safe_and_none_is_written_twice():
-    assert tables.file_names(["a b", "a_b", "a_b-2"]) == ["a_b.png", "a_b-2.png", "a_b-2-2.png"]
+    assert figures.file_names(["a b", "a_b", "a_b-2"]) == ["a_b.png", "a_b-2.png", "a_b-2-2.png"]
     names = ["x y-val/0/a.png", "z-val/0/a.png", "z-b", "z-B", "../c.d", "z-b.JPG"]
-    assert tables.file_names(names) == [
+    assert figures.file_names(names) == [
         "x_y-val_0_a.png",
         "z-val_0_a.png",
         "z-b.png",

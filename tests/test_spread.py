@@ -11,8 +11,9 @@ import pytest
 import checkpoint
 import spread_labels
 from errors import InputError, guard
+from split import add_pseudo_labels
 from spread_labels import UNKNOWN, spread, training_rows, unlabelled_rows
-from tables import add_pseudo_labels, read
+from tables import read
 
 
 def run(*arguments):

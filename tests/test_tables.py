@@ -15,10 +15,10 @@ sys.path.insert(0, str(ROOT))
 
 import tables  # noqa: E402
 from errors import InputError  # noqa: E402
+from split import add_pseudo_labels  # noqa: E402
 from spread_labels import unlabelled_rows  # noqa: E402
 from tables import (  # noqa: E402
     ODIR_LABELS,
-    add_pseudo_labels,
     given_rows,
     read,
     targets_of,
@@ -598,7 +598,7 @@ def test_labels_spread_from_pictures_that_are_held_out_here_are_refused(tmp_path
     def add(*origin):
         rows = ["filename,label,confidence,source", "new.jpg,glaucoma,0.9,spread"]
         csv.write_text("\n".join(rows + [f"{name},,,{tables.SPREAD_FROM}" for name in origin]))
-        return tables.add_pseudo_labels(parts, table, root, csv, 0)["ID"].tolist()
+        return add_pseudo_labels(parts, table, root, csv, 0)["ID"].tolist()
 
     assert add("3.jpg") == ["new.jpg"]
     assert not any("whose pictures" in note for note in table.notes)
