@@ -213,12 +213,12 @@ def check_args(args):
     kept_features = args.feature_cache and not args.fine_tune and args.bn != "batch"
     possible = args.folds > 1 and kept_features and args.dataset == "odir" and not args.calibration_fraction
     if args.folds and not possible:
-        raise InputError("--folds 2 or more: of kept features of eye pairs; else --calibration-fraction")
+        raise InputError("--folds needs 2 or more, and kept features of eye pairs; or --calibration-fraction")
     theirs = SCHEDULES[args.scheduler] | OPTIMIZERS[args.optimizer]
     for name in ("schedule_epochs", "gamma", "max_lr", "warmup_epochs", "momentum"):
         if getattr(args, name) is not None and name not in theirs:
             flag = f"--{name.replace('_', '-')}"
-            raise InputError(f"{flag} is not of --scheduler {args.scheduler} --optimizer {args.optimizer}")
+            raise InputError(f"{flag}: not with --scheduler {args.scheduler} --optimizer {args.optimizer}")
     high = args.max_lr or SCHEDULES["cyclic"]["max_lr"]
     if args.scheduler == "cyclic" and (args.lr >= high or args.trunk_lr != 1):
         raise InputError(f"cyclic: expected --lr {args.lr} below --max-lr {high}, and no --trunk-lr")

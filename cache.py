@@ -71,7 +71,8 @@ def is_whole(path, shape, dtype):
 
 
 def kept_array(path, shape, dtype, fill):
-    """The array of `path`, mapped from disk; `fill(array)` makes it where it is not whole. InputError."""
+    """The array (shape, dtype) of `path`, mapped from disk; `fill(array)` makes it where it is missing or cut
+    short. InputError: the folder cannot be written."""
     if not is_whole(path, shape, dtype):
         try:
             with replacing(path) as temporary:

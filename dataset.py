@@ -237,7 +237,8 @@ def decode_files(files, args, size):
 
 
 def open_part(table, targets, args, size, missing, expected=0):
-    """Decode its files -> Part. An unreadable one stops, or costs its row. `expected`: rows before that."""
+    """Decode what a part needs -> Part. An unreadable file stops, or costs its row.
+    `expected`: rows that the part should have, those included that were left out before."""
     nothing = "no row is left that has all its pictures, and readable ones"
     if not len(table):
         raise InputError(nothing)

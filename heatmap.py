@@ -74,7 +74,7 @@ def main(argv=None):
         figures.save(figure, out / file)
     print(f"{len(files)} PNGs in {out}")
     if others := len(set(out.glob("*.png")) - {out / file for file in files}):
-        print(f"note: {others} more in {out} are of earlier calls")
+        print(f"note: {others} other PNG(s) in {out} are not of this call")
 
 
 if __name__ == "__main__":

@@ -98,9 +98,8 @@ class Learner:
         # BatchNorm as it was fitted: another precision or torch version would fit it a little otherwise.
         buffers = {name: buffer.cpu() for name, buffer in self.model.backbone.named_buffers()}
         ema = None if self.ema is None else checkpoint.cpu_state(self.ema)
-        own = dict(model=checkpoint.cpu_state(self.trained), trunk=self.frozen_trunk, ema=ema)
-        own |= dict(optimizer=self.optimizer.state_dict(), scaler=self.scaler.state_dict())
-        return own | dict(buffers=buffers)
+        own = dict(trunk=self.frozen_trunk, ema=ema, buffers=buffers, scaler=self.scaler.state_dict())
+        return own | dict(model=checkpoint.cpu_state(self.trained), optimizer=self.optimizer.state_dict())
 
 
 def with_classifier(model, classifier):

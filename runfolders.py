@@ -96,7 +96,7 @@ def read_tested(path, run):
     if tested["rows"] != tested["expected_rows"]:
         run["problems"].append(f"scored {tested['rows']} of the {tested['expected_rows']} rows of its part")
     if tested.get("replaced"):
-        run["problems"].append(f"{tested['replaced']} rows had other pictures in the test before")
+        run["problems"].append(f"{tested['replaced']} rows had other pictures in an earlier test")
     scored = int(tested["rows"]), int(tested["patients"])
     run |= found | {"tested": tested, "part": str(tested["split"]), "scored": scored}
     if tested.get("duplicates"):

@@ -51,12 +51,14 @@ def spread(outputs, targets, neighbors=7, alpha=0.2):
 
 
 def training_rows(net, root):
-    """The labelled rows that the run trained on, of val and test none; pseudo-labelled are in no table."""
+    """The labelled rows that the run trained on, never one of its validation or test part.
+    Pseudo-labelled pictures among the run's training IDs are in no table, and so are left out."""
     frame, split = tables.read("retina", root, net.labels).frame, net.saved["rows"]
     wanted = set(split["train"]) - set(split["val"]) - set(split["test"])
     frame = frame[frame["ID"].astype(str).isin(wanted)].reset_index(drop=True)
     if frame.empty or len(frame) < len(wanted) and not net.args.pseudo_labels:
-        raise InputError(f"{len(wanted) - len(frame)} of the run's {len(wanted)} training pictures are gone")
+        gone = f"{len(wanted) - len(frame)} of the run's {len(wanted)} training pictures are gone"
+        raise InputError(f"{gone} from this data set: restore them")
     return frame
 
 

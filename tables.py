@@ -129,10 +129,11 @@ def not_read(path, other):
 def check_planes(files):
     """InputError where three planes are, by their names, in another order or of different exams."""
     folders, stems = [Path(file).parent.name for file in files], [Path(file).stem for file in files]
-    if any(sorted(names) == PLANES != names for names in (folders, stems)):
-        raise InputError(f"{' '.join(files)}: by their names in another order than {' '.join(PLANES)}")
-    if folders == PLANES and len(set(stems)) > 1:
-        raise InputError(f"{' '.join(files)}: by their names planes of different exams")
+    for planes, exams in ((folders, stems), (stems, folders)):  # axial/7.npy or 7/axial.npy
+        if sorted(planes) == PLANES != planes:
+            raise InputError(f"{' '.join(files)}: by their names in another order than {' '.join(PLANES)}")
+        if planes == PLANES != exams and len(set(exams)) > 1:
+            raise InputError(f"{' '.join(files)}: by their names planes of different exams")
 
 
 def of_two_patients(names):
@@ -270,9 +271,8 @@ def read_image_folder(root):
     ordered = graded and max(grades) - min(grades) == len(grades) - 1
     if not ordered:
         notes.append(f"the classes {', '.join(classes)} are no row of grades: there is no quadratic kappa")
-    if taken := {"ID", "predicted", "network", "trained_on"}.intersection(
-        classes
-    ):  # columns of the sheets of results
+    columns = {"ID", "predicted", "network", "trained_on"}  # of the sheets of results
+    if taken := columns.intersection(classes):
         raise InputError(f"{root / 'train'}: no class may be called {', '.join(taken)}. Rename the folder")
     for file in sorted(file for part in PARTS for file in (root / part).glob("*/*")):
         part, name = file.parts[-3:-1]

@@ -65,8 +65,6 @@ def evaluate(args, net):
 def output_folder(args, net, facts):
     """Where the files go: what is not the run's own published result gets a folder of its own."""
     if args.out:
-        if (args.out / "run.json").exists():  # whose own results would be lost
-            raise InputError(f"--out {args.out} is a run's folder: leave --out out, or name another folder")
         return args.out
     home = checkpoint.home_of(net.path, net.digest)
     name = f"test-{args.split}"
@@ -183,15 +181,18 @@ def main(argv=None):
     limits = net.limits(args.threshold)
     if args.resamples < 1:
         raise InputError(f"--resamples {args.resamples}: expected 1 or more")
+    if args.out and (args.out / "run.json").exists():  # whose own results would be lost
+        raise InputError(f"--out {args.out} is a run's folder: give no --out, or another folder")
     part, facts, loss, probs = evaluate(args, net)
     out = output_folder(args, net, facts)
     # Training never opens a test part: what is known of its pictures is what the last test saw.
-    last, replaced = checkpoint.run_facts(out, "test_scores.json").get("data", {}), 0
-    if last.get("root") == facts["root"]:
-        seen = last.get("contents") or {}
+    last, replaced = checkpoint.run_facts(out, "test_scores.json"), 0
+    if last.get("data", {}).get("root") == facts["root"]:
+        seen = last["data"].get("contents") or {}
         replaced = sum(seen.get(name, content) != content for name, content in facts["contents"].items())
+        replaced = max(replaced, last.get("replaced", 0))  # testing again does not take it back
     if replaced:
-        facts["notes"].append(f"{replaced} row(s) have other pictures than in the last test")
+        facts["notes"].append(f"{replaced} row(s) had other pictures in an earlier test")
     patients, duplicates = len(set(part.patients())), facts["duplicates"]
     mark = " (RENDERED)" if facts["rendered"] else ""
     about = f"{net.title()}, {facts['where']}{mark}: {len(part)} rows, {patients} patients"

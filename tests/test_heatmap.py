@@ -44,9 +44,9 @@ def test_per_label_counts(trained, tmp_path, capsys):
     names = [file.name for file in (tmp_path / "out").iterdir()]
     for label in ("diabetic_retinopathy", "glaucoma", "normal"):
         assert sum(name.startswith(f"{label}-") for name in names) == 2
-    assert len(names) == 6 and "earlier calls" not in capsys.readouterr().out
+    assert len(names) == 6 and "not of this call" not in capsys.readouterr().out
     assert run("--ckpt", trained("retina"), *flags, "--per-label", 1) == 0
-    assert f"note: 3 more in {tmp_path / 'out'} are of earlier calls" in capsys.readouterr().out
+    assert f"note: 3 other PNG(s) in {tmp_path / 'out'} are not of this call" in capsys.readouterr().out
 
 
 def test_pictures_and_exams(trained, rendered, tmp_path, capsys):

@@ -511,11 +511,13 @@ def test_planes_in_another_order_or_of_two_exams_are_refused(tmp_path):
         ("coronal axial sagittal", "777", "another order"),
         ("axial coronal sagittal", "787", "different exams"),
     ):
-        files = [f"{plane}/{exam}.npy" for plane, exam in zip(planes.split(), exams, strict=True)]
-        sheet = write(tmp_path / "these.csv", "axial,coronal,sagittal\n" + ",".join(files) + "\n")
-        for given in (files, [sheet]):
-            with pytest.raises(InputError, match=said):
-                tables.given_rows("mrnet", given)
+        for layout in ("{plane}/{exam}.npy", "{exam}/{plane}.npy"):
+            pairs = zip(planes.split(), exams, strict=True)
+            files = [layout.format(plane=plane, exam=exam) for plane, exam in pairs]
+            sheet = write(tmp_path / "these.csv", "axial,coronal,sagittal\n" + ",".join(files) + "\n")
+            for given in (files, [sheet]):
+                with pytest.raises(InputError, match=said):
+                    tables.given_rows("mrnet", given)
 
 
 def test_a_csv_that_slipped_by_a_row_is_told(tmp_path, capsys):
