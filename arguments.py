@@ -18,9 +18,8 @@ PUBLISHED = {
     "dr": dict(model="resnet18", lr=0.001, weight_decay=5e-4, scheduler="none", batch=64, epochs=25)
     | dict(patience=25, fine_tune=True, freeze_epochs=5, drop_last=True)
     | dict(preprocess="centre", size=256, crop=224, augment="lab"),
-    # Only network, optimiser and loss are published; the rest is ours.
     "retina": dict(model="alexnet", optimizer="adam", lr=0.001, scheduler="none", epochs=50)
-    | dict(fine_tune=True, weights="none"),
+    | dict(fine_tune=True, weights="none"),  # published: network, optimiser and loss alone
     "mrnet": dict(model="mrnet", optimizer="adam", lr=1e-5, weight_decay=0.01, scheduler="plateau", batch=1)
     | dict(epochs=50, patience=50, fine_tune=True, augment="knee", weighted_loss=True, preprocess="crop"),
 }

@@ -70,11 +70,6 @@ def show(name, plain, ours, unit="s", amount=None):
     print(f"{name}: plain {sides[0]:.4g}, ours {sides[1]:.4g} {unit}, ratio {spread}", flush=True)
 
 
-def script(name, *flags, cwd):
-    command = [sys.executable, HERE / name, *map(str, flags)]
-    subprocess.run(command, cwd=cwd, check=True, stdout=subprocess.DEVNULL)
-
-
 def eye_pairs(args):
     """{part: a frame of the patients that have both photographs}."""
     return split.drop_missing(split.split("odir", tables.read("odir", args.data).frame), "drop")[0]
@@ -159,7 +154,8 @@ def run(args, device, experiments=("03",)):
             for one in experiments:
                 flags = re.search(f"^run odir-{one} (.*)", lines, re.M)[1].split()
                 flags += [*common, "--epochs", EPOCHS[one], "--name", f"{one} {state}"]
-                script("train.py", *flags, cwd=folder)
+                command = [sys.executable, HERE / "train.py", *map(str, flags)]
+                subprocess.run(command, cwd=folder, check=True, stdout=subprocess.DEVNULL)
             taken = time.perf_counter() - start
             name = f"{args.trunk}, experiments {' '.join(experiments)} {state}, whole processes"
             show(name, np.append(before, in_turn(1, plain)) * factor, taken)

@@ -71,8 +71,7 @@ def is_whole(path, shape, dtype):
 
 
 def kept_array(path, shape, dtype, fill):
-    """The array (shape, dtype) of `path`, mapped from disk; `fill(array)` makes it where it is missing or cut
-    short. InputError: the folder cannot be written."""
+    """The array of `path`, mapped; `fill(array)` makes a missing or short one. InputError: no room for it."""
     if not is_whole(path, shape, dtype):
         try:
             with replacing(path) as temporary:
@@ -83,8 +82,8 @@ def kept_array(path, shape, dtype, fill):
                 array.flush()
                 del array  # Windows renames no mapped file
         except OSError as error:
-            problem = f"the cache {path.parent} cannot be written ({error.strerror})"
-            raise InputError(f"{problem}: make room, or name another folder with --cache") from error
+            text = f"the cache {path.parent} cannot be written ({error.strerror})"
+            raise InputError(f"{text}: make room, or name another folder with --cache") from error
     # "c" (copy on write) because torch warns of arrays that it could not write to. The file is never changed.
     return np.load(path, mmap_mode="c", allow_pickle=False)
 

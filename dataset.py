@@ -15,7 +15,6 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from PIL import Image
 
 import tables
 from augment import draw
@@ -159,20 +158,14 @@ class Part:
     @functools.cached_property
     def contents(self):
         """Of each row, for each file: [digest of its bytes, of its pixels]; of a plane [of all slices]."""
-        rows = []
-        for number, files in enumerate(self.table["files"]):
-            if self.pictures is None:  # gigabytes of knees: read once
-                rows.append([[digest(read_volume(file))] for file in files])
-            else:
-                rows.append([self.pictures.contents[place] for place in self.pictures.rows[number]])
-        return rows
+        if self.pictures is None:  # gigabytes of knees: read once
+            return [[[digest(read_volume(file))] for file in files] for files in self.table["files"]]
+        return [[self.pictures.contents[place] for place in places] for places in self.pictures.rows]
 
     def rows(self):
         """{ID: (target as text, digest of its files' bytes)}: what each row is, for comparisons."""
-        rows = {}
-        for name, target, files in zip(self.ids(), self.targets.tolist(), self.contents, strict=True):
-            rows[name] = str(target), digest([first for first, *_ in files])
-        return rows
+        rows = zip(self.ids(), self.targets.tolist(), self.contents, strict=True)
+        return {name: (str(target), digest([first for first, *_ in files])) for name, target, files in rows}
 
     def subset(self, rows):
         """The part with these rows (numbers) alone."""
@@ -191,13 +184,6 @@ class Part:
             return list(self.pictures.array()[self.pictures.rows[row]])
         volumes = [read_volume(file) for file in self.table["files"].iloc[row]]
         return [np.repeat(volume[len(volume) // 2][:, :, None], 3, 2) for volume in volumes]
-
-    def aspect(self, row):
-        """Width by height of the photograph, where it was squashed into a square."""
-        if self.how != "none" or self.pictures is None:
-            return 1.0
-        with Image.open(self.table["files"].iloc[row][0]) as image:
-            return image.width / image.height
 
 
 @dataclass
@@ -332,8 +318,6 @@ def seen_by_weights(args, frames, table):
         return set()
     if state["data"]["rendered"]:
         notes.append("--weights was trained on RENDERED pictures")
-    if state["labels"] != table.labels:
-        notes.append(f"--weights was trained on the classes {', '.join(state['labels'])}")
     if state["args"]["dataset"] == args.dataset:
         theirs = set(tables.patients_of(state["rows"]["train"]))
         for part in [name for name in frames if name != "train"]:
@@ -368,8 +352,8 @@ def load_part(args, saved, split, root=None, missing="stop"):
     other = Path(root).resolve() != Path(saved["data"]["root"]).resolve()
     table = tables.read(args.dataset, root, saved["labels"] if args.dataset in ("retina", "mrnet") else None)
     if table.labels != saved["labels"]:
-        trained = f"this network was trained on {', '.join(saved['labels'])}"
-        raise InputError(f"{root} has the classes {', '.join(table.labels)}; {trained}")
+        theirs, ours = ", ".join(table.labels), ", ".join(saved["labels"])
+        raise InputError(f"{root} has the classes {theirs}; this network was trained on {ours}")
     frame, expected = choose_rows(table.frame, saved, split, other, missing)
     frame = drop_missing({split: frame}, missing)[0][split]
     part = open_part(frame, targets_of(frame, table.labels), args, eval_size(args), missing, expected)

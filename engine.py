@@ -128,11 +128,6 @@ def autocast(device, precision, enabled=True):
     return torch.autocast(device.type, PRECISIONS[precision], enabled=enabled and precision != "fp32")
 
 
-def seed_everything(seed):
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
-
-
 def seed_dropout(seed, epoch, step, device):
     """Seed what dropout draws from. It depends on these and the rank alone, so a resume stores nothing."""
     number = int(np.random.SeedSequence((seed, epoch, step, rank())).generate_state(1, np.uint64)[0] >> 1)

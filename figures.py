@@ -2,8 +2,7 @@
 
     figures.save(figures.roc(y_true, y_prob, labels, "multilabel"), "roc.png")
 
-Built without pyplot: no screen is needed. Okabe-Ito and viridis suit the colour-blind.
-A picture is uint8, (H, W, 3) or (H, W); `aspect`: its width / height before it was squashed into a square."""
+Built without pyplot: no screen is needed. Colours suit the colour-blind. Pictures are uint8 (S, S, 3)."""
 
 import math
 import re
@@ -22,7 +21,6 @@ from tables import SUFFIX
 
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#B8C4CC"
 SOFT, RIGHT, PARTLY, WRONG = "#555555", "#00694D", "#5A4A00", "#A84300"
-UNCERTAIN = (0.4, 0.6)  # a yes below 0.6 and a no above 0.4 are drawn as uncertain
 TILE = 1.9  # inches of one picture among heat maps
 
 
@@ -150,7 +148,7 @@ def reliability(y_true, y_prob, bins=15):
     return fig
 
 
-def show(ax, picture, cam=None, aspect=None, place=(0, 0, 1)):
+def show(ax, picture, cam=None, place=(0, 0, 1)):
     """A picture, below a map (h, w) in 0..1 of any size, in the square `place` (left, top, side) of `ax`."""
     if cam is not None:  # mixed here: matplotlib would take twice as long
         cam = Image.fromarray(np.clip(cam, 0, 1)).resize(picture.shape[1::-1], Image.BILINEAR)
@@ -158,9 +156,7 @@ def show(ax, picture, cam=None, aspect=None, place=(0, 0, 1)):
         opacity = 0.1 + 0.5 * np.asarray(cam)[:, :, None]
         picture = (opacity * colours + (1 - opacity) * np.atleast_3d(picture)).astype(np.uint8)
     left, top, side = place
-    aspect = aspect or picture.shape[1] / picture.shape[0]
-    right, bottom = left + side * min(1, aspect), top + side * min(1, 1 / aspect)
-    ax.imshow(picture, cmap="gray", vmin=0, vmax=255, extent=(left, right, bottom, top))
+    ax.imshow(picture, cmap="gray", vmin=0, vmax=255, extent=(left, left + side, top + side, top))
     ax.axis("off")
 
 
@@ -169,21 +165,18 @@ def sample_words(row):
     truth, predicted, probs = row["truth"], row["prediction"], row["probs"]
     missed = [label for label in truth if label not in predicted]
     lines = [f"truth: {', '.join(truth) or 'none'}", f"predicted: {'' if predicted else 'none'}"]
-    for label in predicted:
-        doubt = " (uncertain)" if probs[label] <= UNCERTAIN[1] else ""
-        lines.append(f"{'✓' if label in truth else '✗'} {label}  {probs[label]:.2f}{doubt}")
+    lines += [f"{'✓' if label in truth else '✗'} {label}  {probs[label]:.2f}" for label in predicted]
     lines += [f"– missed: {label}  {probs[label]:.2f}" for label in missed]
     verdict, colour = ("◐ partly right", PARTLY) if len(missed) < len(truth) else ("✗ wrong", WRONG)
     if set(truth) == set(predicted):
         verdict, colour = "✓ right", RIGHT
-    lowest, highest = min([1, *map(probs.get, predicted)]), max([0, *map(probs.get, missed)])
-    if lowest <= UNCERTAIN[1] or highest >= UNCERTAIN[0]:
+    if any(probs[label] <= 0.6 for label in predicted) or any(probs[label] >= 0.4 for label in missed):
         verdict, colour = f"? {verdict[2:]}, but uncertain", SOFT
     return verdict, colour, "\n".join(plain(line, 32) for line in lines)
 
 
 def samples(rows):
-    """Sample patients: dicts of title, pictures, truth, prediction (labels), probs {label: prob}, aspect."""
+    """Sample patients: dicts of title, pictures, truth, prediction (labels), probs {label: prob}."""
     planes = max(len(row["pictures"]) for row in rows)
     columns = 1 if planes > 2 or len(rows) < 2 else 2
     lines, widths = math.ceil(len(rows) / columns), ([1.6] * planes + [2.5]) * columns
@@ -193,7 +186,7 @@ def samples(rows):
         ax.axis("off")
     for (*places, words), row in zip(axes.reshape(lines * columns, -1), rows, strict=False):
         for ax, picture in zip(places, row["pictures"], strict=False):
-            show(ax, picture, aspect=row.get("aspect"))
+            show(ax, picture)
         verdict, colour, body = sample_words(row)
         head = f"{plain(row['title'], 30)}\n{verdict}"
         words.text(0, 1, head, va="top", fontsize=9, weight="bold", color=colour, linespacing=1.4)
@@ -203,15 +196,14 @@ def samples(rows):
 
 def draw_maps(ax, rows):
     """A line for each of `heatmaps`' rows -> (width, height) in inches, the units of the axes."""
-    flat = min(row.get("aspect") or 1 for row in rows)
-    step, columns = TILE / max(1, flat) + 0.5, 1  # inches: two lines of words over each picture
+    step, columns = TILE + 0.5, 1  # inches: two lines of words over each picture
     for i, row in enumerate(rows):  # all in one axes: a hundred would take seconds
         maps = sorted(row["maps"], key=lambda one: -one[1])
         maps = maps[:3] + [one for one in maps[3:] if one[0] in row["truth"]]
         columns = max(columns, 1 + len(maps))
         for j, (label, prob, cam) in enumerate([(row["title"] or "picture", None, None), *maps]):
             left, top = TILE * j + 0.05, step * i + 0.5
-            show(ax, row["picture"], cam, row.get("aspect"), (left, top, TILE - 0.1))
+            show(ax, row["picture"], cam, (left, top, TILE - 0.1))
             title, look = plain(label, 24), {}
             if prob is not None:
                 title += f"\n{prob:.2f}"
@@ -227,11 +219,10 @@ def draw_maps(ax, rows):
 def heatmaps(rows, random_trunk=False):
     """Pictures with their class-activation maps, a line for each: picture, three strongest labels, true ones.
     rows: dicts {"title", "picture", "maps": [(label, prob, cam (h, w) in 0..1), ...] of all labels, "truth":
-    [label, ...], empty where it is not known; optional "aspect"}. random_trunk: the caption says so."""
+    [label, ...], empty where it is not known}. random_trunk: the caption says so."""
     fig = Figure(layout=ConstrainedLayoutEngine(w_pad=0, h_pad=0.04))
     fig.set_size_inches(draw_maps(fig.add_subplot(), rows))
-    words = "Yellow: what speaks for the label; each map is scaled to its own maximum. "
-    words += "No evidence: nothing in the picture speaks for it."
+    words = "Yellow speaks for the label; each map is scaled to its own maximum. No evidence: nothing does."
     if random_trunk:
         words += " The trunk has random weights: these maps show its accidents, not what it learned."
     caption(fig, words)

@@ -46,8 +46,6 @@ def main(argv=None):
         for label, carried in zip(net.labels, truth.T, strict=True):
             rows = carried.nonzero()[0][: args.per_label].tolist()
             asked += [(row, f"{label}-{part.ids()[row]}") for row in rows]
-            if not rows:
-                print(f"nobody in this part carries {label}")
     else:
         frame, _ = tables.given_rows(net.args.dataset, args.given)
         part, faults = net.open_rows(list(frame["files"]))
@@ -73,8 +71,6 @@ def main(argv=None):
             figures.mark_rendered(figure)
         figures.save(figure, out / file)
     print(f"{len(files)} PNGs in {out}")
-    if others := len(set(out.glob("*.png")) - {out / file for file in files}):
-        print(f"note: {others} other PNG(s) in {out} are not of this call")
 
 
 if __name__ == "__main__":

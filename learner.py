@@ -154,10 +154,9 @@ def build_criterion(args, data, targets, device):
 def build_learner(args, data, precision, device, stored=None):
     """The Learner of a run as it starts (`stored`: last.pt). On rendered data its weights may be random."""
     with engine.together():
-        # All weights of a fine-tuned run that goes on are in last.pt; the file of --weights may be gone.
-        settings = dict(size=eval_size(args), trunk=args.trunk, load=not (stored and args.fine_tune))
-        settings["labels"] = data.labels
-        engine.seed_everything(args.seed)
+        settings = dict(size=eval_size(args), trunk=args.trunk, labels=data.labels)
+        settings["load"] = not (stored and args.fine_tune)  # of which last.pt holds all weights
+        torch.manual_seed(args.seed)
         try:
             model = models.build_model(args.model, len(data.labels), args.weights, **settings)
         except InputError as error:
@@ -165,7 +164,7 @@ def build_learner(args, data, precision, device, stored=None):
                 raise
             print(f"!! RANDOM WEIGHTS: {error}.\n!! On rendered data the run goes on; scores mean nothing.")
             args.weights = "none"
-            engine.seed_everything(args.seed)
+            torch.manual_seed(args.seed)
             model = models.build_model(args.model, len(data.labels), "none", **settings)
         model.to(device)
         if stored:
@@ -220,8 +219,7 @@ def out_of_fold(args, data, learner, epochs):
     fold, found = folds_of(args, part.patients()), np.zeros(part.targets.shape, np.float32)
     for number in engine.progress(range(args.folds), "folds"):
         rest, left = np.flatnonzero(fold != number), np.flatnonzero(fold == number)
-        # A fresh head on the same trunk.
-        engine.seed_everything(args.seed)
+        torch.manual_seed(args.seed)  # of a fresh head on the same trunk
         head, own = copy.deepcopy(learner.model.classifier), copy.copy(learner)
         for layer in head.modules():
             if hasattr(layer, "reset_parameters"):

@@ -210,10 +210,9 @@ def _weigh(tables, weights):
         auc = _auc(tables, weights)
         named = {f"auc_{label}": one for label, one in zip(tables["labels"], auc.T, strict=True)}
         return {**named, "auc": auc.mean(axis=1)}
-    # Of every label (B, L); of one column where the matrix is flattened
     both, predicted, support = (weights @ tables[name] for name in ("both", "predicted", "positive"))
     total = weights.sum(axis=1, keepdims=True) * tables["size"]
-    neither = total - predicted - support + both
+    neither = total - predicted - support + both  # (B, L), or (B, 1) where the matrix is flattened
     matrix = np.stack([neither, predicted - both, support - both, both], axis=-1)
     kappa, auc = _kappa(matrix.reshape(*both.shape, 2, 2)), _auc(tables, weights)
     f1, accuracy = _ratio(2 * both, predicted + support, undefined=0.0), (both + neither) / total

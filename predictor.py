@@ -83,7 +83,8 @@ class Predictor:
         own = checkpoint.home_of(path, self.digest) == path.parent
         name = path.parent.name if own else self.args.name
         mean = f"the mean of {len(self.members)} networks, the first " if len(self.members) > 1 else ""
-        return f"{mean}{name} ({self.args.dataset}, {self.args.model}, {self.precision})"
+        squashed = "pictures squashed into squares, " if self.args.preprocess == "none" else ""
+        return f"{mean}{name} ({self.args.dataset}, {self.args.model}, {squashed}{self.precision})"
 
     def limits(self, threshold=0.5, learned=False):
         """A threshold for each label; None for classes that exclude each other: the strongest wins."""
@@ -134,7 +135,7 @@ class Predictor:
         for name, picture, maps in self.explain(part, row):
             line = {"title": f"{part.table['ID'].iloc[row]} {name}".strip(), "picture": picture}
             line["maps"] = list(zip(self.names, probs.tolist(), maps.values(), strict=True))
-            lines.append({**line, "truth": list(truth), "aspect": part.aspect(row)})
+            lines.append({**line, "truth": list(truth)})
         return lines
 
     def open_rows(self, rows):
@@ -188,8 +189,8 @@ class Predictor:
             frame, many = tables.given_rows(self.args.dataset, given)
             return list(frame["files"]), many
         if len(given) != self.per_row or self.args.dataset == "mrnet":
-            takes = f"{self.per_row} of a patient, or a list; of knees paths alone"
-            raise InputError(f"{len(given)} picture(s) in memory were given; expected {takes}")
+            takes = f"expected {self.per_row} of a patient, or a list; of knees paths alone"
+            raise InputError(f"{len(given)} picture(s) in memory were given; {takes}")
         return [given], False
 
     def heatmap(self, *given):

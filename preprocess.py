@@ -34,7 +34,12 @@ def read_picture(path, side=0):
     # FF D9 does not occur inside a scan: no end marker after the last scan began means that it is missing.
     repaired = data.startswith(b"\xff\xd8") and data.find(SOS, max(data.rfind(EOI), 0)) >= 0
     with reading(path, "a picture"):
-        return to_rgb(decode(repair(data) if repaired else data, side)), repaired
+        if repaired:
+            data = data.rstrip(b"\xff")  # half an end marker
+            never_written = data.endswith(b"\0\0")  # as in a broken download
+            if never_written or lacks_more(data):
+                raise ValueError("a truncated JPEG: its end is missing. Copy or download it again")
+        return to_rgb(decode(data + EOI if repaired else data, side)), repaired
 
 
 def decode(data, side=0):
@@ -55,34 +60,19 @@ def decode(data, side=0):
     return image
 
 
-def repair(data):
-    """A JPEG without end marker -> the whole JPEG. Raises ValueError where more is missing."""
-    data = data.rstrip(b"\xff")  # half an end marker
-    never_written = data.endswith(b"\0\0")  # as in a broken download
-    if never_written or depends_on_filler(data) or not holds_all_scans(data):
-        raise ValueError("a truncated JPEG: its end is missing. Copy or download it again")
-    return data + EOI
-
-
-def depends_on_filler(data):
-    """Whether what follows a JPEG without its end is decoded as picture: then its last scan is cut short."""
-    # The last restart marker, FF D0 to FF D7; where there is none, data[0], FF, stands for FF D7.
-    last = max(data.rfind(bytes([0xFF, 0xD0 + n])) for n in range(8))
-    restarts = [bytes([0xFF, 0xD0 + (data[last + 1] + n) % 8]) for n in range(1, 17)]  # the markers due next
+def lacks_more(data):
+    """Whether a JPEG without its end marker lacks more: a part of its last scan, or whole scans."""
+    # What follows a scan that is cut short is decoded as picture, after the restart markers due next.
+    last = max(data.rfind(bytes([0xFF, 0xD0 + n])) for n in range(8))  # -1 of none: data[0] is as FF D7
+    restarts = [bytes([0xFF, 0xD0 + (data[last + 1] + n) % 8]) for n in range(1, 17)]
     fillers = (b"", b"\x55" * 512, b"\xaa" * 512)  # the last two differ in every bit
     endings = [filler + b"".join(marker + filler for marker in restarts) + EOI for filler in fillers]
-    return len({decode(data + ending).tobytes() for ending in endings}) > 1
-
-
-def holds_all_scans(data):
-    """Whether the scans bring all 64 coefficients of each component in full precision (progressive: ten)."""
+    # Whole: 64 coefficients of each component came in full precision (progressive: by ten scans).
     frame = data[max(data.rfind(bytes([0xFF, kind])) for kind in (0xC0, 0xC1, 0xC2)) :]
-    brought = 0
-    for scan in re.finditer(rb"\xff\xda..(.)", frame, re.DOTALL):
-        first, last, precision = frame[scan.end() + 2 * scan[1][0] :][:3]
-        if precision & 15 == 0:  # no bit is left for a later scan
-            brought += scan[1][0] * (last - first + 1)
-    return brought == 64 * frame[9]
+    scans = [(scan.end(), scan[1][0]) for scan in re.finditer(rb"\xff\xda..(.)", frame, re.DOTALL)]
+    rules = [(count, *frame[place + 2 * count :][:3]) for place, count in scans]
+    brought = [count * (end + 1 - start) for count, start, end, bits in rules if bits & 15 == 0]
+    return len({decode(data + ending).tobytes() for ending in endings}) > 1 or sum(brought) != 64 * frame[9]
 
 
 def to_rgb(image):
@@ -108,7 +98,7 @@ class FOVExtraction:
         pixels = np.asarray(image)
         bright = np.asarray(Image.fromarray(pixels).convert("L")) > self.threshold
         if not bright.any():
-            raise InputError(f"wholly black: no pixel is brighter than {self.threshold}. Leave it out.")
+            raise ValueError(f"wholly black: no pixel is brighter than {self.threshold}. Leave it out")
         pixels = pixels[np.ix_(bright.any(1), bright.any(0))]
         return Image.fromarray(pixels) if isinstance(image, Image.Image) else pixels
 
@@ -126,7 +116,7 @@ class CircleCrop:
 
 
 def prepare(image, kind, size):
-    """PIL RGB image -> uint8 array (size, size, 3). Raises InputError for a wholly black picture ("fov").
+    """PIL RGB image -> uint8 array (size, size, 3). Raises ValueError for a wholly black picture ("fov").
     "fov": field of view, circle, field of view, squash to a square; "none": squash; "centre": the centre."""
     if kind not in KINDS:
         raise InputError(f"preprocessing {kind!r} is unknown; choose one of {', '.join(KINDS)}.")
@@ -140,10 +130,8 @@ def prepare(image, kind, size):
 def load_picture(path, kind, size):
     """A file -> (uint8 array (size, size, 3), repaired). Raises what `read_picture` and `prepare` raise."""
     image, repaired = read_picture(path, side=size)
-    try:
+    with reading(path, "a picture"):
         return prepare(image, kind, size), repaired
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from error
 
 
 def default_workers():

@@ -11,7 +11,6 @@ from importlib import metadata
 from pathlib import Path
 
 import pandas as pd
-import torch
 
 import checkpoint
 import engine
@@ -52,8 +51,7 @@ def open_run(args, stored, data, learner):
         if stored["digest"] != data.facts["digest"]:
             raise InputError(f"the data in {data.facts['root']} are not those of {folder}: give these")
         learning.restore(args, stored, learner, folder)
-    # The file of --weights may be another by now, or gone.
-    data.facts |= {name: stored[name] for name in ("duplicates", "notes")}
+    data.facts |= {name: stored[name] for name in ("duplicates", "notes")}  # --weights may be gone by now
     state = {name: stored[name] for name in (*NEW_STATE, "digest", "duplicates", "notes", "seen")}
     return folder, state, stored["lock"]
 
@@ -74,7 +72,7 @@ class RunRecords:
     def __init__(self, folder, args, data, learner, state):
         self.folder, self.args, self.data, self.learner, self.state = folder, args, data, learner, state
         self.task = {name: getattr(data, name) for name in ("labels", "task", "family", "ordered")}
-        self.due = {}  # name of a checkpoint -> when it is to be written again
+        self.due = 0.0  # when checkpoints are written again
         self.saved_best = self.best_digest = None  # what best.pt holds, and its digest
         remove_leftovers(folder)
         rows = [(name, part) for part, names in data.rows.items() for name in names]
@@ -89,8 +87,8 @@ class RunRecords:
         with contextlib.suppress(OSError):  # git may not be there
             asked = dict(cwd=Path(__file__).parent, capture_output=True, text=True)
             commit = subprocess.run(git, **asked).stdout.strip()
-        versions = {name: metadata.version(name) for name in ("numpy", "torchvision")}
-        versions |= {"torch": torch.__version__, "python": platform.python_version()}
+        versions = {name: metadata.version(name) for name in ("numpy", "torch", "torchvision")}
+        versions["python"] = platform.python_version()
         self.about = {"args": vars(args), "command": " ; ".join(filter(None, commands)), **self.task}
         self.about |= {"commit": commit or "unknown", "versions": versions, "precision": learner.precision}
         self.about |= {"device": checkpoint.describe_machine(learner.device), "processes": engine.world()}
@@ -113,14 +111,10 @@ class RunRecords:
         for row in state["history"]:
             self.log(row)
 
-    def save(self, name, **state):
-        began = time.perf_counter()
-        checkpoint.save_checkpoint(self.folder / f"{name}.pt", name, **state)
-        self.due[name] = time.perf_counter() + SHARE * (time.perf_counter() - began)
-
     def save_last(self):
         """last.pt: everything that the next epoch needs, the best network so far included."""
-        self.save("last", args=vars(self.args), **self.learner.state(), **self.state)
+        state = dict(args=vars(self.args), **self.learner.state(), **self.state)
+        checkpoint.save_checkpoint(self.folder / "last.pt", "last", **state)
         self.saved_epoch = self.state["epoch"]
 
     def save_best(self):
@@ -132,7 +126,8 @@ class RunRecords:
         about["data"] = known | {"root": str(Path(facts["root"]).resolve())}
         about |= {"args": vars(self.args), "prior": data.prior(), "rows": data.rows}
         digest = checkpoint.network_digest(weights, best["thresholds"])
-        self.save("best", model=weights, digest=digest, seen=self.state["seen"], **about)
+        about |= {"model": weights, "digest": digest, "seen": self.state["seen"]}
+        checkpoint.save_checkpoint(self.folder / "best.pt", "best", **about)
         self.saved_best, self.best_digest = best, digest
 
     def log(self, row):
@@ -151,10 +146,11 @@ class RunRecords:
         print(f"{line}  *" if kept else line)
         self.log(row)
         # The best network is in last.pt too, so either file may be some epochs late.
-        if self.state["best"] is not self.saved_best and time.perf_counter() > self.due.get("best", 0):
-            self.save_best()
-        if time.perf_counter() > self.due["last"]:
+        if (began := time.perf_counter()) > self.due:
+            if self.state["best"] is not self.saved_best:
+                self.save_best()
             self.save_last()
+            self.due = time.perf_counter() + SHARE * (time.perf_counter() - began)
 
     def interrupted(self):
         """Bring best.pt and run.json up to date: last.pt holds the last whole epoch that was written."""

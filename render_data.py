@@ -2,14 +2,11 @@
 
     python render_data.py data/rendered/odir --dataset odir --patients 120 --size 256
 
-writes the data set's own layout and the marker rendered.json. The same flags give the same bytes."""
+writes the data set's own layout and the marker rendered.json. The same flags give the same pictures."""
 
-import io
 import json
-import re
 import shutil
 import sys
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -28,8 +25,7 @@ KEYWORDS |= {"C": ["cataract"], "H": ["hypertensive retinopathy"], "M": ["pathol
 RETINA = {"normal": "N", "diabetic retinopathy": "D", "glaucoma": "G"}  # column -> sign
 RETINA |= {"age-related macular degeneration": "A", "cataract": "C", "hypertension": "H", "myopia": "M"}
 RETINA_SHARES = dict(zip(RETINA, (0.30, 0.24, 0.24, 0.055, 0.055, 0.055, 0.055), strict=True))
-GRADE_SHARES = {0: 0.36, 1: 0.16, 2: 0.2, 3: 0.14, 4: 0.14}
-# abnormal, acl, meniscus
+GRADE_SHARES = {0: 0.36, 1: 0.16, 2: 0.2, 3: 0.14, 4: 0.14}  # below: (abnormal, acl, meniscus)
 KNEE_SHARES = {(0, 0, 0): 0.3, (1, 0, 0): 0.2, (1, 1, 0): 0.17, (1, 0, 1): 0.2, (1, 1, 1): 0.13}
 
 
@@ -194,12 +190,7 @@ def odir_layout(out, n, rng):
         rows.append([patient, age, sex, *files, *words, *(int(one in (signs or "N")) for one in ODIR_SHARES)])
     columns = ["ID", "Patient Age", "Patient Sex", "Left-Fundus", "Right-Fundus"]
     columns += ["Left-Diagnostic Keywords", "Right-Diagnostic Keywords", *ODIR_SHARES]
-    buffer = io.BytesIO()
-    pd.DataFrame(rows, columns=columns).to_excel(buffer, index=False)  # below its dates are set to one day
-    with zipfile.ZipFile(buffer) as stamped, zipfile.ZipFile(out / "annotations.xlsx", "w") as target:
-        for name in stamped.namelist():
-            content = re.sub(rb"\d{4}-\d\d-\d\dT[\d:]+Z", b"2000-01-01T00:00:00Z", stamped.read(name))
-            target.writestr(zipfile.ZipInfo(name), content, zipfile.ZIP_DEFLATED)
+    pd.DataFrame(rows, columns=columns).to_excel(out / "annotations.xlsx", index=False)
 
 
 def aptos_layout(out, n, rng):
@@ -285,7 +276,7 @@ def get_args_parser():
     parser.add_argument("--dataset", choices=LAYOUTS, required=True, help="whose layout")
     parser.add_argument("--patients", type=int, default=120, help="or exams, or pictures (aptos, retina)")
     parser.add_argument("--size", type=int, default=256, help="side of a photograph, pixels; knees have 256")
-    parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same bytes")
+    parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same pictures")
     return parser
 
 

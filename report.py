@@ -4,9 +4,8 @@
     python report.py --compare runs/odir-03 runs/odir-11
 
 A run belongs to the experiment whose line in run_all.sh it ran, whatever its folder is called. What differs
-from that line, what is stale, damaged or rendered is named. --compare prints the flags in which two runs
-differ, every score's paired difference with its 95 % interval and the ten rows they disagree on most, and
-writes runs/compare.html with their curves and photographs."""
+from that line, what is stale, damaged or rendered is named. --compare prints in which flags two runs differ,
+paired differences with 95 % intervals and the ten rows they disagree on most, and writes compare.html."""
 
 import base64
 import json
@@ -68,8 +67,7 @@ def make_rows(published, lines, runs):
         entries.setdefault(run["experiment"], blank | own)
     for name, entry in entries.items():
         members = [run for run in runs if run["experiment"] == name]
-        # Rendered runs count where there is no real one.
-        members = [run for run in members if run["data"] != "rendered"] or members
+        members = [run for run in members if run["data"] != "rendered"] or members  # rendered if alone
         alike = {}
         for run in sorted(members, key=lambda run: bool(run["differs"])):
             alike.setdefault(tuple(run["differs"]), []).append(run)
@@ -125,9 +123,8 @@ def make_row(entry, runs):
     if done and (entry["study"], entry["kind"]) == ("aptos", "published"):
         if first["part"] != "test":
             first["problems"].append("the scores are of its validation part, the published of a test part")
-        if "".join(first["info"].get("labels", "01234")) != "01234":  # class folders may have any
-            found = ", ".join(first["info"]["labels"])
-            first["problems"].append(f"its classes are {found}, the published ones the grades 0 to 4")
+        if "".join(found := first["info"].get("labels", "01234")) != "01234":  # class folders may have any
+            first["problems"].append(f"its classes are {', '.join(found)}, the published ones 0 to 4")
     if done and row["data"] == "rendered":
         row["status"] = "rendered"
     elif done and row["differs"]:
@@ -254,7 +251,6 @@ def print_comparison(first, second):
     for run in (first, second):
         for problem in run["problems"] + run["notes"] + run["changes"]:
             print(f"    ! {run['name']}: {problem}")
-    for run in (first, second):
         if run["truth"] is None:
             print(f"no scores are compared: {run['name']} has no sound answers of its best network (test.py)")
             return []

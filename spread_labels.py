@@ -4,8 +4,7 @@
 
 takes the outputs of the last dense layer for the run's TRAINING pictures and for those in test/, standardises
 them and runs scikit-learn's LabelSpreading (Zhou et al. 2004). Writes pseudo_labels.csv (filename, label,
-confidence) into the run's folder, for `train.py --pseudo-labels`. Validation and test patients take no part.
-"""
+confidence) into the run's folder, for `train.py --pseudo-labels`. Held-out patients take no part."""
 
 import sys
 from pathlib import Path
@@ -56,9 +55,8 @@ def training_rows(net, root):
     frame, split = tables.read("retina", root, net.labels).frame, net.saved["rows"]
     wanted = set(split["train"]) - set(split["val"]) - set(split["test"])
     frame = frame[frame["ID"].astype(str).isin(wanted)].reset_index(drop=True)
-    if frame.empty or len(frame) < len(wanted) and not net.args.pseudo_labels:
-        gone = f"{len(wanted) - len(frame)} of the run's {len(wanted)} training pictures are gone"
-        raise InputError(f"{gone} from this data set: restore them")
+    if (gone := len(wanted) - len(frame)) and (frame.empty or not net.args.pseudo_labels):
+        raise InputError(f"{gone} of the run's {len(wanted)} training pictures are gone: restore them")
     return frame
 
 

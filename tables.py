@@ -126,19 +126,24 @@ def not_read(path, other):
     return [f"{other} is not read: {path.name} lies beside it"] if path.exists() and other.exists() else []
 
 
-def check_planes(files):
-    """InputError where three planes are, by their names, in another order or of different exams."""
-    folders, stems = [Path(file).parent.name for file in files], [Path(file).stem for file in files]
-    for planes, exams in ((folders, stems), (stems, folders)):  # axial/7.npy or 7/axial.npy
-        if sorted(planes) == PLANES != planes:
-            raise InputError(f"{' '.join(files)}: by their names in another order than {' '.join(PLANES)}")
-        if planes == PLANES != exams and len(set(exams)) > 1:
-            raise InputError(f"{' '.join(files)}: by their names planes of different exams")
-
-
 def of_two_patients(names):
     """Whether pictures are, by their names, of different patients: 1_left.jpg and 2_right.jpg."""
     return all(map(SIDE.search, plain_names(names))) and len(set(patients_of(names))) > 1
+
+
+def check_order(rows):
+    """Of {where: files}: InputError where names tell another order or two exams; a note of two patients."""
+    for where, files in rows.items():
+        folders, stems = [Path(file).parent.name for file in files], [Path(file).stem for file in files]
+        for planes, exams in ((folders, stems), (stems, folders)):  # axial/7.npy or 7/axial.npy
+            if sorted(planes) == PLANES != planes:
+                raise InputError(f"{where}: by their names in another order than {' '.join(PLANES)}")
+            if planes == PLANES != exams and len(set(exams)) > 1:
+                raise InputError(f"{where}: by their names planes of different exams")
+        if SWAPPED.search("\n".join(plain_names(files))):
+            raise InputError(f"{where}: by their names a right eye, then a left one. Give LEFT RIGHT")
+    if mixed := [where for where, files in rows.items() if of_two_patients(files)]:
+        print(f"note: by their names eyes of two patients in {len(mixed)} row(s), first {mixed[0]}")
 
 
 def read_sheet(path, columns=(), header=0, dtype=None):
@@ -146,10 +151,7 @@ def read_sheet(path, columns=(), header=0, dtype=None):
     # An error instead of a warning: a row with more fields than names.
     with reading(path, "a table"), warnings.catch_warnings(action="error", category=pd.errors.ParserWarning):
         if Path(path).suffix.lower() == ".xlsx":
-            with pd.ExcelFile(path) as book:
-                sheet, name = pd.read_excel(book, header=header, dtype=dtype), book.sheet_names[0]
-                if len(book.sheet_names) > 1:
-                    print(f"note: of {path} the first sheet alone is read, {name}")
+            sheet = pd.read_excel(path, header=header, dtype=dtype)  # of several sheets the first
         else:  # blank lines are kept, so that row numbers stay those of the file
             sheet = pd.read_csv(path, header=header, dtype=dtype, skip_blank_lines=False, index_col=False)
     filled = np.flatnonzero(sheet.notna().any(axis=1))
@@ -271,9 +273,6 @@ def read_image_folder(root):
     ordered = graded and max(grades) - min(grades) == len(grades) - 1
     if not ordered:
         notes.append(f"the classes {', '.join(classes)} are no row of grades: there is no quadratic kappa")
-    columns = {"ID", "predicted", "network", "trained_on"}  # of the sheets of results
-    if taken := columns.intersection(classes):
-        raise InputError(f"{root / 'train'}: no class may be called {', '.join(taken)}. Rename the folder")
     for file in sorted(file for part in PARTS for file in (root / part).glob("*/*")):
         part, name = file.parts[-3:-1]
         if name not in classes:
@@ -288,9 +287,6 @@ def read_image_folder(root):
     if ignored:
         notes.append(f"{ignored} file(s) are ignored: no {' '.join(SUFFIXES)} straight in a class's folder")
     names, target, parts = (pd.Series(values) for values in zip(*rows, strict=True))
-    stems = [Path(name).stem for name in names if not SIDE.search(Path(name).stem)]
-    if shared := len(stems) - len(set(stems)):
-        notes.append(f"{shared} picture(s) have the file name of another one: these count as one patient")
     return Table(picture_frame(root, names, root, target, parts), classes, notes, ordered)
 
 
@@ -358,13 +354,8 @@ def read_mrnet(root, labels):
 
 
 READERS = {"odir": read_odir, "aptos": read_aptos, "dr": read_dr, "retina": read_retina, "mrnet": read_mrnet}
-
-
-GIVEN = {
-    "odir": "eye pairs: LEFT RIGHT, a folder of <id>_left.* and <id>_right.*, or a CSV",
-    "mrnet": "knees: an exam's folder of axial.npy, coronal.npy and sagittal.npy, these files in this order, "
-    "a folder of the folders axial/, coronal/ and sagittal/, or a CSV",
-}
+GIVEN = {"odir": "eye pairs: LEFT RIGHT, a folder of <id>_left.* and <id>_right.*, or a CSV"}
+GIVEN["mrnet"] = "knees: axial.npy coronal.npy sagittal.npy, the folder of these, of such folders, or a CSV"
 
 
 def given_rows(name, given):
@@ -384,14 +375,10 @@ def given_rows(name, given):
     number = {"odir": 2, "mrnet": 3}.get(name, len(paths))
     if len(paths) != number or len(set(paths)) != number or any(path.is_dir() for path in paths):
         raise InputError(f"{shown}: this network takes {wanted}; no file twice")
-    if name == "odir" and SWAPPED.search("\n".join(plain_names(map(str, paths)))):
-        raise InputError(f"{shown}: by their names a right eye, then a left one. Give LEFT RIGHT")
-    if name == "odir" and of_two_patients(list(map(str, paths))):
-        print(f"note: by their names {shown} are eyes of two patients")
     files = [tuple(map(str, paths))]
-    if name == "mrnet":
-        check_planes(files[0])
-    if name not in GIVEN:
+    if name in GIVEN:
+        check_order({shown: files[0]})
+    else:
         ids, files = [path.name for path in paths], [(str(path),) for path in paths]
         if len(set(ids)) < len(ids):
             ids = list(map(str, paths))
@@ -431,16 +418,10 @@ def rows_of_sheet(name, path):
     check_columns(path, sheet, wanted)
     columns = [check_names(path, sheet[column], column, unique=False, inside=False) for column in wanted]
     ids = check_names(path, sheet["ID"] if "ID" in sheet.columns else columns[0], "ID", inside=False)
-    if name == "odir":
-        pairs = pd.Series(["\n".join(plain_names(pair)) for pair in zip(*columns, strict=True)], ids.index)
-        swapped = pairs.str.contains(SWAPPED)
-        check_rows(path, swapped, "a right eye as LEFT and a left one as RIGHT, by their names,")
-        if mixed := sum(map(of_two_patients, zip(*columns, strict=True))):
-            print(f"note: by their names {mixed} row(s) of {path} hold eyes of two patients")
-        if (folder / "images").is_dir() and not any((folder / file).exists() for file in columns[0]):
+    if name == "odir" and (folder / "images").is_dir():
+        if not any((folder / file).exists() for file in columns[0]):
             folder = folder / "images"
     files = [tuple(str(folder / file) for file in row) for row in zip(*columns, strict=True)]
-    if name == "mrnet":
-        for row in files:
-            check_planes(row)
+    if name in GIVEN:
+        check_order({f"{path}, sheet row {row}": pair for row, pair in zip(ids.index, files, strict=True)})
     return pd.DataFrame({"ID": ids.to_numpy(), "files": files})

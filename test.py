@@ -3,9 +3,8 @@
     python test.py --ckpt best.pt
 
 prints scikit-learn's classification report and every score with its 95 % bootstrap interval over patients.
-Writes them, probs.xlsx, ground_truth.xlsx and five pictures into the run's folder (of ODIR submission.csv and
-submission-learned.csv too, in which 0.5 means the learned thresholds). Another part, threshold or data set
-gets a folder of its own there. Several checkpoints: their mean."""
+Writes these, probs.xlsx, ground_truth.xlsx, five pictures and, of ODIR, submission.csv (-learned: 0.5 is the
+learned threshold) into the run's folder; another part, threshold or data set gets a folder of its own."""
 
 import sys
 
@@ -100,9 +99,8 @@ def report_scores(part, probs, net, args):
     result["undefined"] = list(dict.fromkeys(result["undefined"]))
     if net.task == "multilabel":
         asked, rules = ("each label", truth, probs), {"threshold": args.threshold}
-        found = {"labels": metrics.scores(*asked, **rules)}
-        found["label_intervals"] = metrics.bootstrap_intervals(*asked, **resampled, **rules)
-        for name, values in found.items():
+        intervals = metrics.bootstrap_intervals(*asked, **resampled, **rules)
+        for name, values in (("labels", metrics.scores(*asked, **rules)), ("label_intervals", intervals)):
             result[name] = {key: dict(zip(net.labels, values[key], strict=True)) for key in ("f1", "auc")}
     result["calibration_error"] = metrics.expected_calibration_error(truth, probs)
     return result
@@ -123,21 +121,13 @@ def print_scores(result):
     print(f"expected calibration error {result['calibration_error']:.4f}")
 
 
-def classification_text(part, chosen, net):
-    """scikit-learn's report of what is predicted, `chosen` (n, K)."""
-    predicted = chosen.argmax(1) if net.task == "multiclass" else chosen.astype(int)
-    numbers = range(len(net.labels)) if len(net.labels) > 1 else [1]  # it takes one column for two classes
-    rules = dict(labels=numbers, target_names=net.names, digits=4, zero_division=0)
-    return classification_report(part.targets.astype(int), predicted, **rules)
-
-
 def draw_all(part, probs, chosen, net, threshold):
     """{file name: figure}; samples and heat maps are of the first row that carries each label."""
     truth, names = net.truth(part), np.array(net.names)
     rows = list(dict.fromkeys(int(column.argmax()) for column in truth.T if column.any())) or [0]
     samples, lines = [], []
     for row in rows:
-        sample = {"title": part.ids()[row], "pictures": part.shown(row), "aspect": part.aspect(row)}
+        sample = {"title": part.ids()[row], "pictures": part.shown(row)}
         sample |= {"truth": names[truth[row]].tolist(), "prediction": names[chosen[row]].tolist()}
         samples.append({**sample, "probs": dict(zip(net.names, probs[row].tolist(), strict=True))})
     asked = part.targets, probs, net.names, net.task
@@ -181,18 +171,8 @@ def main(argv=None):
     limits = net.limits(args.threshold)
     if args.resamples < 1:
         raise InputError(f"--resamples {args.resamples}: expected 1 or more")
-    if args.out and (args.out / "run.json").exists():  # whose own results would be lost
-        raise InputError(f"--out {args.out} is a run's folder: give no --out, or another folder")
     part, facts, loss, probs = evaluate(args, net)
     out = output_folder(args, net, facts)
-    # Training never opens a test part: what is known of its pictures is what the last test saw.
-    last, replaced = checkpoint.run_facts(out, "test_scores.json"), 0
-    if last.get("data", {}).get("root") == facts["root"]:
-        seen = last["data"].get("contents") or {}
-        replaced = sum(seen.get(name, content) != content for name, content in facts["contents"].items())
-        replaced = max(replaced, last.get("replaced", 0))  # testing again does not take it back
-    if replaced:
-        facts["notes"].append(f"{replaced} row(s) had other pictures in an earlier test")
     patients, duplicates = len(set(part.patients())), facts["duplicates"]
     mark = " (RENDERED)" if facts["rendered"] else ""
     about = f"{net.title()}, {facts['where']}{mark}: {len(part)} rows, {patients} patients"
@@ -213,13 +193,15 @@ def main(argv=None):
     result["data"] = {name: facts[name] for name in ("root", "own", "digest", "contents", "rendered")}
     result |= {name: getattr(args, name) for name in ("split", "threshold", "tta", "resamples")}
     result |= {"rows": len(part), "expected_rows": part.expected, "patients": patients}
-    result |= {"duplicates": duplicates, "replaced": replaced, "precision": net.precision}
-    result["weights"] = net.args.weights
+    result |= {"duplicates": duplicates, "precision": net.precision, "weights": net.args.weights}
     result["loss"] = loss if len(net.members) == 1 and not args.tta else None
     result["thresholds"] = dict(zip(net.labels, net.thresholds, strict=True)) if net.thresholds else None
     result |= report_scores(part, probs, net, args)
     chosen = net.chosen(probs, limits)
-    text = classification_text(part, chosen, net)
+    predicted = chosen.argmax(1) if net.task == "multiclass" else chosen.astype(int)
+    numbers = range(len(net.labels)) if len(net.labels) > 1 else [1]  # it takes one column for two classes
+    rules = dict(labels=numbers, target_names=net.names, digits=4, zero_division=0)
+    text = classification_report(part.targets.astype(int), predicted, **rules)
     print(text)
     print_scores(result)
 

@@ -104,9 +104,6 @@ def main(argv=None):
         if (folder / "last.pt").exists():
             stop.go_on = shlex.join(["python", "train.py", "--resume", str(folder)])
         raise
-    finally:
-        if lock:
-            lock.release()
 
 
 if __name__ == "__main__":

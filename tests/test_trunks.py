@@ -256,9 +256,9 @@ def test_resnet50_without_weights_names_the_way_out(empty_cache):
             build_model("v0", 8, weights)
         assert f"--weights {weights}" in str(caught.value) and str(folder) in str(caught.value)
     assert asked == ["resnet50-11ad3fa6.pth", "resnet50-11ad3fa6.pth", "resnet50-0676ba61.pth"]
-    with pytest.raises(InputError, match="expected none, imagenet, IMAGENET1K_V1, IMAGENET1K_V2 or a file"):
+    with pytest.raises(InputError, match="expected a file, none, imagenet, IMAGENET1K_V1, IMAGENET1K_V2"):
         build_model("v0", 8, "IMAGENET1K_V3")
-    with pytest.raises(InputError, match="expected none, imagenet or a file"):
+    with pytest.raises(InputError, match="expected a file, none, imagenet"):
         build_model("v0", 8, "IMAGENET1K_V1", 64, LITE0)
 
 
