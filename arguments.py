@@ -34,29 +34,28 @@ SCHEDULES = {
 }
 OPTIMIZERS = {"sgd": dict(momentum=0.9), "adam": {}, "adamw": {}}
 EYE_MODELS = ("v0", "v1", "v2", "v3")
-# Where one of these is another after a resume, the schedule is as if it had been so from the start.
+# If a resume changes one of these, the schedule is as if it had been so from the start.
 SCHEDULE_FLAGS = ("lr", "momentum", "weight_decay", "schedule_epochs", "gamma", "max_lr", "warmup_epochs")
 MACHINE = ("device", "precision", "workers", "compile", "deterministic", "feature_cache", "cache")
-# A resumed run keeps all others: they decide shapes, the rows, or what the optimiser and the schedule hold.
+# A resumed run keeps all others: most decide shapes, rows, or what optimiser and schedule hold.
 RESUMABLE = {*SCHEDULE_FLAGS, *MACHINE, *"resume epochs patience folds data missing duplicates".split()}
 WHERE = [*MACHINE, "seed", "name", "resume", "runs", "data"]  # all else is equal in one experiment's runs
 LEAST = dict(size=16, batch=1, epochs=1, patience=1, freeze_epochs=0, views=0, seed=0, split_seed=0, lr=1e-12)
 LEAST |= dict(max_lr=1e-12, weight_decay=0, momentum=0, min_confidence=0, schedule_epochs=1, workers=0)
 LEAST |= dict(warmup_epochs=0, trunk_lr=0, ema=0, folds=0, weight_power=0, calibration_fraction=0, gamma=1e-6)
-# Pixels a side: no fundus camera's picture is larger than 4096.
 MOST = dict(momentum=1, min_confidence=1, ema=0.99999, calibration_fraction=0.5, gamma=0.999999, size=4096)
 
 
 def add_machine_flags(add, precision=None):
     """Flags of every script with a network, by its parser's `add_argument`; `precision`: the default."""
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="where it runs")
-    text = "auto: the fastest native one" if precision else "default: as the run was asked to"
+    text = "auto: the fastest native one" if precision else "default: what the run was asked to use"
     add("--precision", choices=["auto", "fp32", "bf16", "fp16"], default=precision, help=text)
-    add("--workers", type=int, help="processes that read pictures (default: all cores)")
+    add("--workers", type=int, help="processes that read pictures (default: all cores, at most 16)")
 
 
 def add_checkpoint_flags(parser, out):
-    """Flags of what a trained network is asked about a data set; `out`: what goes into --out."""
+    """Flags of scripts that ask a trained network about a data set; `out`: what goes into --out."""
     add = parser.add_argument
     add("--data", help="another folder of the same layout (default: the one that was trained on)")
     add("--missing", choices=["stop", "drop"], help="rows without a picture (default: as in the run)")
@@ -72,7 +71,7 @@ def get_args_parser(dataset="odir", description=None):
     add("--dataset", choices=PUBLISHED, default="odir", help="data set; sets the published defaults below")
     add("--data", help="its folder (default: data/<dataset>, else rendered stand-ins)")
     add("--missing", choices=["stop", "drop"], default="stop", help="missing pictures: stop, or drop the row")
-    add("--duplicates", choices=["stop", "keep"], default="stop", help="validation pictures trained on too")
+    add("--duplicates", choices=["stop", "keep"], default="stop", help="pictures in training and validation")
     add("--labels", nargs="+", help="retina, mrnet: which labels (default: the study's)")
     add("--val-fraction", type=float, help="validation patients (published: 0.2; aptos 733/3662)")
     add("--test-fraction", type=float, help="patients kept away (published: 0; aptos 583/3662)")
@@ -101,7 +100,7 @@ def get_args_parser(dataset="odir", description=None):
     add("--optimizer", choices=OPTIMIZERS, default="sgd", help="(write-up)")
     add("--lr", type=float, default=0.05, help="learning rate (experiment 3); cyclic: lower end")
     add("--trunk-lr", type=float, default=1.0, help="of --fine-tune: the trunk's share of --lr")
-    add("--momentum", type=float, help="of sgd (write-up: 0.9)")
+    add("--momentum", type=float, help="of sgd (write-up: 0.9); --scheduler cyclic moves it, 0.8 to 0.9")
     add("--weight-decay", type=float, default=0.0, help="(write-up: none)")
     add("--scheduler", choices=SCHEDULES, default="linear", help="steps by epoch; cosine: by batch")
     add("--schedule-epochs", type=int, help="linear: over 50; cyclic: up in 10; step: 1; plateau: wait 3")
@@ -110,7 +109,7 @@ def get_args_parser(dataset="odir", description=None):
     add("--warmup-epochs", type=float, help="cosine: the rate rises this long (default: 1)")
     add("--batch", type=int, default=32, help="rows of one step, all processes (write-up)")
     add("--epochs", type=int, default=100, help="at most (write-up)")
-    add("--patience", type=int, default=20, help="epochs without a lower validation loss (write-up)")
+    add("--patience", type=int, default=20, help="epochs without a lower validation loss; not of --keep last")
     add("--keep", choices=["best", "last"], default="best", help="best: lowest validation loss (write-up)")
     add("--ema", type=float, default=0.0, help="decay of averaged weights, validated and kept; 0: none")
     add("--loss", choices=["bce", "asymmetric"], default="bce", help="of several labels (write-up: bce)")
@@ -130,7 +129,7 @@ def get_args_parser(dataset="odir", description=None):
     add = parser.add_argument_group("run").add_argument
     add("--runs", default="runs", help="folder of the run folders")
     add("--name", help="of the run folder (default: a number)")
-    add("--resume", metavar="RUN", help="go on with runs/<name>; --epochs, --lr and such may be other")
+    add("--resume", metavar="RUN", help="go on with runs/<name>; --epochs, --lr and such may change")
     add("--seed", type=int, default=42, help="of weights, order, dropout, views (write-up)")
     parser.set_defaults(**PUBLISHED[dataset])
     return parser
@@ -157,14 +156,14 @@ def get_args(argv=None, description=None):
         if getattr(args, name) is None:
             setattr(args, name, value)
     if args.bn is None:
-        published = args.trunk == "resnet50" and not args.model.startswith("efficientnet-lite0")
-        frozen = "fitted" if published else "pretrained"  # of other trunks better (docs/results.md)
+        published = (args.trunk if args.model in EYE_MODELS else args.model) == "resnet50"
+        frozen = "fitted" if published else "pretrained"  # better for other trunks (docs/results.md)
         args.bn = "batch" if args.fine_tune else frozen
     return args, state
 
 
 def compare_with_stored(args, state):
-    """Refuse what a resumed run keeps; what changes its schedule is told in run.json, and by the report."""
+    """Refuse to change what a resumed run keeps; a changed schedule is told in run.json and the report."""
     stored = state["args"]
     changed = [name for name in vars(args) if getattr(args, name) != stored.get(name, getattr(args, name))]
     if refused := [name for name in changed if name not in RESUMABLE]:
@@ -229,7 +228,7 @@ def check_args(args):
     if args.sampler == "weighted" and not one_class:
         raise InputError(f"--sampler weighted needs one class a picture; for {args.dataset} use balanced")
     if args.weighted_loss and args.loss == "asymmetric" or args.weight_power != 1 and not args.weighted_loss:
-        raise InputError("--weighted-loss: not with --loss asymmetric, which weighs; --weight-power needs it")
+        raise InputError("--weighted-loss: --weight-power needs it; not with --loss asymmetric, which weighs")
 
 
 def experiments():

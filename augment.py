@@ -135,7 +135,7 @@ def prepare_volumes(volumes, lengths, uniforms, recipe):
         exams = [plane[:0].float()]  # a rank may have none
         for number, slices in enumerate(plane.float().split(counts)):
             low, high = slices.amin(), slices.amax()
-            slices = (slices - low).mul_(255 / (high - low).clamp_min(1))  # of integers: below 1 is none
+            slices = (slices - low).mul_(255 / (high - low).clamp_min(1))  # whole numbers: below 1 is 0
             if matrices is not None:
                 slices = resample(slices[None], matrices[number, None], slices.shape[-1])[0]
             exams.append(slices)

@@ -1,8 +1,8 @@
-"""What a run costs, against the plain loop that people write first: both sides in one process, in turn.
+"""What a run costs, against the plain loop that people write first, the two sides in turn.
 
     python benchmark.py extraction sampler
 
-prints what each side does in a second, the median ratio and its spread. The plain loop is float32 and
+prints each side's speed or seconds, the median ratio and its spread. The plain loop is float32 and
 contiguous; it decodes every picture in every epoch and pushes it through the trunk."""
 
 import copy

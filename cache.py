@@ -1,5 +1,5 @@
 """Files written whole or not at all, and arrays that are costly to make and therefore kept on disk.
-Kept arrays are .npy files named by a digest of all that they depend on; their folder can be deleted."""
+Kept arrays are .npy files named by a digest of what they are made from; their folder can be deleted."""
 
 import contextlib
 import hashlib

@@ -24,7 +24,7 @@ def cam_layers(model, inputs):
         return [trunk.encoder.layers[-1].ln_1]
     if family == "SwinTransformer":  # before it the channels come last
         return [trunk.permute]
-    pixels = {}  # of each layer's map, in the order of the calls; 0 of an activation that is shared
+    pixels = {}  # of each layer's map, in the order of the calls; 0 for a module that is called twice
     layers = set(trunk.modules()) - {trunk}
 
     def note(module, _, output):

@@ -1,6 +1,6 @@
 """A run's folder and its files: written whole or not at all, read back only when they are whole.
 
-best.pt   complete in itself: weights, arguments, labels, rows of each part; test.py needs nothing else
+best.pt   complete in itself: weights, arguments, labels, rows of each part; test.py needs only the data
 last.pt   what the next epoch needs: weights, optimiser, scaler, averaged weights, history, patience
 run.json  how the run was made and what came out of it"""
 
@@ -100,7 +100,7 @@ def check_name(args):
 
 
 def new_run_folder(args):
-    """Make runs/<name>; without a name the first free number. Never an existing one."""
+    """Make runs/<name>, or take one without a checkpoint; without a name the first free number."""
     check_name(args)
     runs = Path(args.runs)
     runs.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Eye pairs, photographs and knees as torch data sets; the patient split; one `load` for every script.
+"""Eye pairs, photographs and knees as torch data sets; `load` for training, `load_part` for all else.
 
 data = dataset.load(args)                 # args as train.py has them
 images, target = data.train.dataset()[0]  # eye pairs: (2, 3, S, S) in 0..1, and 0/1 per label"""
@@ -23,14 +23,14 @@ from checkpoint import load_file
 from decode import Pictures
 from engine import local_rank, together
 from errors import InputError, reading
-from split import add_pseudo_labels, drop_missing, set_aside, split, split_patients  # noqa: F401 - SPEC's
+from split import add_pseudo_labels, drop_missing, set_aside, split, split_patients  # noqa: F401 - for others
 from tables import DATASETS, PLANES, targets_of
 
 
 class RowSet(torch.utils.data.Dataset):
     """A data set whose `__getitems__([(index, repeat), ...])` gives a whole batch as a dict of tensors.
     `repeat` counts how often the row came before in the epoch: each time it gets another random view.
-    `view`: number of the random views, None for none. A subclass gives `inputs(keys)`."""
+    `view`: which random views (a number), None for none. A subclass gives `inputs(keys)`."""
 
     on_device = False  # whether batches come from a GPU's memory
     per_row = 0  # pictures of a row that get random views of their own
@@ -173,7 +173,7 @@ class Part:
         return replace(self, table=self.table.iloc[rows], pictures=pictures, targets=self.targets[rows])
 
     def dataset(self, seed=0, view=None, device=None):
-        """As a torch data set. `view`: number of its random views; `device`: where its pictures may lie."""
+        """As a torch data set. `view`: which random views, a number; `device`: where its pictures may lie."""
         if self.pictures is None:
             return VolumeSet(self.table["files"], self.targets, self.size, self.how, seed, view)
         return PictureSet(self.pictures, self.targets, seed, view, device)
@@ -225,7 +225,7 @@ def decode_files(files, args, size):
 def open_part(table, targets, args, size, missing, expected=0):
     """Decode what a part needs -> Part. An unreadable file stops, or costs its row.
     `expected`: rows that the part should have, those included that were left out before."""
-    nothing = "no row is left that has all its pictures, and readable ones"
+    nothing = "no row is left whose pictures are all there and readable"
     if not len(table):
         raise InputError(nothing)
     if args.dataset == "mrnet":

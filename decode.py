@@ -26,7 +26,7 @@ def decode(file, kind, size):
         data = Path(file).read_bytes()
     except InputError as error:
         return nothing, False, str(error), [], ""
-    except OSError as error:  # what the system says may be another tomorrow
+    except OSError as error:  # what the system says may be different tomorrow
         return nothing, False, "", [], f"{file}: {error.strerror}"
     return picture, repaired, "", [fingerprint(data), fingerprint(picture.tobytes())], ""
 
@@ -46,7 +46,7 @@ class Pictures:
         self.files = [file for row in files for file in row]
         self.rows = np.arange(len(self.files)).reshape(len(files), -1)
         self.kind, self.size, self.workers = kind, size, workers
-        # The second time cannot be set: it tells of a file that was moved here, or whose first was set back.
+        # ctime cannot be set: it tells of a file that was moved here, or whose mtime was set back.
         found = [(os.path.abspath(file), os.stat(file)) for file in self.files]
         stamps = [(path, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for path, stat in found]
         self.key = digest(stamps, kind, size, "pictures-2")
@@ -104,7 +104,7 @@ class GivenPictures(Pictures):
     """Pictures that lie in memory, uint8 (m, S, S, 3)."""
 
     def __init__(self, array, rows):
-        self.stored, self.rows, self.shape, self.size = array, rows, array.shape, array.shape[1]
+        self.stored, self.rows, self.shape = array, rows, array.shape
         self.resident = None
 
     def array(self):

@@ -89,7 +89,7 @@ def all_sum(tensor):
 
 
 def share_buffers(*modules):
-    """Rank 0's buffers everywhere: BatchNorm statistics that moved apart are validated as they are saved."""
+    """Rank 0's buffers everywhere, so that BatchNorm statistics are validated as they are saved."""
     for buffer in torch.nn.ModuleList(modules).buffers() if world() > 1 else ():
         dist.broadcast(buffer, 0)
 
@@ -145,7 +145,7 @@ def progress(iterable, text, **kwargs):
 class Criterion:
     """(logits, targets) -> (loss of each row, its weight in the mean), both (B,). Several labels: the mean of
     their binary cross-entropies (`weight`: pos_weight (L,)) or asymmetric losses (Ridnik et al. 2021, gamma
-    ASYMMETRY for 4, shift 0.05). One class: cross-entropy, `weight`: class weights (K,), the mean's too."""
+    ASYMMETRY, not 4, shift 0.05). One class: cross-entropy, `weight`: class weights (K,), the mean's too."""
 
     def __init__(self, task, weight=None, device="cpu", loss="bce"):
         self.task, self.loss = task, loss

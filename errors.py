@@ -67,7 +67,7 @@ def end_with_parent(*_):
 
 
 def exit_after_parent():
-    with contextlib.suppress(OSError):  # which says that this process ends itself
+    with contextlib.suppress(OSError):  # raised where this process is ending by itself
         multiprocessing.parent_process().join()  # of workers from a fork server os.getppid() is that server
         os._exit(1)
 

@@ -1,4 +1,4 @@
-"""A frozen trunk sees each picture once: its features are kept on disk, and fitted BatchNorm statistics."""
+"""A frozen trunk sees each picture once: its features and fitted BatchNorm statistics are kept."""
 
 import copy
 import functools
@@ -99,7 +99,7 @@ def compiled(module):
 
 
 def fit_batchnorm(model, pictures, args, precision, device):
-    """Set the trunk's BatchNorm statistics to kept means over batches of BN_PICTURES training pictures."""
+    """Set the trunk's BatchNorm statistics to kept means over up to BN_PICTURES training pictures."""
     layers = engine.batchnorms(model.backbone)
     if not layers:
         return

@@ -149,7 +149,7 @@ def reliability(y_true, y_prob, bins=15):
 
 
 def show(ax, picture, cam=None, place=(0, 0, 1)):
-    """A picture, below a map (h, w) in 0..1 of any size, in the square `place` (left, top, side) of `ax`."""
+    """A picture, under a map (h, w) in 0..1 of any size, in the square `place` (left, top, side) of `ax`."""
     if cam is not None:  # mixed here: matplotlib would take twice as long
         cam = Image.fromarray(np.clip(cam, 0, 1)).resize(picture.shape[1::-1], Image.BILINEAR)
         colours = 255 * colormaps["viridis"](np.asarray(cam))[:, :, :3]

@@ -53,7 +53,8 @@ def main(argv=None):
             raise InputError(f"{len(faults)} of {len(frame)} cannot be read: {'; '.join(faults.values())}")
         part.table["ID"], probs = frame["ID"].to_numpy(), net.live(part)
         asked, truth = list(enumerate(part.ids())), np.zeros(probs.shape, bool)  # not known
-        facts = dict(notes=[], rendered=False, where=f"{len(part)} row(s) given", suffix="")
+        facts = dict(notes=[], where=f"{len(part)} row(s) given", suffix="")
+        facts["rendered"] = any(map(tables.is_rendered, args.given))
     for note in facts["notes"]:
         print(f"note: {note}")
     rendered = net.rendered or facts["rendered"]

@@ -54,7 +54,7 @@ class Learner:
         return checkpoint.cpu_state(kept, copy=True)
 
     def set_rate(self, epoch, step, steps):
-        """The cosine schedule sets the rate of every step; the others have stepped after the last epoch."""
+        """The cosine schedule sets the rate of every step; the others step after each epoch."""
         if self.args.scheduler != "cosine":
             return
         now, warmup = epoch + (step + 1) / steps, self.args.warmup_epochs
@@ -95,7 +95,7 @@ class Learner:
 
     def state(self):
         """What last.pt holds: a frozen trunk is named by its digest, everything else is stored."""
-        # BatchNorm as it was fitted: another precision or torch version would fit it a little otherwise.
+        # BatchNorm as it was fitted: another precision or torch version would fit it a bit differently.
         buffers = {name: buffer.cpu() for name, buffer in self.model.backbone.named_buffers()}
         ema = None if self.ema is None else checkpoint.cpu_state(self.ema)
         own = dict(trunk=self.frozen_trunk, ema=ema, buffers=buffers, scaler=self.scaler.state_dict())
@@ -191,7 +191,7 @@ def restore(args, stored, learner, folder):
     # Rates are those of the flags: another --lr or --gamma counts as if it had been given from the start.
     groups = learner.optimizer.state_dict()["param_groups"]
     learner.optimizer.load_state_dict({"state": stored["optimizer"]["state"], "param_groups": groups})
-    with warnings.catch_warnings(action="ignore"):  # of steps without the optimiser's
+    with warnings.catch_warnings(action="ignore"):  # torch warns: no step of the optimiser came before
         for row in stored["history"]:
             step_scheduler(args, learner.scheduler, row["val_loss"])
 

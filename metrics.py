@@ -68,7 +68,7 @@ def trivial_scores(y_true, prior, family, labels=None, **rules):
 
 def bootstrap_intervals(family, y_true, y_prob, n_resamples=1000, seed=0, patients=None, **rules):
     """{score: [low, high]}, 95 %, percentile bootstrap (Efron 1979); rules: `scores`' labels, threshold,
-    ordered. `patients` (n,) are drawn with all their rows, for two eyes are alike. NaN only if all are."""
+    ordered. `patients` (n,) are drawn with all their rows, for two eyes are alike. NaN: so in every draw."""
     tables = _tables(family, y_true, y_prob, **rules)
     resamples = _resamples(tables["shape"], n_resamples, seed, patients)
     return _intervals([_weigh(tables, weights) for weights in resamples])

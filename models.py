@@ -101,7 +101,7 @@ class GreenChannel(nn.Module):
         return images[:, 1:2]
 
 
-def AlexNet(num_labels=3, size=224):  # noqa: N802 - SPEC's name
+def AlexNet(num_labels=3, size=224):
     """The retina study's AlexNet, BatchNorm after each ReLU, He-normal weights. InputError: size below 67."""
     if size < 67:
         raise InputError(f"--size {size} is too small for AlexNet: 67 or more")
@@ -191,7 +191,7 @@ def build_trunk(name, size, from_scratch):
 
 def efficientnet(name, size, from_scratch):
     """B1 (Tan and Le 2019) or Lite0 (B0 without squeeze-excite, with ReLU6) as the library builds them."""
-    # Published: BatchNorm remembers 100 steps. From random weights, or in a short run, ten are enough.
+    # Published: B1's BatchNorm remembers 100 steps. From random weights, and in Lite0, it is ten.
     if name == "efficientnet-b1":
         network = EfficientNet.from_name(name, batch_norm_momentum=0.9 if from_scratch else 0.99)
         network.set_swish(memory_efficient=False)  # the same numbers, and it can be compiled

@@ -24,7 +24,7 @@ from cache import replace_file
 from errors import InputError, Parser, guard
 
 NO_DEVICE = "Not a medical device: for research and teaching only, never for a diagnosis."
-RENDERED = "Trained on RENDERED pictures: what it says about a real eye or knee means nothing."
+RENDERED = "RENDERED pictures, in training or here: this says nothing about a real eye or knee."
 
 
 def get_args_parser():
@@ -81,8 +81,7 @@ def main(argv=None):
     if not given:
         parser.error("expected pictures, a folder or a CSV")
     net = predictor.load([args.ckpt[0], *nets], args.device, args.precision, args.workers)
-    if any(tables.is_rendered(one if one.is_dir() else one.parent) for one in map(Path, given)):
-        print("note: these are RENDERED pictures")
+    net.rendered |= any(map(tables.is_rendered, given))
     if net.rendered:
         print(f"{'!' * 84}\n!! {RENDERED}\n{'!' * 84}", flush=True)
     thresholds = net.limits(args.threshold, args.learned)
@@ -106,7 +105,7 @@ def main(argv=None):
         table["predicted"] = [";".join(np.array(net.labels)[row]) or "none" for row in chosen]
         table["network"] = f"{net.title()}, {net.digest[:10]}"
         if net.rendered:
-            table["trained_on"] = "RENDERED pictures"
+            table["note"] = "RENDERED pictures, in training or here"
         replace_file(path, lambda stream: table.to_csv(stream, index=False, float_format="%.7f"), "w")
         print(f"{path} written: {len(table)} predicted by {net.title()}.")
         for label, count in zip(net.names, chosen.sum(0), strict=True):

@@ -68,7 +68,7 @@ class Predictor:
         self.digest = checkpoint.network_digest(self.saved["model"], self.thresholds)
         self.per_row = {"odir": 2, "mrnet": 3}.get(self.args.dataset, 1)  # files of a row
         self.random_trunk = self.args.weights == "none" and not self.args.fine_tune  # it has learned nothing
-        # A checkpoint names no folder that is written, and no way of computing that gives other numbers.
+        # Not the checkpoint's to say: which folder is written, and --compile, which gives other numbers.
         self.args.workers, self.args.cache, self.args.compile = workers, "cache", False
         self.precision = engine.pick_precision(precision or self.args.precision, self.device)
 

@@ -63,11 +63,11 @@ def decode(data, side=0):
 def lacks_more(data):
     """Whether a JPEG without its end marker lacks more: a part of its last scan, or whole scans."""
     # What follows a scan that is cut short is decoded as picture, after the restart markers due next.
-    last = max(data.rfind(bytes([0xFF, 0xD0 + n])) for n in range(8))  # -1 of none: data[0] is as FF D7
+    last = max(data.rfind(bytes([0xFF, 0xD0 + n])) for n in range(8))  # -1 if none: data[0] is as FF D7
     restarts = [bytes([0xFF, 0xD0 + (data[last + 1] + n) % 8]) for n in range(1, 17)]
     fillers = (b"", b"\x55" * 512, b"\xaa" * 512)  # the last two differ in every bit
     endings = [filler + b"".join(marker + filler for marker in restarts) + EOI for filler in fillers]
-    # Whole: 64 coefficients of each component came in full precision (progressive: by ten scans).
+    # Whole: 64 coefficients of each component came in full precision (progressive: by several scans).
     frame = data[max(data.rfind(bytes([0xFF, kind])) for kind in (0xC0, 0xC1, 0xC2)) :]
     scans = [(scan.end(), scan[1][0]) for scan in re.finditer(rb"\xff\xda..(.)", frame, re.DOTALL)]
     rules = [(count, *frame[place + 2 * count :][:3]) for place, count in scans]
@@ -142,7 +142,7 @@ def default_workers():
 
 
 def in_processes(function, items, workers=None):
-    """Yields `function` of every item, in order, by so many processes (None: all cores; 0, 1: this one)."""
+    """Yields `function` of every item, in order, by so many processes (None: all cores, at most 16)."""
     workers = default_workers() if workers is None else workers
     if workers < 2:
         yield from map(function, items)

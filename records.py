@@ -49,7 +49,7 @@ def open_run(args, stored, data, learner):
     folder = Path(args.resume)
     with engine.together():
         if stored["digest"] != data.facts["digest"]:
-            raise InputError(f"the data in {data.facts['root']} are not those of {folder}: give these")
+            raise InputError(f"the data in {data.facts['root']} are not those of {folder}: give those")
         learning.restore(args, stored, learner, folder)
     data.facts |= {name: stored[name] for name in ("duplicates", "notes")}  # --weights may be gone by now
     state = {name: stored[name] for name in (*NEW_STATE, "digest", "duplicates", "notes", "seen")}
@@ -78,8 +78,8 @@ class RunRecords:
         rows = [(name, part) for part, names in data.rows.items() for name in names]
         table = pd.DataFrame(rows, columns=["ID", "part"])
         replace_file(folder / "split.csv", lambda stream: table.to_csv(stream, index=False), "w")
-        if data.facts["repaired"]:
-            (folder / "repaired.txt").write_text("\n".join(data.facts["repaired"]) + "\n")
+        if files := data.facts["repaired"]:
+            replace_file(folder / "repaired.txt", lambda stream: stream.write("\n".join(files) + "\n"), "w")
         before = checkpoint.run_facts(folder) if args.resume else {}
         commands = [before.get("command"), shlex.join(["python", *sys.argv])]
         # The commit of the code that runs, with + when files differ from it.

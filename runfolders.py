@@ -1,4 +1,4 @@
-"""Run folders and published.csv as report.py needs them: checked, and what is stale or damaged named.
+"""Run folders and published.csv as report.py needs them: checked; what is stale or damaged is named.
 
 python -c 'import runfolders as r, pathlib; print(r.read_run(pathlib.Path("runs/odir-03"))["problems"])'"""
 

@@ -93,7 +93,7 @@ def set_aside(train, args):
 
 def add_pseudo_labels(parts, table, root, path, min_confidence):
     """parts["train"] with the pictures of pseudo_labels.csv (filename, label, confidence, `source`), none of
-    which is in `parts`. No patient of val or test may be among them, or among those it was spread from."""
+    which is in `parts`. No patient of val or test may be among them, or among those they were spread from."""
     labels, held_out = table.labels, [*parts["val"]["patient"], *parts["test"]["patient"]]
     columns = ["filename", "label", "confidence"]
     sheet = tables.read_sheet(path, columns, dtype={"filename": str, "label": str})

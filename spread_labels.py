@@ -4,7 +4,7 @@
 
 takes the outputs of the last dense layer for the run's TRAINING pictures and for those in test/, standardises
 them and runs scikit-learn's LabelSpreading (Zhou et al. 2004). Writes pseudo_labels.csv (filename, label,
-confidence) into the run's folder, for `train.py --pseudo-labels`. Held-out patients take no part."""
+confidence, source) into the run's folder, for `train.py --pseudo-labels`. Held-out patients take no part."""
 
 import sys
 from pathlib import Path

@@ -38,7 +38,7 @@ WORDS = dict.fromkeys(["aptos", "dr"], "none mild moderate severe proliferative"
 WORDS["odir"] = "normal diabetes glaucoma cataract AMD hypertension myopia other".split()
 APTOS_CLASSES = {"nodr": 0, "mild": 1, "moderate": 2, "severe": 3, "proliferativedr": 4, "proliferatedr": 4}
 
-CONTROL = re.compile("[\x00-\x1f\x7f\ud800-\udfff\ufffe\uffff]")  # no sheet of results could hold these again
+CONTROL = re.compile("[\x00-\x1f\x7f\ud800-\udfff\ufffe\uffff]")  # a sheet of results cannot hold these
 OUTSIDE = re.compile(r"(?:^|[/\\])\.\.(?:[/\\]|$)|^[/\\]|^\.$|^[A-Za-z]:")  # leads out of the data folder
 SUFFIX = re.compile(r"\.(?:png|jpe?g|tiff?|bmp)$", re.IGNORECASE)
 SWAPPED = re.compile(r"[_-](?:right|od|r)\n.*[_-](?:left|os|l)$", re.IGNORECASE)
@@ -74,7 +74,7 @@ def read(name, root, labels=None):
 
 
 def with_padded_digits(name):
-    """By which 9_left comes before 10_left."""
+    """The name as it is sorted: 9_left before 10_left."""
     return re.sub("[0-9]+", lambda digits: digits[0].zfill(20), name)
 
 
@@ -93,8 +93,9 @@ def targets_of(frame, labels):
 
 
 def is_rendered(root):
-    """Whether `root` or a folder in it was drawn by render_data.py (its marker file says so)."""
-    folders = [Path(root), *Path(root).glob("*/")]
+    """Whether `root`, or a folder in it or of it, was drawn by render_data.py (its marker file says so)."""
+    root = Path(root).parent if Path(root).is_file() else Path(root)
+    folders = [root, *root.glob("*/")]
     folders += [folder.resolve().parent for folder in folders]  # of links to pictures elsewhere
     return any((folder / "rendered.json").exists() for folder in folders)
 

@@ -1,4 +1,4 @@
-"""Evaluate a checkpoint; it brings everything but the pictures with it.
+"""Evaluate a checkpoint; it brings everything but the data set with it.
 
     python test.py --ckpt best.pt
 

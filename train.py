@@ -41,7 +41,7 @@ def main(argv=None):
         print(f"{folder} is finished: {state['epoch']} epochs. To go on, raise --epochs or --patience")
         return
     args.name, writer = folder.name, None
-    val_criterion = engine.Criterion(data.task)  # validation loss stays unweighted
+    val_criterion = engine.Criterion(data.task)  # validation loss: no weights, bce whatever --loss says
     if args.bn == "batch" and engine.world() > 1 and device.type != "cuda":
         print("note: a CPU has no synchronised BatchNorm: each process normalises by its own share")
 
@@ -98,7 +98,7 @@ def main(argv=None):
         if writer:
             writer.end(time.perf_counter() - started)
     except (KeyboardInterrupt, FloatingPointError, RuntimeError) as stop:
-        # last.pt holds the last whole epoch that was written; guard prints the command that goes on.
+        # last.pt holds the last whole epoch that was written. After a signal guard says how to go on.
         if writer:
             writer.interrupted()
         if (folder / "last.pt").exists():

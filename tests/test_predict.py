@@ -179,7 +179,7 @@ def test_one_pair(trained, rendered, tested, tmp_path, capsys, monkeypatch):
     assert [line[0] for line in lines] == labels
     np.testing.assert_allclose([float(line[1]) for line in lines], expected.loc[patient], atol=1e-4)
     assert [line[0] for line in lines if line[-1] == "<--"] == [expected.loc[patient].idxmax()]
-    assert "not a medical device" in text.lower() and "!! Trained on RENDERED" in text
+    assert "not a medical device" in text.lower() and "!! RENDERED pictures, in training or here" in text
     ((rows, _, note),) = seen
     assert "Not a medical device" in note and "RENDERED" in note and "its own maximum" in note
     assert [row["title"] for row in rows] == ["left eye", "right eye"]
@@ -225,9 +225,14 @@ def test_real_data_is_not_called_rendered(trained, rendered, tmp_path, capsys):
     capsys.readouterr()
     assert run("--ckpt", tmp_path / "real.pt", rendered("retina") / "test", "--out", tmp_path) == 0
     text = capsys.readouterr().out
-    assert "Trained on RENDERED" not in text and "Not a medical device" in text
-    assert "note: these are RENDERED pictures" in text
-    assert "trained_on" not in pd.read_csv(tmp_path / "predictions.csv")
+    assert "RENDERED" in text and "Not a medical device" in text  # the pictures are
+    assert set(pd.read_csv(tmp_path / "predictions.csv")["note"]) == {
+        "RENDERED pictures, in training or here"
+    }
+    shutil.copytree(rendered("retina") / "test", tmp_path / "elsewhere")
+    assert run("--ckpt", tmp_path / "real.pt", tmp_path / "elsewhere", "--out", tmp_path) == 0
+    assert "RENDERED" not in capsys.readouterr().out
+    assert "note" not in pd.read_csv(tmp_path / "predictions.csv")
 
 
 def test_the_picture_is_of_the_network_that_gave_the_number(trained, rendered, tmp_path, monkeypatch):
@@ -352,7 +357,7 @@ def test_unreadable_ones_are_named_and_the_others_predicted(trained, rendered, t
     )
     assert sorted(after.index) == sorted(patients[2:])
     np.testing.assert_allclose(after.iloc[:, :8], before.loc[after.index].iloc[:, :8], atol=1e-6)
-    assert set(after["trained_on"]) == {"RENDERED pictures"}
+    assert set(after["note"]) == {"RENDERED pictures, in training or here"}
     net = predictor.load(ckpt, "cpu")
     assert set(after["network"]) == {f"{net.title()}, {net.digest[:10]}"}
 
