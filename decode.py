@@ -104,7 +104,7 @@ class GivenPictures(Pictures):
     """Pictures that lie in memory, uint8 (m, S, S, 3)."""
 
     def __init__(self, array, rows):
-        self.stored, self.rows, self.shape = array, rows, array.shape
+        self.stored, self.rows, self.shape, self.size = array, rows, array.shape, array.shape[1]
         self.resident = None
 
     def array(self):

@@ -4,6 +4,7 @@ import contextlib
 import re
 import shutil
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -38,7 +39,7 @@ PRINTED = {
 def printed(tmp_path, monkeypatch, capsys, rendered):
     """printed(name, *flags) -> what the benchmark prints, run in an empty folder; scripts in this process."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(benchmark, "script", here)
+    monkeypatch.setattr(benchmark, "subprocess", SimpleNamespace(run=here, DEVNULL=None))
     monkeypatch.setattr(benchmark, "MATRIX", {"cpu": 64})
     photographs = tmp_path / "fullsize"
     photographs.mkdir()
@@ -53,12 +54,12 @@ def printed(tmp_path, monkeypatch, capsys, rendered):
     return run
 
 
-def here(name, *flags, cwd):
+def here(command, cwd, check, stdout):
     """A script's main in this process: importing torch once more would take longer than all the rest."""
-    flags = [str(flag) for flag in flags]
+    python, script, *flags = map(str, command)
     with contextlib.chdir(cwd), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", [name, *flags])
-        assert name == "train.py" and not train.main()
+        patch.setattr(sys, "argv", [script, *flags])
+        assert python == sys.executable and script == str(benchmark.HERE / "train.py") and not train.main()
 
 
 def assert_printed(text, patterns):
@@ -91,12 +92,12 @@ def test_extraction(trunk, printed, monkeypatch):
 def test_the_study_trains_each_experiment_twice(printed, monkeypatch, tmp_path):
     trained = []
 
-    def counted(name, *flags, cwd):
-        here(name, *flags, cwd=cwd)
+    def counted(command, cwd, **rules):
+        here(command, cwd, **rules)
         trained.append([path.name for path in sorted((benchmark.Path(cwd) / "runs").iterdir())])
 
     monkeypatch.setattr(benchmark, "EPOCHS", {"03": 1})
-    monkeypatch.setattr(benchmark, "script", counted)
+    monkeypatch.setattr(benchmark, "subprocess", SimpleNamespace(run=counted, DEVNULL=None))
     text = printed("run")
     assert trained == [["03 from nothing"], ["03 from nothing", "03 kept"]]
     assert_printed(
