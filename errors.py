@@ -99,6 +99,7 @@ def guard(main, *args):
     except (InputError, FloatingPointError) as error:
         status, message = 2 if isinstance(error, InputError) else 1, f"error: {error}"
     except KeyboardInterrupt as error:
+        threading.excepthook = lambda _: None  # Python 3.11's pool complains of workers that it loses
         for worker in multiprocessing.active_children():
             worker.kill()  # at its exit Python would wait for the pictures that they decode
         status, message = 143 if error.args else 130, f"interrupted. {how_to_go_on(error)}"

@@ -61,7 +61,6 @@ def main(argv=None):
     about = f"{net.title()}, epoch {net.saved['epoch']}, {facts['where']}"
     print(f"{about}{', RENDERED pictures' if rendered else ''}: {len(dict(asked))} rows")
 
-    # A figure for each row, under the name of each label that it was chosen for
     out = args.out or checkpoint.home_of(net.path, net.digest) / f"heatmaps{facts['suffix']}"
     files = figures.file_names(stem for _, stem in asked)
     for (row, _), file in engine.progress(list(zip(asked, files, strict=True)), "heat maps"):
