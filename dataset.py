@@ -164,8 +164,10 @@ class Part:
 
     def rows(self):
         """{ID: (target as text, digest of its files' bytes)}: what each row is, for comparisons."""
-        rows = zip(self.ids(), self.targets.tolist(), self.contents, strict=True)
-        return {name: (str(target), digest([first for first, *_ in files])) for name, target, files in rows}
+        rows = {}
+        for name, target, files in zip(self.ids(), self.targets.tolist(), self.contents, strict=True):
+            rows[name] = str(target), digest([first for first, *_ in files])
+        return rows
 
     def subset(self, rows):
         """The part with these rows (numbers) alone."""

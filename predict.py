@@ -86,8 +86,6 @@ def main(argv=None):
         print(f"{'!' * 84}\n!! {RENDERED}\n{'!' * 84}", flush=True)
     thresholds = net.limits(args.threshold, args.learned)
     frame, many = tables.given_rows(net.args.dataset, given)
-
-    # Probabilities, of what can be read
     probs, faults = net.answer(list(frame["files"]), args.tta)
     left_out = f"{len(faults)} of {len(frame)} cannot be read"
     if len(faults) == len(frame):

@@ -100,8 +100,6 @@ def main(argv=None):
     criterion = engine.Criterion("multiclass")
     criterion.probs = torch.nn.Identity()  # the outputs of the last dense layer themselves
     outputs = net.evaluate(part, criterion)[1]
-
-    # Spread, and say what came of it
     found, confidence = spread(outputs, targets, args.neighbors, args.alpha)
     reached = unlabelled & (found != UNKNOWN)
     if not reached.any():

@@ -274,6 +274,8 @@ def read_image_folder(root):
     ordered = graded and max(grades) - min(grades) == len(grades) - 1
     if not ordered:
         notes.append(f"the classes {', '.join(classes)} are no row of grades: there is no quadratic kappa")
+    if taken := {"ID", "predicted", "network", "note"}.intersection(classes):  # columns of sheets of results
+        raise InputError(f"{root / 'train'}: no class may be called {', '.join(taken)}. Rename the folder")
     for file in sorted(file for part in PARTS for file in (root / part).glob("*/*")):
         part, name = file.parts[-3:-1]
         if name not in classes:
@@ -356,7 +358,7 @@ def read_mrnet(root, labels):
 
 READERS = {"odir": read_odir, "aptos": read_aptos, "dr": read_dr, "retina": read_retina, "mrnet": read_mrnet}
 GIVEN = {"odir": "eye pairs: LEFT RIGHT, a folder of <id>_left.* and <id>_right.*, or a CSV"}
-GIVEN["mrnet"] = "knees: axial.npy coronal.npy sagittal.npy, the folder of these, of such folders, or a CSV"
+GIVEN["mrnet"] = "knees: axial.npy coronal.npy sagittal.npy, their folder, one of axial/ and so on, or a CSV"
 
 
 def given_rows(name, given):

@@ -171,6 +171,8 @@ def main(argv=None):
     limits = net.limits(args.threshold)
     if args.resamples < 1:
         raise InputError(f"--resamples {args.resamples}: expected 1 or more")
+    if args.out and (args.out / "run.json").exists():  # whose own results would be lost
+        raise InputError(f"--out {args.out} is a run's folder: give no --out, or another folder")
     part, facts, loss, probs = evaluate(args, net)
     out = output_folder(args, net, facts)
     patients, duplicates = len(set(part.patients())), facts["duplicates"]

@@ -572,6 +572,13 @@ def test_grades_with_a_gap_have_no_quadratic_kappa(tmp_path):
     assert "no quadratic kappa" in table.notes[0]
 
 
+@pytest.mark.parametrize("name", ["ID", "predicted", "network", "note"])
+def test_a_class_is_no_column_of_the_results(tmp_path, name):
+    for folder in (name, "other"):
+        touch(tmp_path / "train" / folder, f"{folder}.png")
+    refused(lambda: read("aptos", tmp_path), name, "Rename the folder")
+
+
 def test_labels_spread_from_pictures_that_are_held_out_here_are_refused(tmp_path):
     root, csv = tmp_path / "data", tmp_path / "run/pseudo_labels.csv"
     touch(root / "test", "new.jpg")

@@ -255,12 +255,14 @@ def test_data_folders_get_a_folder_each(trained, rendered, run, tmp_path):
     assert not (folder / "test_scores.json").exists()
 
 
-def test_the_published_part_goes_into_the_runs_folder(trained, run, tmp_path):
+def test_the_published_part_goes_into_the_runs_folder(trained, run, tmp_path, capsys):
     folder = copied(trained("aptos"), tmp_path / "aptos")
     assert run("--ckpt", folder, "--split", "test") == 0 and scores_of(folder)["split"] == "test"
     assert run("--ckpt", folder) == 0 and scores_of(folder / "test-val")["split"] == "val"
     assert scores_of(folder)["split"] == "test"
     folder = copied(trained("odir"), tmp_path / "odir")
+    assert run("--ckpt", trained("odir"), "--out", folder) == 2
+    assert "is a run's folder" in capsys.readouterr().err
     assert run("--ckpt", folder, "--tta") == 0 and run("--ckpt", folder, "--threshold", 0.25) == 0
     assert run("--ckpt", folder) == 0 and scores_of(folder)["split"] == "val"
     assert sorted(path.name for path in folder.glob("test-*")) == ["test-val-0.25", "test-val-mirrored"]
